@@ -1,0 +1,47 @@
+"""Metadata, dependencies and package layout of massl-fast.
+
+The folder ``kernels/`` at the top of the repository is the import package ``massl_fast.kernels``: a top-level package called
+``kernels`` would clash with a distribution of that name.
+"""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+LINUX = 'platform_system == "Linux"'
+
+setup(
+    name="massl-fast",
+    version="0.1.0",
+    description="MaSSL (Learning from Memory, ICML 2024) pre-training at the speed of the hardware",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    packages=["massl_fast.kernels", *find_packages(include=["massl_fast", "massl_fast.*"])],
+    package_dir={"massl_fast.kernels": "kernels"},
+    package_data={"massl_fast": ["recipes/*.yaml"]},
+    install_requires=[
+        "torch>=2.9",
+        "torchvision>=0.24",
+        "timm>=1.0.20",
+        f"triton>=3.5; {LINUX}",
+        # DALI is published per CUDA major version; the torch that the index serves today is built for CUDA 13.
+        f"nvidia-dali-cuda130>=1.52; {LINUX}",
+        "numpy>=1.26",
+        "pillow>=10.3",
+        "safetensors>=0.4.5",
+        "pydantic>=2.8",
+        "pyyaml>=6.0",
+        "rich>=13.7",
+        "tensorboard>=2.17",
+        "matplotlib>=3.8",
+    ],
+    extras_require={
+        "test": ["pytest>=8", "pytest-benchmark>=4", "pytest-timeout>=2.3", "hypothesis>=6.100", "ruff>=0.6"],
+        "wandb": ["wandb>=0.17"],
+    },
+    entry_points={"console_scripts": ["massl-fast = massl_fast.cli:main"]},
+)
