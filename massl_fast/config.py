@@ -126,8 +126,8 @@ class ObjectiveSection(Section):
 
 
 class OptimizerSection(Section):
-    name: Literal["adamw", "sgd", "lars"] = "adamw"
-    """adamw for transformers; sgd and lars for convolutional networks."""
+    name: Literal["adamw", "adamw_apex", "sgd", "lars"] = "adamw"
+    """adamw (PyTorch's fused one) or adamw_apex (apex's FusedAdam, if built) for transformers; sgd and lars for convolutional networks."""
     learning_rate: float = Field(5e-4, gt=0)
     """Peak learning rate, for a global batch of 256 if it scales with the batch."""
     learning_rate_scaling: Literal["linear", "none"] = "linear"

@@ -1,0 +1,138 @@
+"""One optimizer step of MaSSL, from crops to an updated student, teacher and memory.
+
+Nothing in it waits for the device. Whether the step is sound is decided by a tensor: where the embeddings, the loss or a gradient is not
+finite, optimizer, teacher and memory all leave things as they were, and the trainer learns of it when it next logs a line.
+
+Shapes: V student views, T teacher views (the first T crops), N images of a micro-batch, D embedding width.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from massl_fast.engine.optimizer import apply_settings, clip_, skips_on_device
+from massl_fast.engine.parallel import World
+from massl_fast.engine.precision import LossScaler, Precision
+from massl_fast.engine.schedules import StepSettings
+from massl_fast.models.pair import StudentTeacher
+from massl_fast.objectives.massl import MasslObjective, unit_row_spread
+
+NUM_TEACHER_VIEWS = 2
+
+
+class StepResult(NamedTuple):
+    """0-d tensors on the device; losses and entropies are means over this rank's images."""
+
+    loss: Tensor
+    student_entropy: Tensor
+    teacher_entropy: Tensor
+    kl: Tensor
+    gradient_norm: Tensor
+    embedding_spread: Tensor
+
+
+class TrainStep:
+    """Student, teacher, objective and optimizer, moved on by one step a call."""
+
+    def __init__(
+        self,
+        pair: StudentTeacher,
+        objective: MasslObjective,
+        optimizer: Optimizer,
+        *,
+        world: World,
+        precision: Precision,
+        clip: float,
+        clip_mode: str,
+    ):
+        self.pair = pair
+        self.objective = objective
+        self.optimizer = optimizer
+        self.world = world
+        self.precision = precision
+        self.clip = clip
+        self.clip_mode = clip_mode
+        self.scaler = LossScaler(precision, world.device)
+        self.student: nn.Module = world.replicate(pair.student)
+        self.parameters = [(name, p) for name, p in pair.student.named_parameters() if p.requires_grad]
+        # The first step that was not finite and which tensor began it, [step, index into culprits]; -1 while there is none.
+        self.first_failure = torch.full((2,), -1, dtype=torch.int64, device=world.device)
+        self.culprits = ["the teacher's embeddings", "the student's embeddings", "the loss"]
+        self.culprits += [f"the gradient of {name}" for name, _ in self.parameters]
+
+    def __call__(self, micro_batches: Sequence[list[Tensor]], settings: StepSettings, step: int) -> StepResult:
+        """``micro_batches``: for each accumulated micro-batch its V crops, [N,3,H,W] each, on the device. ``step`` counts from 0."""
+        entering, outcomes = [], []
+        flags = torch.ones(3, dtype=torch.bool, device=self.world.device)
+        for index, crops in enumerate(micro_batches):
+            last = index + 1 == len(micro_batches)
+            # Ranks exchange gradients once a step, with the last micro-batch.
+            silent = not last and isinstance(self.student, nn.parallel.DistributedDataParallel)
+            with self.student.no_sync() if silent else contextlib.nullcontext():
+                outcome, teacher, student = self._forward(crops, settings, step)
+                (outcome.loss * (self.scaler.scale / len(micro_batches))).backward()
+            flags &= torch.stack([teacher.isfinite().all(), student.isfinite().all(), outcome.loss.isfinite()])
+            entering.append(self.objective.entering(teacher))
+            outcomes.append(torch.stack([outcome.loss, outcome.student_entropy, outcome.teacher_entropy, outcome.kl]).detach())
+        gradient_norm, finite = self._update(settings, step, flags)
+        rows = torch.cat(entering)
+        self.objective.enqueue_(self.world.gather_rows(rows), finite)
+        self.optimizer.zero_grad(set_to_none=True)
+        return StepResult(*torch.stack(outcomes).mean(0).unbind(), gradient_norm, unit_row_spread(rows))
+
+    def _forward(self, crops: list[Tensor], settings: StepSettings, step: int):
+        views, images = len(crops), crops[0].shape[0]
+        with self.precision.autocast(self.world.device):
+            with torch.no_grad():
+                teacher = self.pair.teacher(crops[:NUM_TEACHER_VIEWS]).view(NUM_TEACHER_VIEWS, images, -1)
+            student = self.student(crops).view(views, images, -1)
+        outcome = self.objective(student, teacher, step=step, teacher_temperature=settings.teacher_temperature)
+        return outcome, teacher, student.detach()
+
+    @torch.no_grad()
+    def _update(self, settings: StepSettings, step: int, flags: Tensor) -> tuple[Tensor, Tensor]:
+        """Optimizer and teacher; returns (gradient norm before clipping, whether the step was finite)."""
+        gradients = []
+        for name, parameter in self.parameters:
+            assert parameter.grad is not None, f"{name} took no part in the loss"
+            gradients.append(parameter.grad)
+        if self.scaler.enabled:
+            torch._foreach_mul_(gradients, 1 / self.scaler.scale)
+        norms = torch.stack(torch._foreach_norm(gradients))
+        flags = torch.cat([flags, norms.isfinite()])
+        finite = self.world.all_true(flags.all())
+        self._remember_failure(step, flags, finite)
+
+        clip_(gradients, norms, self.clip, self.clip_mode)
+        apply_settings(self.optimizer, settings)
+        if skips_on_device(self.optimizer):
+            self.optimizer.found_inf = (~finite).to(torch.float32)
+            self.optimizer.step()
+        elif finite.item():  # apex's optimizer: it has no such switch outside apex's own loss scaler, so the host asks
+            self.optimizer.step()
+        self.pair.update_teacher_(torch.where(finite, settings.teacher_momentum, 1.0))
+        self.scaler.update(finite)
+        return torch.linalg.vector_norm(norms), finite
+
+    def _remember_failure(self, step: int, flags: Tensor, finite: Tensor) -> None:
+        """Note the first non-finite step. With loss scaling, gradients may overflow; only a vanishing scale makes that a failure."""
+        failed = ~finite
+        if self.scaler.enabled:
+            failed &= ~flags[:3].all() | (self.scaler.scale <= 2.0**-14)
+        culprit = torch.where(flags.all(), -1, flags.to(torch.int8).argmin())
+        found = torch.stack([torch.full_like(culprit, step), culprit])
+        self.first_failure.copy_(torch.where(failed & (self.first_failure[0] < 0), found, self.first_failure))
+
+    def failure(self) -> str | None:
+        """What went wrong first, as a sentence, or None. Waits for the device."""
+        step, culprit = self.first_failure.tolist()
+        if step < 0:
+            return None
+        tensor = self.culprits[culprit] if culprit >= 0 else "a tensor of another rank"
+        return f"Step {step} was not finite, beginning with {tensor} (rank {self.world.rank})."
