@@ -1,0 +1,190 @@
+"""Networks from timm, and the encoder that takes all crops of a step through backbone and head."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from massl_fast.models import packed
+from massl_fast.models.head import ProjectionHead
+
+# Set by massl-fast itself, or they would fetch weights or change what comes out.
+RESERVED_MODEL_ARGS = {
+    "img_size": "data.global_crop_size sets it",
+    "drop_path_rate": "model.drop_path sets it",
+    "num_classes": "features are pooled, never classified",
+    "in_chans": "images are RGB",
+    "pretrained": "nothing is downloaded; start from a file instead",
+    "pretrained_cfg": "nothing is downloaded; start from a file instead",
+    "pretrained_cfg_overlay": "nothing is downloaded; start from a file instead",
+    "checkpoint_path": "nothing is downloaded; start from a file instead",
+    "features_only": "pooled features are needed",
+}
+
+
+def build_backbone(
+    arch: str,
+    *,
+    image_size: int,
+    other_sizes: Sequence[int] = (),
+    drop_path: float = 0.0,
+    model_args: dict[str, Any] | None = None,
+) -> nn.Module:
+    """A timm network with random weights and pooled features instead of a classifier, ready for crops of several sizes.
+
+    ``image_size`` is the side of the global crops in pixels (what position embeddings are laid out for), ``other_sizes``
+    the further sides it will be given, ``drop_path`` the stochastic-depth rate of the last block, ``model_args`` further
+    keyword arguments of ``timm.create_model``.
+
+    The result carries ``feature_dim`` (C) and ``timm_args`` (``architecture``, ``model_args``, ``image_size``), from which
+    ``timm.create_model(architecture, num_classes=0, **model_args)`` builds the same network without drop path.
+
+    Raises ValueError for an unknown architecture or argument, a crop that the patches do not divide, a network that
+    cannot take crops of several sizes, or one without pooled features.
+    """
+    if ":" in arch or not timm.is_model(arch):
+        close = difflib.get_close_matches(arch, timm.list_models(), n=3, cutoff=0.5)
+        hint = f" Closest names: {', '.join(close)}." if close else " timm.list_models() lists them."
+        raise ValueError(f"timm has no architecture named {arch!r}.{hint}")
+    model_args = dict(model_args or {})
+    for name in RESERVED_MODEL_ARGS.keys() & model_args.keys():
+        raise ValueError(f"model.model_args may not hold {name!r}: {RESERVED_MODEL_ARGS[name]}.")
+
+    # What lets one network take several sizes goes by different names; a network that lacks one of them says so.
+    optional: dict[str, Any] = {"img_size": image_size, "dynamic_img_size": True, "strict_img_size": False}
+    optional = {name: value for name, value in optional.items() if name not in model_args}
+    drop = {"drop_path_rate": drop_path} if drop_path else {}
+    while True:
+        try:
+            backbone = timm.create_model(arch, pretrained=False, num_classes=0, **optional, **drop, **model_args)
+            break
+        except TypeError as error:
+            match = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+            name = match.group(1) if match else ""
+            if name in optional:
+                del optional[name]
+            elif name in drop:
+                raise ValueError(f"{arch} has no drop path; set model.drop_path to 0.") from error
+            elif name in model_args:
+                raise ValueError(f"{arch} takes no argument {name!r}; remove it from model.model_args.") from error
+            else:
+                raise ValueError(f"timm cannot build {arch} with {model_args or 'its defaults'}: {error}.") from error
+        except (AssertionError, RuntimeError, ValueError) as error:
+            message = str(error) or "an assertion of the network failed"
+            settings = f"{model_args or 'its default arguments'}"
+            raise ValueError(f"timm cannot build {arch} for {image_size} px with {settings}: {message}") from error
+
+    sizes = [image_size, *other_sizes]
+    patch = patch_size(backbone)
+    for size in sizes:
+        if patch and size % patch:
+            lower = size // patch * patch
+            choices = " or ".join(str(side) for side in (lower, lower + patch) if side)
+            raise ValueError(f"A crop of {size} px is not divisible by the patch of {arch}, {patch} px; take {choices}.")
+    backbone.feature_dim = _trace_feature_dim(backbone, arch, sizes)
+    backbone.timm_args = {"architecture": arch, "model_args": {**optional, **model_args}, "image_size": image_size}
+    return backbone
+
+
+def patch_size(backbone: nn.Module) -> int | None:
+    """Side in pixels of what becomes one token (the stride of a convolutional stem included); None without patches."""
+    embed = getattr(backbone, "patch_embed", None)
+    if not hasattr(embed, "feat_ratio") or getattr(embed, "dynamic_img_pad", False):
+        return None
+    return embed.feat_ratio()
+
+
+def _trace_feature_dim(backbone: nn.Module, arch: str, sizes: Sequence[int]) -> int:
+    """C, from passes over shapes alone (meta device) at every crop size."""
+    tensors = {name: tensor.to("meta") for name, tensor in backbone.state_dict(keep_vars=True).items()}
+    tensors |= {name: buffer.to("meta") for name, buffer in backbone.named_buffers()}
+    was_training = backbone.training
+    backbone.eval()
+    shapes = set()
+    try:
+        for size in dict.fromkeys(sizes):
+            images = torch.empty(2, 3, size, size, device="meta")
+            try:
+                with torch.no_grad():
+                    features = torch.func.functional_call(backbone, tensors, (images,))
+            except (AssertionError, RuntimeError, ValueError, IndexError) as error:
+                message = str(error).strip().split("\n")[0] or "an assertion of the network failed"
+                raise ValueError(
+                    f"{arch}, built for crops of {sizes[0]} px, cannot take crops of {size} px ({message}). "
+                    "Make all crops one size it accepts, or choose a network that takes any size, such as vit_* or resnet*."
+                ) from error
+            shapes.add(tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__)
+    finally:
+        backbone.train(was_training)
+    shape = next(iter(shapes))
+    if len(shapes) > 1 or len(shape) != 2 or shape[0] != 2:
+        raise ValueError(f"{arch} gives {sorted(map(str, shapes))} for 2 images instead of one pooled feature an image.")
+    return shape[1]
+
+
+class Encoder(nn.Module):
+    """Backbone and head. Parameters are named ``backbone.*`` (timm's own names) and ``head.mlp.*``.
+
+    ``crops_pass``: "packed" takes the tokens of all crops of a step through the blocks together (ValueError where the
+    backbone does not allow it), "separate" gives each crop size a pass of its own, "auto" packs where that is possible.
+    ``pass_name`` and ``pass_reason`` say which was taken and why.
+    """
+
+    def __init__(self, backbone: nn.Module, head: ProjectionHead, *, crops_pass: str = "auto") -> None:
+        super().__init__()
+        if crops_pass not in ("auto", "packed", "separate"):
+            raise ValueError(f"model.crops_pass is {crops_pass!r}; it can be auto, packed or separate.")
+        self.backbone = backbone
+        self.head = head
+        supported, reason = packed.supports(backbone)
+        if crops_pass == "packed" and not supported:
+            raise ValueError(f"model.crops_pass is packed, which this network does not allow: {reason}.")
+        if crops_pass == "separate":
+            supported, reason = False, "model.crops_pass asks for it"
+        self.packed = packed.PackedPass(backbone) if supported else None
+        self.pass_name = "packed" if supported else "separate"
+        self.pass_reason = reason
+
+    @property
+    def timm_args(self) -> dict[str, Any]:
+        """What rebuilds the backbone: ``architecture``, ``model_args``, ``image_size`` (see ``build_backbone``)."""
+        return self.backbone.timm_args
+
+    def forward(self, crops: Sequence[Tensor]) -> Tensor:
+        """Crops of any sizes, [N_i, 3, H_i, W_i] each → unit embeddings [ΣN_i, D], in the order of the crops."""
+        by_size: dict[tuple[int, int], list[int]] = {}
+        for view, crop in enumerate(crops):
+            by_size.setdefault((crop.shape[-2], crop.shape[-1]), []).append(view)
+        groups = [[crops[view] for view in views] for views in by_size.values()]
+        if self.packed is not None:
+            features = self.packed(self.backbone, groups)
+        else:
+            features = torch.cat([self.backbone(torch.cat(group)) for group in groups])
+        embeddings = self.head(features)
+
+        order = [view for views in by_size.values() for view in views]
+        if order == sorted(order):
+            return embeddings
+        rows = embeddings.split([len(crops[view]) for view in order])
+        return torch.cat([rows[order.index(view)] for view in range(len(crops))])
+
+    def features(self, images: Tensor) -> Tensor:
+        """Images of one size, [N, 3, H, W] → pooled features [N, C], by timm's own forward: what evaluation and export use."""
+        return self.backbone(images)
+
+    def compile_blocks(self, **options: Any) -> None:
+        """``torch.compile`` what repeats: one graph serves all blocks of a packed pass; otherwise the backbone is compiled.
+
+        ``options`` go to ``torch.compile``. Shapes are taken as static: a training step has the same ones every time.
+        """
+        options = {"dynamic": False, **options}
+        if self.packed is not None:
+            self.packed.compile_blocks(**options)
+        else:
+            self.backbone.compile(**options)

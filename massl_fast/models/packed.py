@@ -1,0 +1,267 @@
+"""One pass of a vision transformer over crops of several sizes.
+
+Everything but attention works on single tokens, so the tokens of all crops are laid end to end, [Σ_g B_g·L_g, C] for
+groups g of B_g crops of equal size with L_g tokens each, and patch embedding, projections, norms and MLPs see one large
+matrix instead of one a size. Attention runs once per group. Results equal separate passes up to rounding.
+
+With class-token pooling the last block computes what the class tokens need and no more: keys and values of all tokens,
+but queries, output projection and MLP of one row an image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import Attention, DropPath, GluMlp, LayerScale, Mlp, PatchEmbed, SwiGLU
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
+
+Shapes = tuple[tuple[int, int], ...]
+"""(B, L) of each group: crops, tokens a crop."""
+
+
+def supports(backbone: nn.Module) -> tuple[bool, str]:
+    """Whether ``PackedPass`` computes what ``backbone`` computes, and why (or why not)."""
+    if type(backbone) is not VisionTransformer:
+        return False, f"{type(backbone).__name__} is not timm's VisionTransformer"
+    if not backbone.dynamic_img_size:
+        return False, "it was built for one image size (dynamic_img_size is off)"
+    if not isinstance(backbone.patch_drop, nn.Identity):
+        return False, "it drops patches"
+    if not len(backbone.blocks):
+        return False, "it has no blocks"
+    for index, block in enumerate(backbone.blocks):
+        expected = [
+            ("", block, (Block,)),
+            (".attn", getattr(block, "attn", None), (Attention,)),
+            (".mlp", getattr(block, "mlp", None), (Mlp, SwiGLU, GluMlp)),
+            *[(f".ls{i}", getattr(block, f"ls{i}", None), (LayerScale, nn.Identity)) for i in (1, 2)],
+            *[(f".drop_path{i}", getattr(block, f"drop_path{i}", None), (DropPath, nn.Identity)) for i in (1, 2)],
+        ]
+        for name, module, types in expected:
+            if type(module) not in types:
+                return False, f"blocks.{index}{name} is a {type(module).__name__}"
+        if any(isinstance(module, (_BatchNorm, nn.GroupNorm)) for module in block.modules()):
+            return False, f"blocks.{index} normalises over more than one token"
+    return True, "all blocks of the network work on single tokens or by plain self-attention"
+
+
+class PackedPass(nn.Module):
+    """The pass itself, with what it needs beside the backbone's weights (no parameters, nothing in the state dict)."""
+
+    def __init__(self, backbone: VisionTransformer) -> None:
+        super().__init__()
+        rates = [_drop_rate(path) for block in backbone.blocks for path in (block.drop_path1, block.drop_path2)]
+        keep = 1 - torch.tensor(rates, dtype=torch.float32)[:, None] if any(rates) else None
+        self.register_buffer("keep", keep, persistent=False)
+        self.run_block: Callable[..., Tensor] = packed_block
+        self._resampling: dict[tuple[Any, ...], Tensor] = {}
+
+    def compile_blocks(self, **options: Any) -> None:
+        """Compile the block; its weights are inputs of the graph, so that one graph serves all blocks."""
+        self.run_block = torch.compile(packed_block, **options)
+
+    def forward(self, backbone: VisionTransformer, groups: Sequence[Sequence[Tensor]]) -> Tensor:
+        """Groups of crops [N_i, 3, H, W] of one size each → pooled features [ΣN_i, C], in the order given."""
+        tokens, shapes = self._embed(backbone, groups)
+        scales = self._drop_path_scales(shapes) if self.training else None
+        blocks = list(backbone.blocks)
+        class_token_only = backbone.attn_pool is None and backbone.global_pool == "token"
+        for index, block in enumerate(blocks):
+            last = class_token_only and index == len(blocks) - 1
+            scale1, scale2 = (None, None) if scales is None else (scales[2 * index], scales[2 * index + 1])
+            run = partial(self.run_block, block, shapes=shapes, first_only=last)
+            if backbone.grad_checkpointing and torch.is_grad_enabled():
+                # Drop path was drawn above; only dropout would need its random state replayed.
+                dropout = any(isinstance(m, nn.Dropout) and m.p > 0 for m in block.modules())
+                tokens = checkpoint(run, tokens, scale1, scale2, use_reentrant=False, preserve_rng_state=dropout)
+            else:
+                tokens = run(tokens, scale1, scale2)
+        if class_token_only:
+            pooled = backbone.norm(tokens)
+        else:
+            tokens = backbone.norm(tokens)
+            rows = tokens.split([crops * length for crops, length in shapes])
+            pooled = torch.cat([backbone.pool(row.view(*shape, -1)) for row, shape in zip(rows, shapes)])
+        return backbone.head(backbone.head_drop(backbone.fc_norm(pooled)))
+
+    def _embed(self, backbone: VisionTransformer, groups: Sequence[Sequence[Tensor]]) -> tuple[Tensor, Shapes]:
+        """Patch, position and prefix embeddings: tokens [Σ B·L, C] and the groups' shapes."""
+        embed = backbone.patch_embed
+        if _is_plain(embed) and not any(crop.requires_grad for group in groups for crop in group):
+            grids, patches = _embed_patches(embed, groups)
+        else:
+            maps = [embed(torch.cat(list(group)).contiguous(memory_format=torch.channels_last)) for group in groups]
+            grids = [tuple(grid.shape[1:3]) for grid in maps]
+            patches = [grid.flatten(1, 2) for grid in maps]
+
+        prefix = [token for token in (backbone.cls_token, backbone.reg_token) if token is not None]
+        rows = []
+        for grid, patch in zip(grids, patches):
+            prefix_position, patch_position = self._positions(backbone, grid)
+            if patch_position is not None:
+                patch = patch + patch_position
+            if prefix:
+                first = torch.cat(prefix, dim=1)
+                if prefix_position is not None:
+                    first = first + prefix_position
+                patch = torch.cat([first.expand(len(patch), -1, -1).to(patch.dtype), patch], dim=1)
+            rows.append(patch)
+        shapes = tuple((row.shape[0], row.shape[1]) for row in rows)
+        tokens = torch.cat([row.flatten(0, 1) for row in rows]) if len(rows) > 1 else rows[0].flatten(0, 1)
+        return backbone.norm_pre(backbone.pos_drop(tokens)), shapes
+
+    def _positions(self, backbone: VisionTransformer, grid: tuple[int, int]) -> tuple[Tensor | None, Tensor | None]:
+        """Position embeddings of the prefix tokens and of a grid of patches, [1, P, C] and [1, h·w, C]."""
+        if backbone.pos_embed is None:
+            return None, None
+        count = 0 if backbone.no_embed_class else backbone.num_prefix_tokens
+        prefix, patches = backbone.pos_embed[:, :count], backbone.pos_embed[:, count:]
+        built_for = tuple(backbone.patch_embed.grid_size)
+        if grid != built_for:
+            matrix = self._resampling_matrix(built_for, grid, patches)
+            with torch.autocast(patches.device.type, enabled=False):
+                patches = (matrix @ patches.to(matrix.dtype)).to(patches.dtype)
+        return (prefix if count else None), patches
+
+    def _resampling_matrix(self, old: tuple[int, int], new: tuple[int, int], like: Tensor) -> Tensor:
+        """[h·w new, h·w old]: resampling is linear in the embeddings, so that it is computed once and not once a step.
+
+        A matrix product also has a deterministic gradient, which CUDA's bicubic resize has not.
+        """
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        if torch.compiler.is_compiling():
+            return _resampling_matrix(old, new, like.device, dtype)
+        key = (old, new, like.device, dtype)
+        if key not in self._resampling:
+            # Not an inference tensor: training may come after an evaluation and saves it for its backward.
+            with torch.inference_mode(False), torch.no_grad():
+                self._resampling[key] = _resampling_matrix(old, new, like.device, dtype)
+        return self._resampling[key]
+
+    def _drop_path_scales(self, shapes: Shapes) -> Tensor | None:
+        """[2·blocks, Σ B·L, 1]: 0 where a crop skips a branch, 1/keep where it does not; one draw a crop and branch."""
+        if self.keep is None:
+            return None
+        crops = sum(count for count, _ in shapes)
+        scales = torch.bernoulli(self.keep.expand(-1, crops)) / self.keep
+        rows = [
+            scale[:, :, None].expand(-1, -1, length).flatten(1)
+            for scale, (_, length) in zip(scales.split([count for count, _ in shapes], dim=1), shapes)
+        ]
+        return torch.cat(rows, dim=1)[:, :, None]
+
+
+def packed_block(
+    block: Block,
+    tokens: Tensor,
+    scale1: Tensor | None,
+    scale2: Tensor | None,
+    *,
+    shapes: Shapes,
+    first_only: bool,
+) -> Tensor:
+    """One transformer block on packed tokens [Σ B·L, C]; with ``first_only`` it returns each crop's first token, [Σ B, C]."""
+    attended = _attention(block.attn, block.norm1(tokens), shapes, first_only)
+    if first_only:
+        tokens = _first_rows(tokens, shapes)
+        if scale1 is not None:
+            scale1, scale2 = _first_rows(scale1, shapes), _first_rows(scale2, shapes)
+    tokens = _add(tokens, block.ls1(attended), scale1)
+    return _add(tokens, block.ls2(block.mlp(block.norm2(tokens))), scale2)
+
+
+def _add(tokens: Tensor, branch: Tensor, scale: Tensor | None) -> Tensor:
+    return tokens + branch if scale is None else torch.addcmul(tokens, branch, scale.to(branch.dtype))
+
+
+def _attention(attn: Attention, tokens: Tensor, shapes: Shapes, first_only: bool) -> Tensor:
+    """timm's ``Attention`` with one product for all groups before and after, and attention itself per group."""
+    heads, width = attn.num_heads, attn.head_dim
+    rows = [crops * length for crops, length in shapes]
+    dropout = attn.attn_drop.p if attn.training else 0.0
+    queries_from = _first_rows(tokens, shapes) if first_only else tokens
+    if first_only:
+        size, bias = heads * width, attn.qkv.bias
+        query = F.linear(queries_from, attn.qkv.weight[:size], None if bias is None else bias[:size])
+        other = F.linear(tokens, attn.qkv.weight[size:], None if bias is None else bias[size:])
+        parts = [
+            (query_g.view(crops, 1, 1, heads, width), other_g.view(crops, length, 2, heads, width))
+            for query_g, other_g, (crops, length) in zip(query.split([b for b, _ in shapes]), other.split(rows), shapes)
+        ]
+        parts = [(*q.unbind(2), *kv.unbind(2)) for q, kv in parts]
+    else:
+        qkv = attn.qkv(tokens).split(rows)
+        parts = [part.view(crops, length, 3, heads, width).unbind(2) for part, (crops, length) in zip(qkv, shapes)]
+    outputs = []
+    for query, key, value in parts:
+        query, key = attn.q_norm(query.transpose(1, 2)), attn.k_norm(key.transpose(1, 2))
+        output = F.scaled_dot_product_attention(query, key, value.transpose(1, 2), dropout_p=dropout)
+        outputs.append(output.transpose(1, 2).reshape(-1, heads * width))
+    output = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+    if hasattr(attn, "norm"):
+        output = attn.norm(output)
+    if getattr(attn, "gate", None) is not None:
+        output = output * attn.gate(queries_from).sigmoid()
+    return attn.proj_drop(attn.proj(output))
+
+
+def _first_rows(tokens: Tensor, shapes: Shapes) -> Tensor:
+    """[Σ B·L, C] → [Σ B, C]: the first token of each crop."""
+    rows = tokens.split([crops * length for crops, length in shapes])
+    return torch.cat([row.view(*shape, -1)[:, 0] for row, shape in zip(rows, shapes)])
+
+
+def _drop_rate(path: nn.Module) -> float:
+    return path.drop_prob if isinstance(path, DropPath) else 0.0
+
+
+def _is_plain(embed: nn.Module) -> bool:
+    """A patch embedding that is one linear map of each patch's pixels."""
+    if type(embed) is not PatchEmbed or embed.dynamic_img_pad or type(embed.proj) is not nn.Conv2d:
+        return False
+    conv = embed.proj
+    return conv.kernel_size == conv.stride == tuple(embed.patch_size) and conv.groups == 1 and not any(conv.padding)
+
+
+def _embed_patches(embed: PatchEmbed, groups: Sequence[Sequence[Tensor]]) -> tuple[list[tuple[int, int]], tuple[Tensor, ...]]:
+    """The patch embedding as one matrix product over all crops: grids (h, w) and [B, h·w, C] of each group.
+
+    Each crop is copied once, straight to its place, cast on the way. Pixels of a patch stay in channels-last order
+    (row, column, channel), which is how the loader lays images out.
+    """
+    conv, (height, width) = embed.proj, embed.patch_size
+    device = conv.weight.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else conv.weight.dtype
+    grids, counts = [], []
+    for group in groups:
+        side_y, side_x = group[0].shape[-2:]
+        if side_y % height or side_x % width:
+            raise ValueError(f"A crop of {side_y}×{side_x} px is not divisible by the patch, {height}×{width} px.")
+        grids.append((side_y // height, side_x // width))
+        counts.append(sum(len(crop) for crop in group))
+    rows = [count * h * w for count, (h, w) in zip(counts, grids)]
+
+    pixels = torch.empty(sum(rows), height * width * conv.in_channels, dtype=dtype, device=groups[0][0].device)
+    start = 0
+    for group, (h, w) in zip(groups, grids):
+        for crop in group:
+            patches = crop.view(len(crop), -1, h, height, w, width).permute(0, 2, 4, 3, 5, 1)
+            stop = start + len(crop) * h * w
+            pixels[start:stop].view(patches.shape).copy_(patches)
+            start = stop
+    weight = conv.weight.permute(0, 2, 3, 1).flatten(1)
+    embedded = embed.norm(F.linear(pixels, weight, conv.bias)).split(rows)
+    return grids, tuple(part.view(count, -1, part.shape[-1]) for part, count in zip(embedded, counts))
+
+
+def _resampling_matrix(old: tuple[int, int], new: tuple[int, int], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """timm's resampling of position embeddings (bicubic, antialiased), written as a matrix."""
+    basis = torch.eye(old[0] * old[1], device=device, dtype=dtype).view(1, -1, *old)
+    return F.interpolate(basis, size=new, mode="bicubic", antialias=True)[0].flatten(1).T.contiguous()

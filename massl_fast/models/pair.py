@@ -1,0 +1,56 @@
+"""Student and teacher: the same encoder twice, the second an exponential moving average of the first."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from massl_fast.models.backbone import Encoder
+
+
+class StudentTeacher(nn.Module):
+    """The teacher starts as a copy of the student, never receives a gradient, and stays in evaluation mode.
+
+    Batch-norm layers of a teacher are the exception: during training they normalise with the batch's own statistics, as
+    the student's do, and keep running ones of their own. The student's running statistics would not fit: they belong to
+    other weights and mix global with local crops.
+
+    Weights must be float32 or float64 (autocast makes the 16-bit copies): a teacher moving by 0.4% of a difference a
+    step would stand still in 16 bits.
+    """
+
+    def __init__(self, student: Encoder, teacher: Encoder) -> None:
+        super().__init__()
+        for name, parameter in student.named_parameters():
+            if parameter.dtype not in (torch.float32, torch.float64):
+                raise ValueError(f"Weights must be float32 (or float64), but {name} is {parameter.dtype}.")
+        self.student = student
+        self.teacher = teacher
+        self.teacher.load_state_dict(student.state_dict())
+        self.teacher.requires_grad_(False)
+        self.train()
+
+    def train(self, mode: bool = True) -> StudentTeacher:
+        """Sets the mode of the student and of the teacher's batch norms; the rest of the teacher stays in eval mode."""
+        super().train(mode)
+        self.teacher.eval()
+        for module in self.teacher.modules():
+            if isinstance(module, _BatchNorm):
+                module.train(mode)
+        return self
+
+    @torch.no_grad()
+    def update_teacher_(self, momentum: float | Tensor) -> None:
+        """teacher ← momentum · teacher + (1 − momentum) · student, all parameters at once.
+
+        ``momentum`` may be a 0-d tensor on the weights' device, so that a captured CUDA graph follows a schedule; it
+        costs one temporary of the weights' size, which a float does not. Nothing here waits for the device.
+        """
+        teacher, student = list(self.teacher.parameters()), list(self.student.parameters())
+        if isinstance(momentum, Tensor):
+            difference = torch._foreach_sub(student, teacher)
+            torch._foreach_mul_(difference, (1 - momentum).to(teacher[0].dtype))
+            torch._foreach_add_(teacher, difference)
+        else:
+            torch._foreach_lerp_(teacher, student, 1 - momentum)
