@@ -1,0 +1,306 @@
+"""What each view of an image undergoes: drawn here once for both loaders, applied here for the torchvision path.
+
+The steps and their order are those of the published augmentation (Silva et al. 2024, section 4; the multi-crop of Caron et al. 2021):
+
+    random resized crop (bicubic, antialiased) -> flip -> colour jitter in random order -> grey -> blur -> solarize -> normalise
+
+``draw`` decides, ``apply`` carries out. They are apart so that the distribution of what is drawn can be tested without an image,
+and so that another loader can carry out the very same draw.
+
+``apply`` does what ``torchvision.transforms`` does on Pillow images, several times faster: the resize runs in PyTorch's vectorised
+uint8 kernel, everything after it on float32 planes in NumPy, rounded to uint8 once at the end instead of after every step. What
+differs from the Pillow operations is at most rounding, except hue, which Pillow quantises to 256 angles and which is exact here
+(``tests/data/test_crops.py`` states the size of each difference).
+"""
+
+import math
+from dataclasses import dataclass, field, replace
+from itertools import permutations
+
+import numpy as np
+import torch
+from PIL import Image
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+LUMA = np.array([[0.299, 0.587, 0.114]], np.float32)  # ITU-R 601-2, as Image.convert("L")
+JITTER_ORDERS = tuple(permutations(("brightness", "contrast", "saturation", "hue")))
+# Below this sigma the nearest neighbours weigh less than 4e-6: no uint8 value moves.
+LEAST_BLUR_SIGMA = 0.2
+
+
+@dataclass(frozen=True)
+class View:
+    """What one view of an image may undergo. Probabilities lie in [0, 1]; ``jitter`` holds the strengths of brightness, contrast,
+    saturation (a factor is drawn from 1 ± strength) and hue (a turn of the colour circle is drawn from ± strength, at most 0.5)."""
+
+    size: int = 224  # pixels, both sides of the output
+    scale: tuple[float, float] = (0.32, 1.0)  # share of the image's area that the crop covers
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height of the crop, drawn log-uniformly
+    flip_probability: float = 0.5
+    jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)
+    jitter_probability: float = 0.8
+    grayscale_probability: float = 0.2
+    blur_probability: float = 0.0
+    blur_sigma: tuple[float, float] = (0.1, 2.0)  # pixels of the output
+    solarize_probability: float = 0.0
+    solarize_threshold: int = 128  # of 255; values from here on are inverted
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+
+    def __post_init__(self) -> None:
+        def demand(holds: bool, name: str, wanted: str) -> None:
+            if not holds:
+                raise ValueError(f"A view's {name} is {getattr(self, name)}; it must be {wanted}.")
+
+        demand(self.size >= 1, "size", "at least 1 pixel")
+        demand(0 < self.scale[0] <= self.scale[1] <= 1, "scale", "two shares of the image's area, 0 < least <= most <= 1")
+        demand(0 < self.ratio[0] <= self.ratio[1], "ratio", "two width-to-height ratios, 0 < least <= most")
+        for name in ("flip", "jitter", "grayscale", "blur", "solarize"):
+            demand(0 <= getattr(self, f"{name}_probability") <= 1, f"{name}_probability", "a probability from 0 to 1")
+        demand(len(self.jitter) == 4 and min(self.jitter) >= 0, "jitter", "four strengths of at least 0")
+        demand(self.jitter[3] <= 0.5, "jitter", "at most 0.5 in its last strength, the hue: half a turn of the colour circle")
+        demand(0 < self.blur_sigma[0] <= self.blur_sigma[1], "blur_sigma", "two positive numbers of pixels, the lesser first")
+        demand(0 <= self.solarize_threshold <= 256, "solarize_threshold", "from 0 to 256")
+        demand(len(self.mean) == 3, "mean", "three numbers, for red, green and blue")
+        demand(len(self.std) == 3 and min(self.std) > 0, "std", "three positive numbers, for red, green and blue")
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What was decided for one view of one image; pixel coordinates are those of the whole upright image."""
+
+    view: View = field(repr=False)
+    image_width: int
+    image_height: int
+    left: int
+    top: int
+    width: int
+    height: int
+    flip: bool
+    jitter: tuple[tuple[str, float], ...]  # (operation, factor or turn) in the order they are applied; empty: none
+    grayscale: bool
+    blur_sigma: float  # pixels of the output; 0: no blur
+    solarize: bool
+
+
+def published_views(
+    *,
+    global_size: int = 224,
+    local_size: int = 96,
+    num_local: int = 10,
+    global_scale: tuple[float, float] = (0.32, 1.0),
+    local_scale: tuple[float, float] = (0.05, 0.32),
+    blur_probabilities: tuple[float, float, float] = (1.0, 0.1, 0.5),
+    solarize_probabilities: tuple[float, float, float] = (0.0, 0.2, 0.0),
+    **common,
+) -> tuple[View, ...]:
+    """The views of the published recipe: two global ones first, then ``num_local`` local ones.
+
+    ``blur_probabilities`` and ``solarize_probabilities`` are those of the first global, the second global and every local view;
+    ``common`` overrides any other field of :class:`View` for all of them (small images want less blur, say).
+    """
+    if num_local < 0:
+        raise ValueError(f"The number of local crops is {num_local}; it must be at least 0.")
+    shape = View(size=global_size, scale=global_scale, **common)
+    first, second, local = (
+        replace(shape, blur_probability=blur, solarize_probability=solarize)
+        for blur, solarize in zip(blur_probabilities, solarize_probabilities)
+    )
+    return (first, second, *[replace(local, size=local_size, scale=local_scale)] * num_local)
+
+
+def sample_generator(seed: int, epoch: int, index: int, stream: int = 0) -> np.random.Generator:
+    """The random numbers of one image in one epoch: a counter-based generator, so they depend on nothing drawn before.
+
+    ``stream`` sets apart what is drawn for different purposes: 0 for the views, 1 for replacements of unreadable images.
+    """
+    return np.random.Generator(np.random.Philox(key=[seed % 2**64, 0], counter=[0, stream, index, epoch]))
+
+
+def draw(view: View, generator: np.random.Generator, width: int, height: int) -> Drawn:
+    """Decides what ``view`` of an upright image of ``width`` × ``height`` pixels undergoes.
+
+    Always takes the same count of numbers from ``generator``: what one view gets never depends on another's luck.
+    """
+    u = generator.random(33).tolist()
+    left, top, crop_width, crop_height = _draw_box(view, u[:22], width, height)
+    jitter = ()
+    if u[23] < view.jitter_probability:
+        turn = view.jitter[3] * (2 * u[27] - 1)
+        factors = {
+            name: max(0.0, 1 - strength) + spread * (1 + strength - max(0.0, 1 - strength))
+            for name, strength, spread in zip(("brightness", "contrast", "saturation"), view.jitter, u[24:27])
+        } | {"hue": turn}
+        strengths = dict(zip(factors, view.jitter))
+        jitter = tuple((name, factors[name]) for name in JITTER_ORDERS[int(u[28] * 24)] if strengths[name] > 0)
+    least, most = view.blur_sigma
+    return Drawn(
+        view=view,
+        image_width=width,
+        image_height=height,
+        left=left,
+        top=top,
+        width=crop_width,
+        height=crop_height,
+        flip=u[22] < view.flip_probability,
+        jitter=jitter,
+        grayscale=u[29] < view.grayscale_probability,
+        blur_sigma=least + (most - least) * u[31] if u[30] < view.blur_probability else 0.0,
+        solarize=u[32] < view.solarize_probability,
+    )
+
+
+def _draw_box(view: View, u: list[float], width: int, height: int) -> tuple[int, int, int, int]:
+    """Left, top, width, height of the crop: ten attempts, then the largest central crop within the ratios, as torchvision does."""
+    least, most = view.scale
+    log_least, log_most = math.log(view.ratio[0]), math.log(view.ratio[1])
+    for attempt in range(10):
+        area = width * height * (least + (most - least) * u[2 * attempt])
+        ratio = math.exp(log_least + (log_most - log_least) * u[2 * attempt + 1])
+        crop_width, crop_height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < crop_width <= width and 0 < crop_height <= height:
+            return (
+                int(u[20] * (width - crop_width + 1)),
+                int(u[21] * (height - crop_height + 1)),
+                crop_width,
+                crop_height,
+            )
+    crop_width, crop_height = width, height
+    if width / height < view.ratio[0]:
+        crop_height = min(height, round(width / view.ratio[0]))
+    elif width / height > view.ratio[1]:
+        crop_width = min(width, round(height * view.ratio[1]))
+    return (width - crop_width) // 2, (height - crop_height) // 2, crop_width, crop_height
+
+
+def apply(image: Image.Image, drawn: Drawn) -> torch.Tensor:
+    """The view of an upright RGB ``image`` that was ``drawn`` for it: float32 [3, size, size], normalised."""
+    values = render(torch.from_numpy(np.array(image)), drawn)
+    return normalize(torch.from_numpy(values)[None], drawn.view)[0]
+
+
+def normalize(values: torch.Tensor, view: View) -> torch.Tensor:
+    """uint8 [N, 3, H, W] on any device to float32 [N, 3, H, W], channels-last: (value / 255 - mean) / std."""
+    scale = torch.tensor([1 / (255 * s) for s in view.std], device=values.device)[:, None, None]
+    shift = torch.tensor([-m / s for m, s in zip(view.mean, view.std)], device=values.device)[:, None, None]
+    return values.to(torch.float32, memory_format=torch.channels_last).mul_(scale).add_(shift)
+
+
+def render(pixels: torch.Tensor, drawn: Drawn) -> np.ndarray:
+    """Everything but the normalisation: uint8 [H, W, 3] -> uint8 [3, size, size].
+
+    ``pixels`` may be a version of the image reduced in size; the box is scaled with it.
+    """
+    view = drawn.view
+    box = _crop(pixels, drawn).permute(2, 0, 1)[None]
+    resized = torch.nn.functional.interpolate(box, size=(view.size, view.size), mode="bicubic", antialias=True, align_corners=False)
+    values = resized[0].numpy()
+    if drawn.jitter or drawn.grayscale or drawn.blur_sigma >= LEAST_BLUR_SIGMA:
+        planes = values.astype(np.float32).reshape(3, -1)
+        for name, amount in drawn.jitter:
+            planes = JITTER[name](planes, amount)
+        if drawn.grayscale:
+            planes = LUMA @ planes
+        planes = planes.reshape(-1, view.size, view.size)
+        if drawn.blur_sigma >= LEAST_BLUR_SIGMA:
+            planes = gaussian_blur(planes, drawn.blur_sigma)
+        planes += 0.5
+        values = planes.astype(np.uint8)
+        if drawn.grayscale:
+            values = np.broadcast_to(values, (3, view.size, view.size))
+    if drawn.solarize:
+        values = np.where(values >= view.solarize_threshold, 255 - values, values)
+    if drawn.flip:
+        values = values[:, :, ::-1]
+    return np.ascontiguousarray(values)
+
+
+def _crop(pixels: torch.Tensor, drawn: Drawn) -> torch.Tensor:
+    height, width = pixels.shape[:2]
+    left, top, right, bottom = drawn.left, drawn.top, drawn.left + drawn.width, drawn.top + drawn.height
+    if (width, height) != (drawn.image_width, drawn.image_height):
+        along, down = width / drawn.image_width, height / drawn.image_height
+        left, top = round(left * along), round(top * down)
+        right, bottom = max(left + 1, round(right * along)), max(top + 1, round(bottom * down))
+    return pixels[top:bottom, left:right]
+
+
+# Colour operations: float32 planes [3, P] of values 0 … 255, in and out. They may work in place.
+
+
+def adjust_brightness(planes: np.ndarray, factor: float) -> np.ndarray:
+    """Blend with black."""
+    planes *= factor
+    return np.clip(planes, 0, 255, out=planes)
+
+
+def adjust_contrast(planes: np.ndarray, factor: float) -> np.ndarray:
+    """Blend with the mean of the image's own grey values."""
+    mean = float((LUMA @ planes).mean())
+    planes *= factor
+    planes += (1 - factor) * mean
+    return np.clip(planes, 0, 255, out=planes)
+
+
+def adjust_saturation(planes: np.ndarray, factor: float) -> np.ndarray:
+    """Blend with the grey image."""
+    gray = LUMA @ planes
+    gray *= 1 - factor
+    planes *= factor
+    planes += gray
+    return np.clip(planes, 0, 255, out=planes)
+
+
+def adjust_hue(planes: np.ndarray, turn: float) -> np.ndarray:
+    """Rotate the hue of HSV by ``turn`` (1 = once around), keeping saturation and value.
+
+    In HSV a channel is ``least + chroma · c(u)`` with u the hue in sixths of the circle and c a trapezoid: red |u − 3| − 1,
+    green 2 − |u − 2|, blue 2 − |u − 4|, each clipped to [0, 1].
+    """
+    red, green, blue = planes
+    most = np.maximum(np.maximum(red, green), blue)
+    least = np.minimum(np.minimum(red, green), blue)
+    chroma = most - least
+    u = np.where(most == red, green - blue, np.where(most == green, blue - red + 2 * chroma, red - green + 4 * chroma)) / np.maximum(
+        chroma, 1e-3
+    )
+    u += 6 * turn
+    u -= 6 * np.floor(u / 6)
+    for plane, centre, sign, offset in zip(planes, (3, 2, 4), (1, -1, -1), (-1, 2, 2)):
+        np.subtract(u, centre, out=plane)
+        np.abs(plane, out=plane)
+        plane *= sign
+        plane += offset
+        np.clip(plane, 0, 1, out=plane)
+        plane *= chroma
+        plane += least
+    return planes
+
+
+JITTER = {
+    "brightness": adjust_brightness,
+    "contrast": adjust_contrast,
+    "saturation": adjust_saturation,
+    "hue": adjust_hue,
+}
+
+
+def gaussian_blur(planes: np.ndarray, sigma: float) -> np.ndarray:
+    """Gaussian of ``sigma`` pixels cut off at 3 sigma, on float32 [C, H, W]; borders are repeated."""
+    radius = math.ceil(3 * sigma)
+    weights = [math.exp(-0.5 * (distance / sigma) ** 2) for distance in range(radius + 1)]
+    total = weights[0] + 2 * sum(weights[1:])
+    padded = np.pad(planes, ((0, 0), (radius, radius), (radius, radius)), mode="edge")
+    height, width = planes.shape[1:]
+    across = padded[:, :, radius : radius + width] * (weights[0] / total)
+    for distance in range(1, radius + 1):
+        pair = padded[:, :, radius - distance : radius - distance + width] + padded[:, :, radius + distance : radius + distance + width]
+        pair *= weights[distance] / total
+        across += pair
+    both = across[:, radius : radius + height] * (weights[0] / total)
+    for distance in range(1, radius + 1):
+        pair = across[:, radius - distance : radius - distance + height] + across[:, radius + distance : radius + distance + height]
+        pair *= weights[distance] / total
+        both += pair
+    return both
