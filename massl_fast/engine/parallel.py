@@ -113,3 +113,12 @@ def join_world(device: str = "auto", timeout_seconds: float = 600) -> World:
 def leave_world() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def rank_map(world: World) -> list[str]:
+    """One line a rank: where it runs and on what."""
+    if world.size == 1:
+        return [device_name(world.device)]
+    lines: list[str | None] = [None] * world.size
+    dist.all_gather_object(lines, world.describe())
+    return lines

@@ -116,7 +116,9 @@ class TrainStep:
             self.optimizer.step()
         elif finite.item():  # apex's optimizer: it has no such switch outside apex's own loss scaler, so the host asks
             self.optimizer.step()
-        self.pair.update_teacher_(torch.where(finite, settings.teacher_momentum, 1.0))
+        # In float64, because 1 − momentum is small and taken later.
+        momentum = torch.full((), settings.teacher_momentum, dtype=torch.float64, device=finite.device)
+        self.pair.update_teacher_(torch.where(finite, momentum, 1.0))
         self.scaler.update(finite)
         return torch.linalg.vector_norm(norms), finite
 

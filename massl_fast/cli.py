@@ -1,0 +1,69 @@
+"""The program ``massl-fast``: sub-commands, and mistakes of the user as one sentence and exit code 2."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+# Sub-commands and the modules that hold their `add_arguments(parser)` and `run(args) -> exit code`, imported when asked for, so
+# that `massl-fast --help` answers at once.
+COMMANDS = {
+    "train": ("massl_fast.commands.train", "train a student and its teacher"),
+    "eval knn": ("massl_fast.evaluation.command", "weighted k-NN accuracy of a checkpoint"),
+    "export": ("massl_fast.models.export", "write a backbone as a folder that timm loads"),
+    "data check": ("massl_fast.data.check", "find unreadable, tiny, duplicated and rotated images"),
+    "report": ("massl_fast.report.command", "render report.html of a run again"),
+    "inspect": ("massl_fast.kernels.machine_code", "kernel resources, compiled here, no GPU needed"),
+    "bench kernels": ("massl_fast.benchmarks.kernels", "time loss, readout, enqueue and partition beside their peers"),
+    "bench loader": ("massl_fast.benchmarks.loader", "time the loaders alone"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    words = 2 if " ".join(arguments[:2]) in COMMANDS else 1
+    command = " ".join(arguments[:words])
+    if command not in COMMANDS:
+        return _overview(arguments)
+    module_name, summary = COMMANDS[command]
+    module = importlib.import_module(module_name)
+    parser = argparse.ArgumentParser(
+        prog=f"massl-fast {command}",
+        description=summary[0].upper() + summary[1:] + ".",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    module.add_arguments(parser)
+    # A command with settings of its own (--section.key VALUE) takes what the parser does not know.
+    if getattr(module, "TAKES_SETTINGS", False):
+        args, args.settings = parser.parse_known_args(arguments[words:])
+    else:
+        args = parser.parse_args(arguments[words:])
+    try:
+        return module.run(args)
+    except ValueError as error:
+        print(f"massl-fast {command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"massl-fast {command}: interrupted.", file=sys.stderr)
+        return 130
+
+
+def _overview(arguments: list[str]) -> int:
+    groups = {name.split()[0] for name in COMMANDS if " " in name}
+    asked_for_help = (
+        not arguments or arguments[0] in ("-h", "--help") or (arguments[0] in groups and arguments[1:2] in ([], ["-h"], ["--help"]))
+    )
+    lines = ["massl-fast: MaSSL pre-training at the speed of the hardware", ""]
+    lines += [f"  massl-fast {name:<14} {summary}" for name, (_, summary) in COMMANDS.items()]
+    lines += ["", "massl-fast COMMAND --help tells more."]
+    if asked_for_help:
+        print("\n".join(lines))
+        return 0
+    print(f"massl-fast: there is no command '{' '.join(arguments[:2])}'.\n" + "\n".join(lines[2:]), file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,93 @@
+"""Which loader feeds a run, and why."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from massl_fast.config import Config, CropsSection
+from massl_fast.data.check import read_bad_files
+from massl_fast.data.crops import View, published_views
+from massl_fast.data.sources import Source
+from massl_fast.data.torch_loader import TorchLoader
+
+if TYPE_CHECKING:
+    from massl_fast.engine.parallel import World
+
+
+def views_of(crops: CropsSection) -> tuple[View, ...]:
+    """The views that the settings describe, global crops first."""
+    return published_views(
+        global_size=crops.global_size,
+        local_size=crops.local_size,
+        num_local=crops.num_local,
+        global_scale=crops.global_scale,
+        local_scale=crops.local_scale,
+        blur_probabilities=crops.blur_probability,
+        solarize_probabilities=crops.solarize_probability,
+        flip_probability=crops.flip_probability,
+        jitter=crops.jitter,
+        jitter_probability=crops.jitter_probability,
+        grayscale_probability=crops.grayscale_probability,
+        blur_sigma=crops.blur_sigma,
+        mean=crops.mean,
+        std=crops.std,
+    )
+
+
+def build_loader(
+    config: Config,
+    source: Source,
+    views: tuple[View, ...],
+    *,
+    device_batch: int,
+    accumulation: int,
+    world: World,
+    bad_files_path: Path,
+):
+    """The loader that ``data.loader`` asks for; ``loader.name`` and ``loader.reason`` say which it is and why."""
+    data = config.data
+    name, reason = choose_loader(data.loader, world.device.type)
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    workers = data.num_workers if data.num_workers >= 0 else max(1, len(os.sched_getaffinity(0)) // ranks_here - 1)
+    arguments = dict(
+        seed=config.run.seed,
+        global_batch=config.train.global_batch,
+        device_batch=device_batch,
+        accumulation=accumulation,
+        rank=world.rank,
+        world_size=world.size,
+        num_workers=workers,
+        bad_files=read_bad_files(Path(data.bad_files)) if data.bad_files else (),
+        max_bad_percent=data.max_bad_percent,
+        bad_files_path=bad_files_path,
+    )
+    if name == "torchvision":
+        loader = TorchLoader(source, views, **arguments, pin_memory=world.device.type == "cuda")
+    else:
+        from massl_fast.data.dali_loader import DaliLoader
+
+        loader = DaliLoader(source, views, **arguments, decode=data.decode, augment=data.augment, device_id=world.device.index)
+    loader.reason = reason
+    return loader
+
+
+def choose_loader(asked: str, device_type: str) -> tuple[str, str]:
+    """(torchvision or dali, reason) for a setting of auto, torchvision or dali and a device type of cuda or cpu."""
+    imports = importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None
+    if asked == "torchvision":
+        return "torchvision", "asked for"
+    if asked == "dali":
+        if not imports:
+            raise ValueError(
+                "data.loader is dali, but nvidia.dali does not import. Install nvidia-dali-cuda130 (or the build for your CUDA), "
+                "or choose auto."
+            )
+        return "dali", "asked for"
+    if not imports:
+        return "torchvision", "nvidia.dali does not import"
+    if device_type != "cuda":
+        return "torchvision", "DALI imports, but its CPU backend is no faster per core than Pillow"
+    return "dali", "it imports, and there is a GPU to feed"

@@ -1,0 +1,212 @@
+"""What a person sees of a run: progress bar, metrics.jsonl, TensorBoard, Weights & Biases, summary.json.
+
+Rates are taken over the steps since the line before. ``data_wait_percent`` is the share of that time in which the host waited for a batch.
+``model_flops_utilization_percent`` = operations a step needs (profiling.flops, nothing recomputed counted) / (seconds a step × devices ×
+dense peak of the device in the step's precision).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import resource
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+CLOCK_KEYS = (
+    "images_per_second",
+    "step_seconds",
+    "data_wait_percent",
+    "model_flops_utilization_percent",
+    "memory_allocated_peak_gib",
+    "memory_reserved_peak_gib",
+    "host_memory_peak_gib",
+)
+GIB = 2**30
+
+
+class WindowClock:
+    """Time since the last logged line, and how much of it went by waiting for data. ``now`` gives seconds."""
+
+    def __init__(self, now=time.perf_counter):
+        self.now = now
+        self.restart()
+
+    def restart(self) -> None:
+        self.started, self.waited, self.steps = self.now(), 0.0, 0
+
+    def fetch(self, iterator):
+        """``next(iterator)``, its time counted as waiting."""
+        before = self.now()
+        item = next(iterator)
+        self.waited += self.now() - before
+        return item
+
+    def read(self) -> tuple[float, float]:
+        """(seconds a step, share of the time spent waiting for data) since the restart."""
+        elapsed = self.now() - self.started
+        return elapsed / max(self.steps, 1), self.waited / elapsed if elapsed > 0 else 0.0
+
+
+def memory_peaks_gib(device: torch.device) -> dict[str, float | None]:
+    """Peaks since the last call on a GPU (None on the CPU), and the host's since the process began."""
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
+    if device.type != "cuda":
+        return {"memory_allocated_peak_gib": None, "memory_reserved_peak_gib": None, "host_memory_peak_gib": round(host, 3)}
+    peaks = {
+        "memory_allocated_peak_gib": round(torch.cuda.max_memory_allocated(device) / GIB, 3),
+        "memory_reserved_peak_gib": round(torch.cuda.max_memory_reserved(device) / GIB, 3),
+        "host_memory_peak_gib": round(host, 3),
+    }
+    torch.cuda.reset_peak_memory_stats(device)
+    return peaks
+
+
+class Rate(ProgressColumn):
+    """Loss, throughput and data wait beside the bar."""
+
+    def render(self, task) -> Text:
+        fields = task.fields
+        if "loss" not in fields:
+            return Text("")
+        return Text(f"loss {fields['loss']:.3f}  {fields['images_per_second']:.0f} images/s  data wait {fields['data_wait_percent']:.0f}%")
+
+
+class Telemetry:
+    """The outputs of the main rank. Other ranks make one with ``active=False``, whose calls do nothing."""
+
+    def __init__(self, folder: Path, *, total_steps: int, tensorboard: bool, wandb_project: str, config: dict[str, Any], active: bool):
+        self.folder, self.total_steps, self.active = folder, total_steps, active
+        self.console = Console(quiet=not active, highlight=False)
+        self.config, self.tensorboard, self.wandb_project = config, tensorboard, wandb_project
+        self.warnings: list[str] = []
+        self.metrics = self.events = self.wandb_run = self.progress = None
+
+    def say(self, sentence: str) -> None:
+        self.console.print(sentence, markup=False, soft_wrap=True)
+
+    def warn(self, sentence: str) -> None:
+        self.warnings.append(sentence)
+        self.console.print(f"Warning: {sentence}", style="yellow", markup=False, soft_wrap=True)
+
+    def start(self, step: int) -> None:
+        """Open the outputs; lines that an interrupted run wrote after ``step``, the one it resumes from, are taken back."""
+        if not self.active:
+            return
+        path = self.folder / "metrics.jsonl"
+        kept = rows_up_to(path, step)
+        temporary = path.with_suffix(".partial")
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        os.replace(temporary, path)
+        self.metrics = path.open("a", encoding="utf-8")
+        if self.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.events = SummaryWriter(self.folder / "tensorboard", purge_step=step + 1 if step else None)
+        if self.wandb_project:
+            try:
+                import wandb
+            except ImportError:
+                raise ValueError(
+                    "logging.wandb is set, but wandb is not installed. Install it (pip install 'massl-fast[wandb]') or leave it empty."
+                ) from None
+            self.wandb_run = wandb.init(
+                project=self.wandb_project, dir=self.folder, config=self.config, id=self.folder.name, resume="allow"
+            )
+        if self.console.is_terminal:
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn())
+            self.progress = Progress(*columns, console=self.console)
+            self.progress.start()
+            self.task = self.progress.add_task("training", total=self.total_steps, completed=step)
+
+    def advance(self) -> None:
+        if self.progress:
+            self.progress.advance(self.task)
+
+    def log(self, row: dict[str, Any]) -> None:
+        """One object of metrics.jsonl. Values that are not finite become null, so that the file stays JSON."""
+        if not self.active:
+            return
+        row = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
+        self.metrics.write(json.dumps(row) + "\n")
+        self.metrics.flush()
+        if self.events:
+            for key, value in row.items():
+                if key != "step" and value is not None:
+                    self.events.add_scalar(key, value, row["step"])
+        if self.wandb_run:
+            self.wandb_run.log({key: value for key, value in row.items() if value is not None}, step=row["step"])
+        if self.progress and "loss" in row:
+            self.progress.update(self.task, **{key: row[key] or 0.0 for key in ("loss", "images_per_second", "data_wait_percent")})
+        elif not self.progress:
+            self.say(line_of(row, self.total_steps))
+
+    def close(self) -> None:
+        if self.progress:
+            self.progress.stop()
+        if self.metrics:
+            self.metrics.close()
+        if self.events:
+            self.events.close()
+        if self.wandb_run:
+            self.wandb_run.finish()
+
+
+def line_of(row: dict[str, Any], total_steps: int) -> str:
+    """A logged row as one line, where there is no terminal for a progress bar."""
+    line = f"step {row['step']}/{total_steps}"
+    if row.get("loss") is not None:
+        remaining = (total_steps - row["step"]) * row["step_seconds"]
+        line += (
+            f"  loss {row['loss']:.4f}  entropy {row['student_entropy_nats']:.3f}/{row['teacher_entropy_nats']:.3f} nats"
+            f"  {row['images_per_second']:.0f} images/s  data wait {row['data_wait_percent']:.0f}%  {remaining / 60:.1f} min left"
+        )
+    return line + "".join(
+        f"  {key.removesuffix('_percent')} {value:.1f}%" for key, value in row.items() if key.startswith("knn") and "k20_" in key
+    )
+
+
+def rows_up_to(path: Path, step: int) -> list[dict[str, Any]]:
+    """Rows of a metrics file whose step is at most ``step``; a last line that was cut off is left out."""
+    if not path.is_file():
+        return []
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            break
+        if row["step"] <= step:
+            rows.append(row)
+    return rows
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computes, for summaries and records."""
+    import timm
+    import torchvision
+
+    found = {"torch": torch.__version__, "torchvision": torchvision.__version__, "timm": timm.__version__}
+    try:
+        import triton
+
+        found["triton"] = triton.__version__
+    except ImportError:
+        found["triton"] = "absent"
+    found["git_commit"] = git_commit()
+    return found
+
+
+def git_commit() -> str:
+    """Commit of the checkout the program runs from; empty outside one."""
+    here = Path(__file__).parent
+    answer = subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True)
+    return answer.stdout.strip() if answer.returncode == 0 else ""
