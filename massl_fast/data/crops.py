@@ -14,6 +14,7 @@ differs from the Pillow operations is at most rounding, except hue, which Pillow
 """
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import permutations
 
@@ -25,8 +26,7 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 LUMA = np.array([[0.299, 0.587, 0.114]], np.float32)  # ITU-R 601-2, as Image.convert("L")
 JITTER_ORDERS = tuple(permutations(("brightness", "contrast", "saturation", "hue")))
-# Below this sigma the nearest neighbours weigh less than 4e-6: no uint8 value moves.
-LEAST_BLUR_SIGMA = 0.2
+VALUES_AT_ONCE = 2**16  # float32 values of the colour operations; a quarter of a MiB stays in a core's own cache
 
 
 @dataclass(frozen=True)
@@ -176,8 +176,9 @@ def _draw_box(view: View, u: list[float], width: int, height: int) -> tuple[int,
 
 def apply(image: Image.Image, drawn: Drawn) -> torch.Tensor:
     """The view of an upright RGB ``image`` that was ``drawn`` for it: float32 [3, size, size], normalised."""
-    values = render(torch.from_numpy(np.array(image)), drawn)
-    return normalize(torch.from_numpy(values)[None], drawn.view)[0]
+    values = resize(torch.from_numpy(np.array(image)), drawn)[None]
+    color_(values, [drawn])
+    return normalize(torch.from_numpy(values), drawn.view)[0]
 
 
 def normalize(values: torch.Tensor, view: View) -> torch.Tensor:
@@ -187,33 +188,15 @@ def normalize(values: torch.Tensor, view: View) -> torch.Tensor:
     return values.to(torch.float32, memory_format=torch.channels_last).mul_(scale).add_(shift)
 
 
-def render(pixels: torch.Tensor, drawn: Drawn) -> np.ndarray:
-    """Everything but the normalisation: uint8 [H, W, 3] -> uint8 [3, size, size].
+def resize(pixels: torch.Tensor, drawn: Drawn) -> np.ndarray:
+    """Crop and resize: uint8 [H, W, 3] -> uint8 [3, size, size].
 
     ``pixels`` may be a version of the image reduced in size; the box is scaled with it.
     """
-    view = drawn.view
+    size = drawn.view.size
     box = _crop(pixels, drawn).permute(2, 0, 1)[None]
-    resized = torch.nn.functional.interpolate(box, size=(view.size, view.size), mode="bicubic", antialias=True, align_corners=False)
-    values = resized[0].numpy()
-    if drawn.jitter or drawn.grayscale or drawn.blur_sigma >= LEAST_BLUR_SIGMA:
-        planes = values.astype(np.float32).reshape(3, -1)
-        for name, amount in drawn.jitter:
-            planes = JITTER[name](planes, amount)
-        if drawn.grayscale:
-            planes = LUMA @ planes
-        planes = planes.reshape(-1, view.size, view.size)
-        if drawn.blur_sigma >= LEAST_BLUR_SIGMA:
-            planes = gaussian_blur(planes, drawn.blur_sigma)
-        planes += 0.5
-        values = planes.astype(np.uint8)
-        if drawn.grayscale:
-            values = np.broadcast_to(values, (3, view.size, view.size))
-    if drawn.solarize:
-        values = np.where(values >= view.solarize_threshold, 255 - values, values)
-    if drawn.flip:
-        values = values[:, :, ::-1]
-    return np.ascontiguousarray(values)
+    resized = torch.nn.functional.interpolate(box, size=(size, size), mode="bicubic", antialias=True)
+    return resized[0].numpy()
 
 
 def _crop(pixels: torch.Tensor, drawn: Drawn) -> torch.Tensor:
@@ -221,53 +204,99 @@ def _crop(pixels: torch.Tensor, drawn: Drawn) -> torch.Tensor:
     left, top, right, bottom = drawn.left, drawn.top, drawn.left + drawn.width, drawn.top + drawn.height
     if (width, height) != (drawn.image_width, drawn.image_height):
         along, down = width / drawn.image_width, height / drawn.image_height
-        left, top = round(left * along), round(top * down)
+        left, top = min(width - 1, round(left * along)), min(height - 1, round(top * down))
         right, bottom = max(left + 1, round(right * along)), max(top + 1, round(bottom * down))
     return pixels[top:bottom, left:right]
 
 
-# Colour operations: float32 planes [3, P] of values 0 … 255, in and out. They may work in place.
+def color_(values: np.ndarray, drawn: Sequence[Drawn]) -> None:
+    """Everything after the resize but the normalisation, in place on uint8 [N, 3, S, S], one draw each.
+
+    Small crops are worked on many at a time, as many as the cache holds, so that the cost of calling an operation is shared.
+    """
+    size = values.shape[-1]
+    touched = [n for n, d in enumerate(drawn) if d.jitter or d.grayscale or d.blur_sigma > 0]
+    at_once = max(1, VALUES_AT_ONCE // (3 * size * size))
+    for begin in range(0, len(touched), at_once):
+        rows = touched[begin : begin + at_once]
+        planes = values[rows].astype(np.float32).reshape(len(rows), 3, -1)
+        chunk = [drawn[n] for n in rows]
+        for position in range(4):
+            for name, adjust in JITTER.items():
+                amounts = {
+                    k: d.jitter[position][1]
+                    for k, d in enumerate(chunk)
+                    if d.jitter[position : position + 1] and d.jitter[position][0] == name
+                }
+                _on_rows(planes, amounts, adjust)
+        _on_rows(planes, {k: 0.0 for k, d in enumerate(chunk) if d.grayscale}, adjust_saturation)
+        images = planes.reshape(-1, 3, size, size)
+        _on_rows(images, {k: d.blur_sigma for k, d in enumerate(chunk) if d.blur_sigma > 0}, gaussian_blur)
+        images += 0.5
+        values[rows] = images.astype(np.uint8)
+    for image, d in zip(values, drawn):
+        if d.solarize:
+            np.copyto(image, 255 - image, where=image >= d.view.solarize_threshold)
+        if d.flip:
+            image[:] = image[:, :, ::-1].copy()
 
 
-def adjust_brightness(planes: np.ndarray, factor: float) -> np.ndarray:
+def _on_rows(planes: np.ndarray, amounts: dict[int, float], adjust: Callable) -> None:
+    """``planes[n] = adjust(planes[n], amounts[n])`` for the rows that ``amounts`` names."""
+    if not amounts:
+        return
+    column = np.fromiter(amounts.values(), np.float32, len(amounts)).reshape(-1, *[1] * (planes.ndim - 1))
+    if len(amounts) == len(planes):
+        adjust(planes, column)
+    else:
+        rows = list(amounts)
+        some = planes[rows]
+        adjust(some, column)
+        planes[rows] = some
+
+
+# Colour operations: float32 [N, 3, P] of values 0 … 255, changed in place; amounts float32 [N, 1, 1].
+
+
+def adjust_brightness(planes: np.ndarray, factor: np.ndarray) -> None:
     """Blend with black."""
     planes *= factor
-    return np.clip(planes, 0, 255, out=planes)
+    np.clip(planes, 0, 255, out=planes)
 
 
-def adjust_contrast(planes: np.ndarray, factor: float) -> np.ndarray:
+def adjust_contrast(planes: np.ndarray, factor: np.ndarray) -> None:
     """Blend with the mean of the image's own grey values."""
-    mean = float((LUMA @ planes).mean())
+    mean = (LUMA @ planes).mean(-1, keepdims=True)
     planes *= factor
     planes += (1 - factor) * mean
-    return np.clip(planes, 0, 255, out=planes)
+    np.clip(planes, 0, 255, out=planes)
 
 
-def adjust_saturation(planes: np.ndarray, factor: float) -> np.ndarray:
+def adjust_saturation(planes: np.ndarray, factor: np.ndarray) -> None:
     """Blend with the grey image."""
     gray = LUMA @ planes
     gray *= 1 - factor
     planes *= factor
     planes += gray
-    return np.clip(planes, 0, 255, out=planes)
+    np.clip(planes, 0, 255, out=planes)
 
 
-def adjust_hue(planes: np.ndarray, turn: float) -> np.ndarray:
+def adjust_hue(planes: np.ndarray, turn: np.ndarray) -> None:
     """Rotate the hue of HSV by ``turn`` (1 = once around), keeping saturation and value.
 
     In HSV a channel is ``least + chroma · c(u)`` with u the hue in sixths of the circle and c a trapezoid: red |u − 3| − 1,
     green 2 − |u − 2|, blue 2 − |u − 4|, each clipped to [0, 1].
     """
-    red, green, blue = planes
+    red, green, blue = planes[:, 0], planes[:, 1], planes[:, 2]
     most = np.maximum(np.maximum(red, green), blue)
     least = np.minimum(np.minimum(red, green), blue)
     chroma = most - least
     u = np.where(most == red, green - blue, np.where(most == green, blue - red + 2 * chroma, red - green + 4 * chroma)) / np.maximum(
         chroma, 1e-3
     )
-    u += 6 * turn
+    u += 6 * turn[:, 0]
     u -= 6 * np.floor(u / 6)
-    for plane, centre, sign, offset in zip(planes, (3, 2, 4), (1, -1, -1), (-1, 2, 2)):
+    for plane, centre, sign, offset in zip((red, green, blue), (3, 2, 4), (1, -1, -1), (-1, 2, 2)):
         np.subtract(u, centre, out=plane)
         np.abs(plane, out=plane)
         plane *= sign
@@ -275,7 +304,6 @@ def adjust_hue(planes: np.ndarray, turn: float) -> np.ndarray:
         np.clip(plane, 0, 1, out=plane)
         plane *= chroma
         plane += least
-    return planes
 
 
 JITTER = {
@@ -286,21 +314,40 @@ JITTER = {
 }
 
 
-def gaussian_blur(planes: np.ndarray, sigma: float) -> np.ndarray:
-    """Gaussian of ``sigma`` pixels cut off at 3 sigma, on float32 [C, H, W]; borders are repeated."""
-    radius = math.ceil(3 * sigma)
-    weights = [math.exp(-0.5 * (distance / sigma) ** 2) for distance in range(radius + 1)]
-    total = weights[0] + 2 * sum(weights[1:])
-    padded = np.pad(planes, ((0, 0), (radius, radius), (radius, radius)), mode="edge")
-    height, width = planes.shape[1:]
-    across = padded[:, :, radius : radius + width] * (weights[0] / total)
-    for distance in range(1, radius + 1):
-        pair = padded[:, :, radius - distance : radius - distance + width] + padded[:, :, radius + distance : radius + distance + width]
-        pair *= weights[distance] / total
-        across += pair
-    both = across[:, radius : radius + height] * (weights[0] / total)
-    for distance in range(1, radius + 1):
-        pair = across[:, radius - distance : radius - distance + height] + across[:, radius + distance : radius + distance + height]
-        pair *= weights[distance] / total
-        both += pair
-    return both
+def gaussian_kernel(sigma: float) -> list[float]:
+    """The weights that Pillow's GaussianBlur comes to at distances 0, 1, …, of variance sigma².
+
+    Pillow runs one box three times; the box of fractional width (Gwosdek et al. 2011, "Theoretical foundations of Gaussian
+    convolution by extended box filtering", section 3) has weight 1 at distances 0 … l and a fraction at l + 1. Weights too small
+    to move a value are left out.
+    """
+    variance = sigma**2 / 3
+    inner = math.floor((math.sqrt(12 * variance + 1) - 1) / 2)
+    fraction = (2 * inner + 1) * (inner * (inner + 1) - 3 * variance) / (6 * (variance - (inner + 1) ** 2))
+    box = np.array([fraction, *[1.0] * (2 * inner + 1), fraction]) / (2 * inner + 1 + 2 * fraction)
+    weights = np.convolve(np.convolve(box, box), box)[3 * (inner + 1) :].tolist()
+    while weights[-1] < 2e-4:
+        weights[0] += 2 * weights.pop()
+    return weights
+
+
+def gaussian_blur(images: np.ndarray, sigma: np.ndarray) -> None:
+    """Blur of ``sigma`` pixels [N, 1, 1, 1], in place on float32 [N, C, H, W]; border pixels are repeated."""
+    kernels = [gaussian_kernel(s) for s in sigma.ravel().tolist()]
+    radius = max(map(len, kernels)) - 1
+    weights = np.array([k + [0.0] * (radius + 1 - len(k)) for k in kernels], np.float32).T[:, :, None, None, None]
+    height, width = images.shape[2:]
+    padded = np.pad(images, ((0, 0), (0, 0), (radius, radius), (radius, radius)), mode="edge")
+    across = _weigh([padded[..., shift : shift + width] for shift in range(2 * radius + 1)], weights)
+    images[:] = _weigh([across[..., shift : shift + height, :] for shift in range(2 * radius + 1)], weights)
+
+
+def _weigh(shifted: list[np.ndarray], weights: np.ndarray) -> np.ndarray:
+    """The sum of shifted copies, those at equal distance from the middle with equal weight."""
+    middle = len(shifted) // 2
+    total = shifted[middle] * weights[0]
+    for distance in range(1, middle + 1):
+        pair = shifted[middle - distance] + shifted[middle + distance]
+        pair *= weights[distance]
+        total += pair
+    return total
