@@ -1,0 +1,214 @@
+"""Weighted k-nearest-neighbour classification of frozen features.
+
+Protocol of Wu et al. 2018 (*Unsupervised feature learning via non-parametric instance discrimination*) as used by DINO and MaSSL: cosine
+similarity, the k nearest training images vote for their class with weight exp(similarity / 0.07).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from massl_fast.evaluation.features import FeatureFunction, Features, LabelledImages, extract, fixed_subset
+
+if TYPE_CHECKING:
+    from massl_fast.data.sources import Source
+
+DEFAULT_KS = (10, 20, 100, 200)
+QUERY_CHUNK = 512
+KEY_CHUNK = 32768
+CACHE_BYTES = 2**30
+
+
+@torch.no_grad()
+def nearest_neighbours(queries: Tensor, keys: Tensor, k: int, *, device: torch.device | str | None = None) -> tuple[Tensor, Tensor]:
+    """The k keys of highest cosine similarity of each query, best first; equal similarities in the order of the keys.
+
+    Holds at most 512 × 32768 similarities at once, whatever the number of queries and keys.
+
+    Args:
+        queries [q, C], keys [n, C]: floating point, any scale. A row of zeros has similarity 0 with everything.
+        k: 1 … n.
+        device: where to search; None: where the keys are.
+
+    Returns:
+        similarities [q, k] float32 and indices [q, k] int64, on the CPU. Products follow the process's float32 matmul precision.
+    """
+    if not 1 <= k <= len(keys):
+        raise ValueError(f"There are {len(keys)} images to compare with; {k} nearest neighbours cannot be taken from them.")
+    device = torch.device(device) if device is not None else keys.device
+    similarities, indices = [], []
+    with torch.autocast(device.type, enabled=False):
+        keys = F.normalize(keys.to(device).float(), dim=1)
+        for some in queries.split(QUERY_CHUNK):
+            some = F.normalize(some.to(device).float(), dim=1)
+            best = torch.empty(len(some), 0, dtype=torch.int64, device=device)
+            for start in range(0, len(keys), KEY_CHUNK):
+                ranks = _ranks(some @ keys[start : start + KEY_CHUNK].T, start)
+                best = torch.cat([best, ranks], dim=1)
+                best = best.topk(min(k, best.shape[1]), dim=1).values
+            similarity, index = _from_ranks(best)
+            similarities.append(similarity.cpu())
+            indices.append(index.cpu())
+    return torch.cat(similarities), torch.cat(indices)
+
+
+def _ranks(similarities: Tensor, first_index: int) -> Tensor:
+    """Distinct int64 that sort by similarity, then by lower index.
+
+    topk leaves open which of equal values it takes, and CUDA takes different ones; distinct integers leave no choice. The upper half holds
+    the float's bits, mapped so that integers order as the floats do, the lower half the complement of the index.
+    """
+    bits = (similarities + 0.0).view(torch.int32)  # -0.0 + 0.0 is 0.0: the two zeros are equal
+    ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()
+    index = torch.arange(first_index, first_index + similarities.shape[1], device=similarities.device)
+    return (ordered << 32) | (0xFFFFFFFF - index)
+
+
+def _from_ranks(ranks: Tensor) -> tuple[Tensor, Tensor]:
+    ordered = (ranks >> 32).int()
+    bits = torch.where(ordered < 0, ordered ^ 0x7FFFFFFF, ordered)
+    return bits.view(torch.float32), 0xFFFFFFFF - (ranks & 0xFFFFFFFF)
+
+
+def knn_accuracy(
+    train: Features,
+    test: Features,
+    *,
+    ks: Sequence[int] = DEFAULT_KS,
+    temperature: float = 0.07,
+    device: torch.device | str | None = None,
+) -> dict[int, float]:
+    """Percentage of test images whose class wins the vote of their k nearest training images, for each k.
+
+    One search for the largest k serves all. Classes are matched by name; of classes with equal votes the first in `train.classes` wins. A k
+    above the number of training images means all of them, and a warning says so.
+
+    Raises:
+        ValueError: a k or temperature that is not positive, features that are not finite or of different widths, a test class that the
+            training images lack.
+    """
+    _check(train, test, ks, temperature)
+    for statement in clipped_ks(ks, len(train.labels)):
+        warnings.warn(statement, stacklevel=2)
+    clipped = {k: min(k, len(train.labels)) for k in ks}
+    similarity, index = nearest_neighbours(test.features, train.features, max(clipped.values()), device=device)
+    # Votes are few, [test images, k]; they are summed on the CPU, where the order of a sum is fixed. The row's largest similarity is
+    # subtracted, so that no temperature overflows.
+    weights = ((similarity - similarity[:, :1]).double() / temperature).exp()
+    voters = train.labels[index]
+    truth = torch.tensor([train.classes.index(name) if name in train.classes else -1 for name in test.classes])[test.labels]
+    correct = dict.fromkeys(clipped.values(), 0)
+    for rows in torch.arange(len(truth)).split(QUERY_CHUNK):
+        votes = torch.zeros(len(rows), len(train.classes), dtype=torch.float64)
+        counted = 0
+        for k in sorted(correct):
+            votes.scatter_add_(1, voters[rows, counted:k], weights[rows, counted:k])
+            counted = k
+            winner = torch.from_numpy(votes.numpy().argmax(1))  # numpy promises the first of equal values
+            correct[k] += int((winner == truth[rows]).sum())
+    return {k: 100.0 * correct[clipped[k]] / len(truth) for k in ks}
+
+
+def clipped_ks(ks: Sequence[int], num_train: int) -> list[str]:
+    """A sentence if some k exceeds the number of training images."""
+    above = [str(k) for k in ks if k > num_train]
+    if not above:
+        return []
+    return [f"k-NN with k = {', '.join(above)} compares with all {num_train} training images: there are no more."]
+
+
+def _check(train: Features, test: Features, ks: Sequence[int], temperature: float) -> None:
+    if not ks or min(ks) < 1:
+        raise ValueError(f"k-NN was asked for k = {list(ks)}; it takes one or more positive numbers of neighbours.")
+    if not temperature > 0:
+        raise ValueError(f"The temperature of the k-NN votes is {temperature}; it must be positive.")
+    if train.features.shape[1] != test.features.shape[1]:
+        raise ValueError(
+            f"Training features have {train.features.shape[1]} dimensions, test features {test.features.shape[1]}; "
+            f"both must come from the same network."
+        )
+    for name, part in (("training", train), ("test", test)):
+        broken = int((~part.features.isfinite().all(1)).sum())
+        if broken:
+            raise ValueError(
+                f"The network gives features that are not finite for {broken} of {len(part.labels)} {name} images; "
+                f"it has diverged, or its precision is too low. Evaluate an earlier checkpoint, or in fp32."
+            )
+    present = {train.classes[i] for i in train.labels.unique().tolist()}
+    missing = sorted({test.classes[i] for i in test.labels.unique().tolist()} - present)
+    if missing:
+        shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+        raise ValueError(
+            f"The test images have classes that no training image has: {shown}. k-NN can never name them; "
+            f"class folders must be called the same in both sets."
+        )
+
+
+class KnnEvaluator:
+    """k-NN accuracy of networks on one pair of labelled sets, as training goes on.
+
+    Decoded images are kept in memory between evaluations where both sets together take less than 1 GiB on this rank.
+
+    Args:
+        train_source, test_source: labelled sources; the first votes, the second is classified.
+        image_size: side of the images, pixels.
+        mean, std: of the normalisation the network was trained with.
+        max_train_images: compare with a fixed random subset of the training images; 0: all.
+        rank, world_size: each rank computes its share of the features; with world_size > 1, `evaluate` is a collective call.
+
+    Attributes:
+        notes: sentences to tell the user once, known before the first evaluation.
+    """
+
+    def __init__(
+        self,
+        train_source: Source,
+        test_source: Source,
+        *,
+        image_size: int,
+        device: torch.device | str,
+        mean: Sequence[float],
+        std: Sequence[float],
+        ks: Sequence[int] = DEFAULT_KS,
+        temperature: float = 0.07,
+        batch_size: int = 256,
+        num_workers: int = 0,
+        amp_dtype: torch.dtype | None = None,
+        max_train_images: int = 0,
+        resize_ratio: float | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+    ):
+        shape = dict(resize_ratio=resize_ratio, shard=(rank, world_size))
+        self.train = LabelledImages(train_source, image_size, positions=fixed_subset(len(train_source), max_train_images), **shape)
+        self.test = LabelledImages(test_source, image_size, **shape)
+        self.ks, self.temperature, self.device = tuple(ks), temperature, torch.device(device)
+        self.notes = [*train_source.notes, *test_source.notes, *clipped_ks(self.ks, len(self.train.labels))]
+        self._extract = dict(
+            device=device,
+            mean=mean,
+            std=std,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            amp_dtype=amp_dtype,
+            keep_images=self.train.num_bytes + self.test.num_bytes <= CACHE_BYTES,
+        )
+
+    def evaluate(self, feature_function: FeatureFunction) -> dict[int, float]:
+        """{k: percentage of test images classified correctly} of one network, run in eval mode."""
+        return self.evaluate_all({"network": feature_function})["network"]
+
+    def evaluate_all(self, functions: Mapping[str, FeatureFunction]) -> dict[str, dict[int, float]]:
+        """The same for several networks, decoding every image once. Leaves the global random state as it was."""
+        train = extract(functions, self.train, **self._extract)
+        test = extract(functions, self.test, **self._extract)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the notes have said it
+            settings = dict(ks=self.ks, temperature=self.temperature, device=self.device)
+            return {name: knn_accuracy(train[name], test[name], **settings) for name in functions}

@@ -1,0 +1,128 @@
+"""What a run folder holds, read for the report: whole, cut off at any moment, or from another version."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from massl_fast.report.figures import is_number
+
+KNN_KEY = re.compile(r"knn_(untrained|teacher|student)_k(\d+)_percent")
+
+
+@dataclass
+class RunFolder:
+    path: Path
+    settings: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """config.yaml; empty if there is none."""
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    """metrics.jsonl, one entry a step, ascending; of two lines for the same step the later one counts."""
+    summary: dict[str, Any] = field(default_factory=dict)
+    """summary.json; empty if the run has not ended."""
+    bad_files: list[str] = field(default_factory=list)
+    """Lines of bad_files.txt."""
+    notes: list[str] = field(default_factory=list)
+    """Sentences on what is missing or damaged."""
+
+    def setting(self, section: str, name: str) -> Any:
+        values = self.settings.get(section)
+        return values.get(name) if isinstance(values, dict) else None
+
+    def series(self, key: str) -> tuple[list[float], list[float]]:
+        """(steps, values) of the rows that hold a number under `key`."""
+        found = [(row["step"], row[key]) for row in self.rows if is_number(row.get(key))]
+        return [step for step, _ in found], [value for _, value in found]
+
+    def knn(self) -> dict[str, dict[int, tuple[list[float], list[float]]]]:
+        """{network: {k: (steps, percentages)}}."""
+        found: dict[str, dict[int, tuple[list[float], list[float]]]] = {}
+        for key in sorted({key for row in self.rows for key in row}):
+            if match := KNN_KEY.fullmatch(key):
+                steps, values = self.series(key)
+                if values:
+                    found.setdefault(match[1], {})[int(match[2])] = (steps, values)
+        return found
+
+    @property
+    def last_step(self) -> int:
+        return int(self.rows[-1]["step"]) if self.rows else 0
+
+
+def read_run(path: Path | str) -> RunFolder:
+    """Read a run folder.
+
+    Raises:
+        ValueError: there is no such folder, or it holds neither config.yaml nor metrics.jsonl.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise ValueError(
+            f"There is no folder {path}. A report is made of the folder that `massl-fast train` writes, for example runs/demo."
+        )
+    if not (path / "config.yaml").is_file() and not (path / "metrics.jsonl").is_file():
+        raise ValueError(
+            f"{path} is not a run folder: it holds neither config.yaml nor metrics.jsonl. Name a folder written by `massl-fast train`."
+        )
+    run = RunFolder(path)
+    run.settings = _settings(run)
+    run.rows = _rows(run)
+    run.summary = _summary(run)
+    bad_files = path / "bad_files.txt"
+    if bad_files.is_file():
+        run.bad_files = [line for line in bad_files.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    if not run.summary:
+        run.notes.append(f"There is no summary.json: the run has not reached its end. Its last logged step is {run.last_step}.")
+    elif is_number(run.summary.get("steps")) and run.last_step > run.summary["steps"]:
+        run.notes.append(
+            f"summary.json is of an earlier end at step {run.summary['steps']}; the run was continued and has logged step {run.last_step}."
+        )
+    return run
+
+
+def _settings(run: RunFolder) -> dict[str, dict[str, Any]]:
+    try:
+        settings = yaml.safe_load((run.path / "config.yaml").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        run.notes.append("There is no config.yaml: the settings of the run are not known.")
+        return {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        run.notes.append(f"config.yaml cannot be read: {error}")
+        return {}
+    return settings if isinstance(settings, dict) else {}
+
+
+def _rows(run: RunFolder) -> list[dict[str, Any]]:
+    try:
+        lines = (run.path / "metrics.jsonl").read_bytes().splitlines()
+    except FileNotFoundError:
+        run.notes.append("There is no metrics.jsonl: no step has been logged.")
+        return []
+    rows: dict[int, dict[str, Any]] = {}
+    damaged = 0
+    for line in lines:
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            rows.setdefault(int(row["step"]), {}).update(row)
+        except (ValueError, KeyError, TypeError):
+            damaged += 1
+    if damaged:
+        run.notes.append(f"{damaged} of {len(lines)} lines of metrics.jsonl are cut off or damaged and were left out.")
+    return [rows[step] for step in sorted(rows)]
+
+
+def _summary(run: RunFolder) -> dict[str, Any]:
+    try:
+        summary = json.loads((run.path / "summary.json").read_bytes())
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        run.notes.append(f"summary.json cannot be read: {error}")
+        return {}
+    return summary if isinstance(summary, dict) else {}
