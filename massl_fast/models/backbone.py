@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -65,16 +64,15 @@ def build_backbone(
             backbone = timm.create_model(arch, pretrained=False, num_classes=0, **optional, **drop, **model_args)
             break
         except TypeError as error:
-            match = re.search(r"unexpected keyword argument '(\w+)'", str(error))
-            name = match.group(1) if match else ""
-            if name in optional:
-                del optional[name]
-            elif name in drop:
-                raise ValueError(f"{arch} has no drop path; set model.drop_path to 0.") from error
-            elif name in model_args:
-                raise ValueError(f"{arch} takes no argument {name!r}; remove it from model.model_args.") from error
-            else:
+            unexpected = [name for name in (*optional, *drop, *model_args) if f"'{name}'" in str(error)]
+            if "unexpected keyword argument" not in str(error) or not unexpected:
                 raise ValueError(f"timm cannot build {arch} with {model_args or 'its defaults'}: {error}.") from error
+            for name in unexpected:
+                if name in drop:
+                    raise ValueError(f"{arch} has no drop path; set model.drop_path to 0.") from error
+                if name in model_args:
+                    raise ValueError(f"{arch} takes no argument {name!r}; remove it from model.model_args.") from error
+                del optional[name]
         except (AssertionError, RuntimeError, ValueError) as error:
             message = str(error) or "an assertion of the network failed"
             settings = f"{model_args or 'its default arguments'}"
@@ -117,7 +115,7 @@ def _trace_feature_dim(backbone: nn.Module, arch: str, sizes: Sequence[int]) -> 
                 message = str(error).strip().split("\n")[0] or "an assertion of the network failed"
                 raise ValueError(
                     f"{arch}, built for crops of {sizes[0]} px, cannot take crops of {size} px ({message}). "
-                    "Make all crops one size it accepts, or choose a network that takes any size, such as vit_* or resnet*."
+                    "Give it crops of a size it accepts, or choose a network that takes any size, such as vit_* or resnet*."
                 ) from error
             shapes.add(tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__)
     finally:

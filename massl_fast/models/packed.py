@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Attention, DropPath, GluMlp, LayerScale, Mlp, PatchEmbed, SwiGLU
-from timm.models.vision_transformer import Block, VisionTransformer
+from timm.layers import Attention, DropPath, GluMlp, Mlp, PatchEmbed, SwiGLU
+from timm.models.vision_transformer import Block, LayerScale, VisionTransformer
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
@@ -125,24 +125,24 @@ class PackedPass(nn.Module):
         prefix, patches = backbone.pos_embed[:, :count], backbone.pos_embed[:, count:]
         built_for = tuple(backbone.patch_embed.grid_size)
         if grid != built_for:
-            matrix = self._resampling_matrix(built_for, grid, patches)
+            matrix = self._resample_by(built_for, grid, patches)
             with torch.autocast(patches.device.type, enabled=False):
                 patches = (matrix @ patches.to(matrix.dtype)).to(patches.dtype)
         return (prefix if count else None), patches
 
-    def _resampling_matrix(self, old: tuple[int, int], new: tuple[int, int], like: Tensor) -> Tensor:
+    def _resample_by(self, old: tuple[int, int], new: tuple[int, int], like: Tensor) -> Tensor:
         """[h·w new, h·w old]: resampling is linear in the embeddings, so that it is computed once and not once a step.
 
         A matrix product also has a deterministic gradient, which CUDA's bicubic resize has not.
         """
         dtype = torch.promote_types(like.dtype, torch.float32)
         if torch.compiler.is_compiling():
-            return _resampling_matrix(old, new, like.device, dtype)
+            return resampling_matrix(old, new, like.device, dtype)
         key = (old, new, like.device, dtype)
         if key not in self._resampling:
             # Not an inference tensor: training may come after an evaluation and saves it for its backward.
             with torch.inference_mode(False), torch.no_grad():
-                self._resampling[key] = _resampling_matrix(old, new, like.device, dtype)
+                self._resampling[key] = resampling_matrix(old, new, like.device, dtype)
         return self._resampling[key]
 
     def _drop_path_scales(self, shapes: Shapes) -> Tensor | None:
@@ -178,7 +178,7 @@ def packed_block(
 
 
 def _add(tokens: Tensor, branch: Tensor, scale: Tensor | None) -> Tensor:
-    return tokens + branch if scale is None else torch.addcmul(tokens, branch, scale.to(branch.dtype))
+    return tokens + branch if scale is None else torch.addcmul(tokens, branch, scale)
 
 
 def _attention(attn: Attention, tokens: Tensor, shapes: Shapes, first_only: bool) -> Tensor:
@@ -261,7 +261,9 @@ def _embed_patches(embed: PatchEmbed, groups: Sequence[Sequence[Tensor]]) -> tup
     return grids, tuple(part.view(count, -1, part.shape[-1]) for part, count in zip(embedded, counts))
 
 
-def _resampling_matrix(old: tuple[int, int], new: tuple[int, int], device: torch.device, dtype: torch.dtype) -> Tensor:
-    """timm's resampling of position embeddings (bicubic, antialiased), written as a matrix."""
+def resampling_matrix(old: tuple[int, int], new: tuple[int, int], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """timm's resampling of position embeddings (bicubic, antialiased) as a matrix, [h·w new, h·w old]."""
     basis = torch.eye(old[0] * old[1], device=device, dtype=dtype).view(1, -1, *old)
+    # Channels-last as in timm; with contiguous input PyTorch 2.15 resizes wrongly to a width of 1 on the CPU.
+    basis = basis.contiguous(memory_format=torch.channels_last)
     return F.interpolate(basis, size=new, mode="bicubic", antialias=True)[0].flatten(1).T.contiguous()
