@@ -23,7 +23,7 @@ class StepSettings(NamedTuple):
 
 def cosine(step: int, start: float, end: float, length: int) -> float:
     """From ``start`` at step 0 along a half cosine towards ``end``, which step ``length`` would reach."""
-    return end + 0.5 * (start - end) * (1 + math.cos(math.pi * min(step, length) / length)) if length > 0 else end
+    return start + 0.5 * (end - start) * (1 - math.cos(math.pi * min(step, length) / length))
 
 
 def linear(step: int, start: float, end: float, length: float) -> float:

@@ -1,0 +1,80 @@
+import pytest
+
+from massl_fast.config import Config, describe_settings, load_config, parse_overrides, read_config, recipe_names, write_config
+
+
+@pytest.mark.parametrize("recipe", recipe_names())
+def test_every_recipe_is_valid_and_survives_a_round_trip(recipe, tmp_path):
+    config = load_config(recipe)
+    write_config(config, tmp_path / "config.yaml")
+    assert read_config(tmp_path / "config.yaml") == config
+
+
+def test_published_settings():
+    """Figures of the published commands (ViT-S, ViT-B) and of the paper."""
+    small, base, paper = (load_config(name) for name in ("vit_small_in1k", "vit_base_in1k", "vit_small_in1k_paper"))
+    for config, momentum, rate, floor, warmup, temperature_epochs in (
+        (small, 0.992, 5e-4, 1e-6, 0, 30),
+        (base, 0.996, 7.5e-4, 2e-6, 10, 50),
+    ):
+        assert (config.objective.memory_size, config.objective.block_size) == (131072, 16384)
+        assert (config.teacher.momentum, config.teacher.momentum_end) == (momentum, 1.0)
+        optimizer = config.optimizer
+        assert (optimizer.learning_rate, optimizer.minimum_learning_rate, optimizer.warmup_epochs) == (rate, floor, warmup)
+        assert (optimizer.weight_decay, optimizer.weight_decay_end, optimizer.clip, optimizer.clip_mode) == (0.04, 0.4, 3.0, "parameter")
+        assert config.objective.teacher_temperature_warmup_epochs == temperature_epochs
+        assert (config.crops.global_scale, config.crops.local_scale, config.crops.num_local) == ((0.32, 1.0), (0.05, 0.32), 10)
+        assert config.model.drop_path == 0.1
+    assert (paper.objective.memory_size, paper.train.global_batch, paper.optimizer.learning_rate) == (65536, 1024, 1e-5)
+    assert (paper.objective.block_reduction, paper.objective.enqueue_view) == ("sum", "first")
+
+
+def test_command_line_overrides():
+    config = load_config("demo", ["--train.steps", "7", "--optimizer.learning-rate=1e-3", "--crops.global_scale", "[0.2, 0.9]"])
+    assert (config.train.steps, config.optimizer.learning_rate, config.crops.global_scale) == (7, 1e-3, (0.2, 0.9))
+    assert parse_overrides(["--model.compile=true"]) == {"model": {"compile": True}}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--train.stepz", "1"], ["train.stepz", "train.steps"]),
+        (["--trian.steps", "1"], ["trian", "train"]),
+        (["--optimizer.memory_size", "1"], ["optimizer.memory_size", "objective.memory_size"]),
+        (["--optimizer.name", "adam"], ["optimizer.name", "'adam'", "adamw", "lars"]),
+        (["--train.steps", "many"], ["train.steps", "'many'", "integer"]),
+        (["--train.global_batch", "0"], ["train.global_batch", "greater than or equal to 1"]),
+        (["--objective.block_size", "100000"], ["block_size", "100000", "memory_size", "4096"]),
+        (["--train.global_batch", "5000"], ["memory_size", "4096", "5000"]),
+        (["--evaluation.test", ""], ["evaluation.test"]),
+        (["--crops.global_scale", "[0.9, 0.1]"], ["crops.global_scale", "smaller first"]),
+        (["--train.steps"], ["--train.steps", "no value"]),
+        (["steps", "3"], ["'steps'", "--section.key"]),
+        (["--train.steps", "["], ["--train.steps", "YAML"]),
+    ],
+)
+def test_mistakes_are_sentences_that_name_the_culprit(arguments, words):
+    with pytest.raises(ValueError) as caught:
+        load_config("demo", arguments)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_unknown_recipe_and_damaged_file(tmp_path):
+    with pytest.raises(ValueError, match="Did you mean cifar10"):
+        load_config("cifar100")
+    damaged = tmp_path / "mine.yaml"
+    damaged.write_text("train: [")
+    with pytest.raises(ValueError, match="not valid YAML"):
+        load_config(str(damaged))
+    damaged.write_text("- a list")
+    with pytest.raises(ValueError, match="mapping"):
+        load_config(str(damaged))
+
+
+def test_every_setting_is_described():
+    text = describe_settings()
+    for section, field in Config.model_fields.items():
+        for name, setting in field.annotation.model_fields.items():
+            assert f"--{section}.{name} " in text
+            assert setting.description, f"{section}.{name} has no docstring"
