@@ -1,4 +1,4 @@
-"""Which loader feeds a run, and why."""
+"""What data a setting names, and which loader feeds a run and why."""
 
 from __future__ import annotations
 
@@ -10,11 +10,25 @@ from typing import TYPE_CHECKING
 from massl_fast.config import Config, CropsSection
 from massl_fast.data.check import read_bad_files
 from massl_fast.data.crops import View, published_views
-from massl_fast.data.sources import Source
+from massl_fast.data.demo import ensure_demo_images
+from massl_fast.data.sources import Source, open_source
 from massl_fast.data.torch_loader import TorchLoader
 
 if TYPE_CHECKING:
     from massl_fast.engine.parallel import World
+
+
+DEMO_FOLDER = Path("runs/demo-images")
+
+
+def open_data(path: str, setting: str, role: str) -> Source:
+    """The images that ``path`` names; ``demo`` is the generated set, of which ``role`` is train or test. ``setting`` is for the error."""
+    if not path:
+        raise ValueError(f"{setting} is empty. Name a folder of images or WebDataset tars, or demo for the generated set.")
+    if path != "demo":
+        return open_source(path)
+    train, test = ensure_demo_images(DEMO_FOLDER)
+    return open_source(test if role == "test" else train)
 
 
 def views_of(crops: CropsSection) -> tuple[View, ...]:

@@ -19,9 +19,8 @@ import torch
 from torch import Tensor
 
 from massl_fast.config import Config, write_config
-from massl_fast.data.demo import ensure_demo_images
-from massl_fast.data.loaders import build_loader, views_of
-from massl_fast.data.sources import Source, open_source
+from massl_fast.data.loaders import build_loader, open_data, views_of
+from massl_fast.data.sources import Source
 from massl_fast.engine.advice import known_to_fail
 from massl_fast.engine.checkpoint import (
     CheckpointFolder,
@@ -99,16 +98,11 @@ class Trainer:
         return last
 
     def _open(self, path: str, setting: str, role: str) -> Source:
-        """The source a setting names; ``demo`` is the generated image set, made on first use."""
-        if not path:
-            raise ValueError(f"{setting} is empty. Name a folder of images or WebDataset tars, or demo for the generated set.")
-        if path == "demo":
-            if self.world.is_main:
-                ensure_demo_images(Path("runs/demo-images"))
-            self.world.barrier()
-            train, test = ensure_demo_images(Path("runs/demo-images"))
-            path = str(test if role == "test" else train)
-        return open_source(path)
+        """The source that a setting names."""
+        if self.world.is_main:
+            source = open_data(path, setting, role)
+        self.world.barrier()  # what is made on first use (generated images, tar indices) is made once
+        return source if self.world.is_main else open_data(path, setting, role)
 
     def _build_data(self) -> None:
         config, world = self.config, self.world
@@ -329,6 +323,12 @@ class Trainer:
         self.telemetry.total_steps = self.total_steps
         if self.resume_from:
             self._restore(self.resume_from)
+            if self.step >= self.total_steps and (self.folder / "summary.json").is_file():
+                self.telemetry.say(
+                    f"The run in {self.folder} is complete ({self.step} steps); its report is {self.folder / 'report.html'}. "
+                    f"To train again, name another --run.folder, or say --run.resume never to move this one aside."
+                )
+                return json.loads((self.folder / "summary.json").read_text(encoding="utf-8"))
         self._announce()
         if self.world.is_main:
             write_config(config, self.folder / "config.yaml")
@@ -477,6 +477,7 @@ class Trainer:
             "backend": self.backend,
             "loader": self.loader.name,
             "crops_pass": self.pair.student.pass_name,
+            "warnings": self.telemetry.warnings,
             "versions": versions(),
         }
         if self.world.is_main:

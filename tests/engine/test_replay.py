@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pytest
-
 from replay import replay
 
 TRAJECTORY = Path(__file__).parent / "golden/trajectory.npz"
