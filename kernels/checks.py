@@ -1,0 +1,114 @@
+"""What the public functions demand of their arguments. Nothing here reads a GPU tensor's value unless asked to."""
+
+import math
+import os
+
+import torch
+from torch import Tensor
+
+from massl_fast.kernels.loss import count_pairs
+from massl_fast.kernels.partition import check_step
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+CHECK_PARTITION = "MASSL_FAST_CHECK_PARTITION"
+
+
+def check_plain_tensors(tensors: tuple[Tensor, ...]) -> None:
+    for tensor in tensors:
+        if hasattr(tensor, "device_mesh"):
+            raise ValueError(
+                "The kernels work on plain tensors; found a DTensor. Pass tensor.to_local() of a replicated tensor, or gather it "
+                "with tensor.full_tensor() first."
+            )
+
+
+def check_views(student: Tensor, teacher: Tensor, memory: Tensor) -> None:
+    for name, views in (("student", student), ("teacher", teacher)):
+        if views.ndim != 3:
+            raise ValueError(f"{name} must be [views, images, width]; found shape {list(views.shape)}.")
+        check_rows(name, views, memory)
+    if student.shape[1] != teacher.shape[1]:
+        raise ValueError(
+            f"student and teacher must hold the same images; found {student.shape[1]} and {teacher.shape[1]} of them "
+            f"(shapes {list(student.shape)} and {list(teacher.shape)})."
+        )
+    if count_pairs(student.shape[0], teacher.shape[0]) == 0 or student.shape[1] == 0:
+        raise ValueError(
+            "There is no pair of different views to compare: teacher view j is the same crop as student view j; found shapes "
+            f"{list(student.shape)} and {list(teacher.shape)}. Pass at least two student views or two teacher views, and an image."
+        )
+
+
+def check_rows(name: str, rows: Tensor, memory: Tensor) -> None:
+    if memory.ndim != 2 or memory.dtype not in DTYPES:
+        raise ValueError(
+            f"memory must be [entries, width] of float32, bfloat16, float16 or float64; found {memory.dtype} of shape {list(memory.shape)}."
+        )
+    if rows.ndim < 1 or rows.shape[-1] != memory.shape[1]:
+        raise ValueError(f"{name} must be as wide as the memory, {memory.shape[1]}; found shape {list(rows.shape)}.")
+    if rows.dtype != memory.dtype:
+        raise ValueError(
+            f"{name} must have the memory's dtype, {memory.dtype}; found {rows.dtype}. Cast one of them, or call under autocast."
+        )
+    if rows.device != memory.device:
+        raise ValueError(f"{name} must lie on the memory's device, {memory.device}; found {rows.device}.")
+
+
+def check_blocks(memory: Tensor, block_size: int) -> None:
+    if not isinstance(block_size, (int, torch.SymInt)) or isinstance(block_size, bool) or not 1 <= block_size <= memory.shape[0]:
+        raise ValueError(f"block_size must be an integer between 1 and the {memory.shape[0]} entries of the memory; found {block_size!r}.")
+    if memory.shape[0] >= 2**31:
+        raise ValueError(f"memory must hold fewer than 2**31 entries; found {memory.shape[0]}.")
+
+
+def check_temperature(name: str, value: float | Tensor, memory: Tensor) -> float | Tensor:
+    """The temperature as a number, or as a 0-d tensor whose value stays unread.
+
+    Compiled code gets a tensor in any case: an op's float argument is a constant of the graph, so a schedule would recompile every
+    step, while a product of a tensor and a number stays symbolic.
+    """
+    wide = torch.float64 if memory.dtype == torch.float64 else torch.float32
+    if isinstance(value, Tensor):
+        if value.numel() != 1 or not value.is_floating_point():
+            raise ValueError(f"{name} must be a number or a float tensor of one element; found {value.dtype} of shape {list(value.shape)}.")
+        if value.device != memory.device:
+            raise ValueError(f"{name} must lie on the memory's device, {memory.device}; found {value.device}.")
+        return value.detach().reshape(()).to(wide)
+    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat)) or not 0 < value < math.inf:
+        raise ValueError(f"{name} must be a positive number; found {value!r}.")
+    return torch.ones((), device=memory.device, dtype=wide) * value if torch.compiler.is_compiling() else value
+
+
+def check_partition(partition: Tensor | None, step: int | Tensor, memory: Tensor) -> int | Tensor:
+    """Shape, dtype and device of what decides the partition; returns the step as an integer or a 0-d tensor."""
+    if partition is not None:
+        if not isinstance(partition, Tensor) or partition.dtype not in (torch.int32, torch.int64):
+            found = partition.dtype if isinstance(partition, Tensor) else type(partition).__name__
+            raise ValueError(f"partition must be an int32 or int64 tensor; found {found}.")
+        if partition.shape != memory.shape[:1]:
+            raise ValueError(
+                f"partition must name each of the {memory.shape[0]} entries of the memory once; found shape {list(partition.shape)}."
+            )
+        if partition.device != memory.device:
+            raise ValueError(f"partition must lie on the memory's device, {memory.device}; found {partition.device}.")
+    if not isinstance(step, Tensor):
+        return step
+    if partition is None and step.device != memory.device:
+        raise ValueError(f"step must be an integer or lie on the memory's device, {memory.device}; found {step.device}.")
+    return check_step(step)
+
+
+def check_permutation(partition: Tensor) -> None:
+    """That each entry is named once: always on the CPU, on a GPU (where the host would wait) when the environment asks for it."""
+    if torch.compiler.is_compiling() or (partition.device.type != "cpu" and os.environ.get(CHECK_PARTITION) != "1"):
+        return
+    entries = partition.shape[0]
+    indices = partition.long()
+    if bool(((indices < 0) | (indices >= entries)).any()):
+        raise ValueError(f"partition must hold values from 0 to {entries - 1}; found {int(indices.min())} to {int(indices.max())}.")
+    named = torch.zeros(entries, dtype=torch.bool, device=partition.device)
+    named[indices] = True
+    if not bool(named.all()):
+        raise ValueError(
+            f"partition must be a permutation; found {int((~named).sum())} of {entries} entries never named and others named twice."
+        )
