@@ -189,24 +189,11 @@ def normalize(values: torch.Tensor, view: View) -> torch.Tensor:
 
 
 def resize(pixels: torch.Tensor, drawn: Drawn) -> np.ndarray:
-    """Crop and resize: uint8 [H, W, 3] -> uint8 [3, size, size].
-
-    ``pixels`` may be a version of the image reduced in size; the box is scaled with it.
-    """
+    """Crop and resize: uint8 [H, W, 3] -> uint8 [3, size, size]."""
     size = drawn.view.size
-    box = _crop(pixels, drawn).permute(2, 0, 1)[None]
-    resized = torch.nn.functional.interpolate(box, size=(size, size), mode="bicubic", antialias=True)
+    box = pixels[drawn.top : drawn.top + drawn.height, drawn.left : drawn.left + drawn.width]
+    resized = torch.nn.functional.interpolate(box.permute(2, 0, 1)[None], size=(size, size), mode="bicubic", antialias=True)
     return resized[0].numpy()
-
-
-def _crop(pixels: torch.Tensor, drawn: Drawn) -> torch.Tensor:
-    height, width = pixels.shape[:2]
-    left, top, right, bottom = drawn.left, drawn.top, drawn.left + drawn.width, drawn.top + drawn.height
-    if (width, height) != (drawn.image_width, drawn.image_height):
-        along, down = width / drawn.image_width, height / drawn.image_height
-        left, top = min(width - 1, round(left * along)), min(height - 1, round(top * down))
-        right, bottom = max(left + 1, round(right * along)), max(top + 1, round(bottom * down))
-    return pixels[top:bottom, left:right]
 
 
 def color_(values: np.ndarray, drawn: Sequence[Drawn]) -> None:

@@ -5,6 +5,7 @@ copies nor touches them one by one.
 """
 
 import contextlib
+import copy
 import hashlib
 import json
 import os
@@ -67,6 +68,34 @@ class Source:
         """The image as it is stored. Raises OSError when it cannot be read."""
         raise NotImplementedError
 
+    def without(self, names: Collection[str]) -> "Source":
+        """The same source less the images of these names. Raises ValueError when none is left."""
+        unwanted = frozenset(names)
+        if not unwanted:
+            return self
+        kept = [i for i in range(len(self)) if self.name(i) not in unwanted]
+        missing = len(unwanted) - (len(self) - len(kept))
+        if not kept:
+            raise ValueError(f"All {len(self)} images in {self.path} are named in the list of bad files: none is left.")
+        chosen = copy.copy(self)
+        Source.__init__(
+            chosen,
+            self.path,
+            [self.name(i) for i in kept],
+            None if self._labels is None else self._labels[kept],
+            self.classes,
+            (
+                *self.notes,
+                f"{len(self) - len(kept)} images named in the list of bad files are left out"
+                + (f"; {missing} names in it do not occur here." if missing else "."),
+            ),
+        )
+        chosen._keep(kept)
+        return chosen
+
+    def _keep(self, kept: list[int]) -> None:
+        """Reduces what a subclass holds for each image."""
+
 
 class FolderSource(Source):
     """One file an image; names are paths relative to the folder, with forward slashes."""
@@ -106,6 +135,10 @@ class TarSource(Source):
             raise OSError(f"{self.shards[shard]} ends before this member does")
         return data
 
+    def _keep(self, kept: list[int]) -> None:
+        self._positions = self._positions[kept]
+        self._open = OrderedDict()
+
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_open": OrderedDict()}
 
@@ -123,7 +156,7 @@ def open_source(path: str | os.PathLike, exclude: Collection[str] = (), classes:
     if os.path.isdir(path):
         with os.scandir(path) as entries:
             shards = sorted(e.path for e in entries if e.name.lower().endswith(".tar") and not e.name.startswith("."))
-        source = _open_tars(path, shards, exclude) if shards else _open_folder(path, exclude)
+        source = _open_tars(path, shards) if shards else _open_folder(path)
     elif path.lower().endswith((".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")):
         raise ValueError(f"{path} is a compressed tar, which cannot be read at random places. Unpack it to a plain .tar.")
     elif path.lower().endswith(".tar"):
@@ -134,11 +167,12 @@ def open_source(path: str | os.PathLike, exclude: Collection[str] = (), classes:
                 + (f" ({len(missing)} of the {len(shards)} tars that {path} names are missing)" if len(shards) > 1 else "")
                 + ". Name tars that exist, for instance train-{000..003}.tar."
             )
-        source = _open_tars(path, shards, exclude)
+        source = _open_tars(path, shards)
     elif os.path.exists(path):
         raise ValueError(f"{path} is a file, but neither a folder nor a .tar. Name a folder of images or WebDataset tars.")
     else:
         raise ValueError(f"There is no folder or file {path}. Name a folder of images or WebDataset tars.")
+    source = source.without(exclude)
     return source if classes is None else _relabel(source, classes)
 
 
@@ -180,37 +214,23 @@ def _relabel(source: Source, classes: Sequence[str]) -> Source:
     return source
 
 
-def _note_excluded(exclude: Collection[str], met: int) -> list[str]:
-    if not exclude:
-        return []
-    return [
-        f"{met} images named in the list of bad files are left out"
-        + ("." if met == len(exclude) else f"; {len(exclude) - met} of the names in it do not occur here.")
-    ]
-
-
 # Folders
 
 
-def _open_folder(path: str, exclude: Collection[str]) -> FolderSource:
+def _open_folder(path: str) -> FolderSource:
     notes: list[str] = []
-    found = sorted(_walk(path, notes), key=os.fsencode)
-    if not found:
+    names = sorted(_walk(path, notes), key=os.fsencode)
+    if not names:
         raise ValueError(
             f"There are no images in {path}: no file in it ends in one of {' '.join(sorted(EXTENSIONS))} or .tar. "
             "Hidden files and folders are not looked at."
         )
-    excluded = frozenset(exclude)
-    names = [name for name in found if name not in excluded]
-    notes += _note_excluded(excluded, len(found) - len(names))
-    if not names:
-        raise ValueError(f"All {len(found)} images in {path} are named in the list of bad files: none is left.")
-    loose = sum("/" not in name for name in found)
-    if loose == len(found):
+    loose = sum("/" not in name for name in names)
+    if loose == len(names):
         return FolderSource(path, names, None, (), notes)
     if loose:
         notes.append(
-            f"{loose} images lie in {path} itself, beside {len(found) - loose} in its sub-folders: "
+            f"{loose} images lie in {path} itself, beside {len(names) - loose} in its sub-folders: "
             "the sub-folders are not taken for classes."
         )
         return FolderSource(path, names, None, (), notes)
@@ -265,27 +285,19 @@ def _identity(path: str) -> tuple[int, int]:
 # Tars
 
 
-def _open_tars(path: str, shards: Sequence[str], exclude: Collection[str]) -> TarSource:
+def _open_tars(path: str, shards: Sequence[str]) -> TarSource:
     names, positions, labels, kinds, notes = [], [], [], set(), []
-    excluded, left_out = frozenset(exclude), 0
     common = os.path.commonpath([os.path.dirname(os.path.abspath(shard)) for shard in shards])
     for number, shard in enumerate(shards):
         index = read_index(shard)
         notes += index["notes"]
         short = os.path.relpath(shard, common).replace(os.sep, "/")
         for name, offset, size, kind, label in index["images"]:
-            full = f"{short}/{name}"
-            if full in excluded:
-                left_out += 1
-                continue
-            names.append(full)
+            names.append(f"{short}/{name}")
             positions.append((number, offset, size))
             labels.append(label)
             kinds.add(kind)
-    notes += _note_excluded(excluded, left_out)
     if not names:
-        if left_out:
-            raise ValueError(f"All {left_out} images in {path} are named in the list of bad files: none is left.")
         raise ValueError(f"There are no images in {path}: no member ends in one of {' '.join(sorted(EXTENSIONS))}.")
     numbers, classes = _tar_classes(labels, kinds, common, notes)
     return TarSource(path, shards, names, np.array(positions, np.int64), numbers, classes, notes)

@@ -1,0 +1,233 @@
+"""The torchvision path: worker processes decode and augment with Pillow, NumPy and PyTorch's uint8 resize.
+
+Crops leave the workers as uint8, a quarter of the size, and become normalised floats on the device they are for.
+"""
+
+import os
+import signal
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from itertools import groupby
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from massl_fast.data.bad_files import BadFiles
+from massl_fast.data.crops import Drawn, View, color_, draw, normalize, resize, sample_generator
+from massl_fast.data.decode import UnreadableImage, decode_rgb
+from massl_fast.data.order import Batch, Order
+from massl_fast.data.sources import Source
+
+REPLACEMENTS = 100  # images tried in place of one that cannot be read
+JUDGE_AFTER = 1000  # images seen before the share of unreadable ones can end a run
+
+
+class TorchLoader:
+    """An endless, seekable source of micro-batches.
+
+    ``batches(start_step)`` depends on (seed, start_step, rank, world size) alone: not on workers, not on what was loaded before.
+    An unreadable image is named once in ``bad_files_path`` and replaced by another, which its own number and epoch decide.
+
+    Args:
+        source: where the images are; ``self.source`` is the same without those named in ``bad_files``.
+        views: what each crop undergoes, in the order of ``Batch.crops``.
+        seed: of the order of images and of every augmentation.
+        global_batch, device_batch, accumulation, rank, world_size: global_batch = world_size · accumulation · device_batch.
+        num_workers: processes; 0 loads in this one. prefetch: micro-batches that each of them works ahead.
+        max_bad_percent: share of unreadable images that ends the run with a ValueError.
+        device: where the crops go. pin_memory: page-locked host memory, which lets a copy to a GPU overlap with its work.
+
+    Raises ValueError for a batch that does not divide or is larger than the source, and where shared memory is too small.
+    """
+
+    name = "torchvision"
+
+    def __init__(
+        self,
+        source: Source,
+        views: Sequence[View],
+        *,
+        seed: int,
+        global_batch: int,
+        device_batch: int,
+        accumulation: int = 1,
+        rank: int = 0,
+        world_size: int = 1,
+        num_workers: int = 0,
+        prefetch: int = 2,
+        bad_files: Collection[str] = (),
+        max_bad_percent: float = 5.0,
+        bad_files_path: str | os.PathLike | None = None,
+        device: torch.device | str = "cpu",
+        pin_memory: bool = False,
+    ) -> None:
+        self.source = source.without(bad_files)
+        self.views = tuple(views)
+        self.order = Order(
+            len(self.source),
+            seed=seed,
+            global_batch=global_batch,
+            device_batch=device_batch,
+            accumulation=accumulation,
+            rank=rank,
+            world_size=world_size,
+            path=source.path,
+        )
+        self.steps_per_epoch = self.order.steps_per_epoch
+        images_per_epoch = self.steps_per_epoch * accumulation * device_batch
+        self.bad = BadFiles(source.path, bad_files_path, max_bad_percent, min(JUDGE_AFTER, images_per_epoch))
+        self.num_workers, self.prefetch = num_workers, prefetch
+        self.device, self.pin_memory = torch.device(device), pin_memory
+        self._micro_batches = _MicroBatches(self.source, self.views, seed)
+        self._running: Iterator[Batch] | None = None
+        if num_workers > 0:
+            self._demand_shared_memory(device_batch)
+
+    @property
+    def num_bad(self) -> int:
+        """Different unreadable images that this process has met."""
+        return len(self.bad.names)
+
+    def batches(self, start_step: int) -> Iterator[Batch]:
+        """Micro-batches from ``start_step`` on, ``accumulation`` of them a step, without end."""
+        self.close()
+        self._running = self._batches(start_step)
+        return self._running
+
+    def close(self) -> None:
+        """Ends the worker processes."""
+        if self._running is not None:
+            self._running.close()
+            self._running = None
+
+    def _batches(self, start_step: int) -> Iterator[Batch]:
+        workers = {}
+        if self.num_workers > 0:
+            # Not fork: a copy of a process that holds CUDA, DALI or OpenMP threads may lock up. The server that workers fork from
+            # imports once what they need.
+            context = torch.multiprocessing.get_context("forkserver")
+            context.set_forkserver_preload(["__main__", __name__])
+            workers = dict(multiprocessing_context=context, prefetch_factor=self.prefetch, worker_init_fn=_prepare_worker)
+        loaded = iter(
+            DataLoader(
+                self._micro_batches,
+                batch_size=None,  # an item is a whole micro-batch
+                sampler=_Keys(self.order.micro_batches(start_step)),
+                num_workers=self.num_workers,
+                collate_fn=_as_it_is,
+                pin_memory=self.pin_memory,
+                generator=torch.Generator(),  # its own: the global one belongs to the training
+                **workers,
+            )
+        )
+        try:
+            for indices, groups, bad, failure in loaded:
+                self.bad.count(len(indices) + len(bad), bad)
+                if failure:
+                    raise ValueError(failure)
+                yield Batch(self._crops(groups), indices)
+        finally:
+            del loaded
+
+    def _crops(self, groups: list[torch.Tensor]) -> list[torch.Tensor]:
+        crops: list[torch.Tensor] = [None] * len(self.views)
+        for members, values in zip(self._micro_batches.groups, groups):
+            values = values.to(self.device, non_blocking=True)
+            normalized = normalize(values.flatten(0, 1), self.views[members[0]])
+            for view, crop in zip(members, normalized.chunk(len(members))):
+                crops[view] = crop
+        return crops
+
+    def _demand_shared_memory(self, device_batch: int) -> None:
+        try:
+            status = os.statvfs("/dev/shm")
+        except OSError:
+            return  # Not every system keeps shared memory there.
+        image = sum(3 * view.size**2 for view in self.views)
+        needed, free = image * device_batch * self.num_workers * (self.prefetch + 1), status.f_bavail * status.f_frsize
+        if needed > free:
+            raise ValueError(
+                f"{self.num_workers} loader processes need {needed / 2**20:.0f} MiB of shared memory, /dev/shm has {free / 2**20:.0f} MiB "
+                "left. Give a container more (--shm-size), or set fewer data.num_workers."
+            )
+
+
+class _Keys:
+    """A sampler of the DataLoader that is its own, single iteration."""
+
+    def __init__(self, keys: Iterable) -> None:
+        self._keys = keys
+
+    def __iter__(self) -> Iterator:
+        return iter(self._keys)
+
+
+class _MicroBatches(Dataset):
+    """From (epoch, image numbers) to uint8 crops; what runs in a worker.
+
+    Views of one size and normalisation travel together: ``groups`` holds their numbers.
+    """
+
+    def __init__(self, source: Source, views: Sequence[View], seed: int) -> None:
+        self.source, self.views, self.seed = source, tuple(views), seed
+        kind = {n: (view.size, view.mean, view.std) for n, view in enumerate(views)}
+        self.groups = [list(members) for _, members in groupby(sorted(kind, key=lambda n: (kind[n], n)), key=kind.get)]
+        self._unreadable: dict[int, str] = {}
+
+    def __getitem__(self, key: tuple[int, np.ndarray]):
+        """indices [N], a uint8 tensor [views, N, 3, S, S] a group, (name, reason) of unreadable images, a sentence if all failed."""
+        epoch, wanted = key
+        indices, bad = wanted.copy(), []
+        arrays = [np.empty((len(g), len(wanted), 3, *[self.views[g[0]].size] * 2), np.uint8) for g in self.groups]
+        drawn: list[list[list[Drawn]]] = [[[] for _ in g] for g in self.groups]
+        for n, index in enumerate(wanted.tolist()):
+            found = self._read(epoch, index, bad)
+            if found is None:
+                return (
+                    torch.from_numpy(indices),
+                    [],
+                    bad,
+                    (
+                        f"{REPLACEMENTS} images of {self.source.path} that were tried one after another cannot be read; "
+                        f"the last was {bad[-1][0]}: {bad[-1][1]}. Look at the data with massl-fast data check."
+                    ),
+                )
+            indices[n], pixels = found
+            height, width = pixels.shape[:2]
+            generator = sample_generator(self.seed, epoch, index)
+            draws = [draw(view, generator, width, height) for view in self.views]
+            for group, array, lists in zip(self.groups, arrays, drawn):
+                for row, view in enumerate(group):
+                    array[row, n] = resize(pixels, draws[view])
+                    lists[row].append(draws[view])
+        for array, lists in zip(arrays, drawn):
+            color_(array.reshape(-1, *array.shape[2:]), [d for row in lists for d in row])
+        return torch.from_numpy(indices), [torch.from_numpy(a) for a in arrays], bad, None
+
+    def _read(self, epoch: int, index: int, bad: list[tuple[str, str]]) -> tuple[int, torch.Tensor] | None:
+        """The image and its pixels, uint8 [H, W, 3], or those of the first readable replacement."""
+        generator = None
+        for _ in range(1 + REPLACEMENTS):
+            reason = self._unreadable.get(index)
+            if reason is None:
+                try:
+                    image = decode_rgb(self.source.read(index), self.source.name(index))
+                    return index, torch.from_numpy(np.array(image))
+                except UnreadableImage as error:
+                    reason = error.reason
+                except OSError as error:
+                    reason = error.strerror or str(error)
+                self._unreadable[index] = reason
+            bad.append((self.source.name(index), reason))
+            generator = generator or sample_generator(self.seed, epoch, index, stream=1)
+            index = int(generator.integers(len(self.source)))
+        return None
+
+
+def _as_it_is(item):
+    return item
+
+
+def _prepare_worker(_: int) -> None:
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to handle.
