@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import traceback
 from collections.abc import Sequence
 from typing import Any
 
@@ -74,7 +75,7 @@ def build_backbone(
                     raise ValueError(f"{arch} takes no argument {name!r}; remove it from model.model_args.") from error
                 del optional[name]
         except (AssertionError, RuntimeError, ValueError) as error:
-            message = str(error) or "an assertion of the network failed"
+            message = _message(error)
             settings = f"{model_args or 'its default arguments'}"
             raise ValueError(f"timm cannot build {arch} for {image_size} px with {settings}: {message}") from error
 
@@ -112,9 +113,8 @@ def _trace_feature_dim(backbone: nn.Module, arch: str, sizes: Sequence[int]) -> 
                 with torch.no_grad():
                     features = torch.func.functional_call(backbone, tensors, (images,))
             except (AssertionError, RuntimeError, ValueError, IndexError) as error:
-                message = str(error).strip().split("\n")[0] or "an assertion of the network failed"
                 raise ValueError(
-                    f"{arch}, built for crops of {sizes[0]} px, cannot take crops of {size} px ({message}). "
+                    f"{arch}, built for crops of {sizes[0]} px, cannot take crops of {size} px ({_message(error)}). "
                     "Give it crops of a size it accepts, or choose a network that takes any size, such as vit_* or resnet*."
                 ) from error
             shapes.add(tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__)
@@ -124,6 +124,11 @@ def _trace_feature_dim(backbone: nn.Module, arch: str, sizes: Sequence[int]) -> 
     if len(shapes) > 1 or len(shape) != 2 or shape[0] != 2:
         raise ValueError(f"{arch} gives {sorted(map(str, shapes))} for 2 images instead of one pooled feature an image.")
     return shape[1]
+
+
+def _message(error: Exception) -> str:
+    """The first line of what a network said, or the assertion that failed without a word."""
+    return str(error).strip().split("\n")[0] or traceback.extract_tb(error.__traceback__)[-1].line or type(error).__name__
 
 
 class Encoder(nn.Module):

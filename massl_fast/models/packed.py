@@ -94,7 +94,7 @@ class PackedPass(nn.Module):
     def _embed(self, backbone: VisionTransformer, groups: Sequence[Sequence[Tensor]]) -> tuple[Tensor, Shapes]:
         """Patch, position and prefix embeddings: tokens [Σ B·L, C] and the groups' shapes."""
         embed = backbone.patch_embed
-        if _is_plain(embed) and not any(crop.requires_grad for group in groups for crop in group):
+        if is_plain(embed) and not any(crop.requires_grad for group in groups for crop in group):
             grids, patches = _embed_patches(embed, groups)
         else:
             maps = [embed(torch.cat(list(group)).contiguous(memory_format=torch.channels_last)) for group in groups]
@@ -222,7 +222,7 @@ def _drop_rate(path: nn.Module) -> float:
     return path.drop_prob if isinstance(path, DropPath) else 0.0
 
 
-def _is_plain(embed: nn.Module) -> bool:
+def is_plain(embed: nn.Module) -> bool:
     """A patch embedding that is one linear map of each patch's pixels."""
     if type(embed) is not PatchEmbed or embed.dynamic_img_pad or type(embed.proj) is not nn.Conv2d:
         return False
