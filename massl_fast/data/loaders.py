@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from massl_fast.config import Config, CropsSection
-from massl_fast.data.check import read_bad_files
+from massl_fast.data.bad_files import read_bad_files
 from massl_fast.data.crops import View, published_views
 from massl_fast.data.demo import ensure_demo_images
 from massl_fast.data.sources import Source, open_source
@@ -77,13 +77,14 @@ def build_loader(
         bad_files=read_bad_files(Path(data.bad_files)) if data.bad_files else (),
         max_bad_percent=data.max_bad_percent,
         bad_files_path=bad_files_path,
+        device=world.device,
     )
     if name == "torchvision":
         loader = TorchLoader(source, views, **arguments, pin_memory=world.device.type == "cuda")
     else:
         from massl_fast.data.dali_loader import DaliLoader
 
-        loader = DaliLoader(source, views, **arguments, decode=data.decode, augment=data.augment, device_id=world.device.index)
+        loader = DaliLoader(source, views, **arguments, decode=data.decode, augment=data.augment)
     loader.reason = reason
     return loader
 

@@ -226,24 +226,24 @@ class Trainer:
         config, say = self.config, self.telemetry.say
         train, objective = config.train, config.objective
         say(
-            f"Run      {self.folder}: {self.total_steps} steps, {self.total_steps / self.steps_per_epoch:.1f} epochs of "
+            f"Run       {self.folder}: {self.total_steps} steps, {self.total_steps / self.steps_per_epoch:.1f} epochs of "
             f"{self.steps_per_epoch} steps over {len(self.source)} images"
         )
         for line in rank_map(self.world):
-            say(f"Device   {line}")
+            say(f"Device    {line}")
         say(
-            f"Batch    {train.global_batch} images = {self.world.size} process{'es' if self.world.size > 1 else ''} × "
+            f"Batch     {train.global_batch} images = {self.world.size} process{'es' if self.world.size > 1 else ''} × "
             f"{self.accumulation} micro-batch{'es' if self.accumulation > 1 else ''} × {self.device_batch}"
         )
-        say(f"Precise  {self.precision.name} ({self.precision.reason})")
-        say(f"Loader   {self.loader.name} ({self.loader.reason})")
-        say(f"Model    {config.model.architecture}, crops pass: {self.pair.student.pass_name} ({self.pair.student.pass_reason})")
+        say(f"Precision {self.precision.name} ({self.precision.reason})")
+        say(f"Loader    {self.loader.name} ({self.loader.reason})")
+        say(f"Model     {config.model.architecture}, crops pass: {self.pair.student.pass_name} ({self.pair.student.pass_reason})")
         say(
-            f"Loss     backend {self.backend}; memory {objective.memory_size} × {config.model.embedding_dim}, "
+            f"Loss      backend {self.backend}; memory {objective.memory_size} × {config.model.embedding_dim}, "
             f"blocks of {objective.block_size}, {objective.partition}"
         )
         say(
-            f"Rates    peak learning rate {self.schedules.peak_learning_rate:.3g}; "
+            f"Rates     peak learning rate {self.schedules.peak_learning_rate:.3g}; "
             f"{self.flops_per_step / train.global_batch / 1e9:.3g} GFLOP an image"
         )
         for sentence in self.init_notes + (self.evaluator.notes if self.evaluator else []):
@@ -333,7 +333,7 @@ class Trainer:
         if self.world.is_main:
             write_config(config, self.folder / "config.yaml")
         if self.resume_from:
-            self.telemetry.say(f"Resumed  {self.resume_from}, step {self.step}")
+            self.telemetry.say(f"Resumed   {self.resume_from}, step {self.step}")
         self.telemetry.start(self.step)
         try:
             if self.step == 0:
@@ -369,10 +369,7 @@ class Trainer:
         gc.disable()
         try:
             while self.step < end:
-                micro_batches = []
-                for _ in range(self.accumulation):
-                    batch = clock.fetch(batches)
-                    micro_batches.append([crop.to(self.world.device, non_blocking=True) for crop in batch.crops])
+                micro_batches = [clock.fetch(batches).crops for _ in range(self.accumulation)]
                 settings = self.schedules.at(self.step)
                 # Drop path draws from here: the masks of a step depend on (seed, step, rank) alone.
                 torch.manual_seed(zlib.crc32(f"{config.run.seed}/{self.step}/{self.world.rank}".encode()))
@@ -491,7 +488,7 @@ class Trainer:
                 test_source=self.evaluation_sources[1] if self.evaluator else None,
             )
             knn = f", k-NN {summary['knn_untrained_percent']:.1f}% untrained → {summary['knn_percent']:.1f}%" if self.evaluator else ""
-            self.telemetry.say(f"Done     loss {summary['loss']:.4f}{knn}; report: {report}")
+            self.telemetry.say(f"Done      loss {summary['loss']:.4f}{knn}; report: {report}")
         self.world.barrier()
         return summary
 
