@@ -67,6 +67,8 @@ def curve_figure(
             _draw(axes, curve)
         for level in levels:
             axes.axhline(level.value, color=STAND_INS["--muted"], linewidth=1, linestyle=(0, (4, 3)), label=level.label, zorder=1)
+        # A logarithmic axis needs something to show.
+        logarithmic = logarithmic and any(value > 0 for curve in curves for value in curve.values)
         _dress(axes, unit, logarithmic, from_zero, several=len(curves) + len(levels) > 1)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
@@ -139,6 +141,7 @@ def _inline(svg: str) -> str:
     svg = re.sub(r'(<svg\b[^>]*?) width="[^"]*"', r"\1", svg, count=1)
     svg = re.sub(r'(<svg\b[^>]*?) height="[^"]*"', r"\1", svg, count=1)
     svg = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", svg)
+    svg = re.sub(r"font-family: [^;\"]*;?", "", svg)
     referred = set(re.findall(r'(?:url\(#|href="#)([^)"]+)', svg))
     return re.sub(r' id="([^"]+)"', lambda m: m.group(0) if m.group(1) in referred else "", svg)
 

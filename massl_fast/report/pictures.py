@@ -82,7 +82,7 @@ def pictures_of_run(
         return collect_pictures(
             backbone, train_source, test_source, image_size=image_size, mean=mean, std=std, max_train_images=max_train_images
         )
-    except (ValueError, OSError) as reason:
+    except (ValueError, OSError, torch.OutOfMemoryError) as reason:
         return Pictures(attention_note=str(reason), neighbours_note=str(reason))
 
 

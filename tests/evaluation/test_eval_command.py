@@ -1,0 +1,98 @@
+import argparse
+import json
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+
+from massl_fast.cli import main
+from massl_fast.evaluation import command
+from massl_fast.evaluation.knn import KnnEvaluator
+from massl_fast.models.backbone import build_backbone
+
+
+@pytest.fixture
+def data(tmp_path):
+    """(training folder, test folder): two classes told apart by brightness."""
+    for role, count in (("train", 12), ("test", 4)):
+        for c, name in enumerate(("dark", "light")):
+            (tmp_path / role / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = np.random.default_rng(i + 100 * c).integers(120 * c, 120 * c + 80, (16, 16, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / role / name / f"{i}.png")
+    return str(tmp_path / "train"), str(tmp_path / "test")
+
+
+@pytest.fixture
+def networks(monkeypatch):
+    """Stands in for a checkpoint: a teacher and a student of one architecture."""
+    made = {}
+
+    def load_backbone(path, arch=None, which="teacher"):
+        torch.manual_seed(len(made) + 10)
+        made[which] = build_backbone(
+            "vit_tiny_patch16_224", image_size=16, model_args=dict(patch_size=8, embed_dim=24, depth=1, num_heads=3)
+        )
+        return made[which], dict(architecture=arch or "vit_tiny", image_size=16, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
+
+    monkeypatch.setattr(command, "load_backbone", load_backbone)
+    return made
+
+
+def evaluate(data, *options):
+    return main(["eval", "knn", "--checkpoint", "some", "--train", data[0], "--test", data[1], "--device", "cpu", *options])
+
+
+def test_json_holds_teacher_student_untrained_and_raw_pixels(data, networks, capsys):
+    assert evaluate(data, "--k", "1", "5", "--json") == 0
+    result = json.loads(capsys.readouterr().out)
+    percents = result["knn_percent"]
+    assert list(percents) == ["teacher", "student", "untrained", "raw pixels"] and percents["raw pixels"]["5"] == 100
+    assert result["train"] == {"data": data[0], "images": 24} and result["image_size"] == 16
+    sources = command.open_data(data[0], "train"), command.open_data(data[1], "test")
+    settings = dict(image_size=16, device="cpu", mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25), ks=(1, 5))
+    for name, network in networks.items():
+        alone = KnnEvaluator(*sources, **settings).evaluate(network)
+        assert percents[name] == {str(k): value for k, value in alone.items()}
+
+
+def test_the_table_shows_every_k_and_the_notes(data, networks, capsys):
+    assert evaluate(data, "--k", "1", "100", "--which", "student") == 0
+    out = capsys.readouterr().out
+    assert "k = 1 " in out and "k = 100" in out and "student" in out and "teacher" not in out and "raw pixels" in out
+    assert "k = 100 compares with all 24 training images" in out and f"8 images of {data[1]}" in out
+
+
+def test_untrained_is_the_same_network_with_other_weights_and_leaves_the_random_state(networks):
+    network, _ = command.load_backbone(None)
+    before = torch.get_rng_state()
+    first, second = command.untrained(network), command.untrained(network)
+    assert torch.equal(torch.get_rng_state(), before)
+    shapes = {name: tensor.shape for name, tensor in network.state_dict().items()}
+    assert {name: tensor.shape for name, tensor in first.state_dict().items()} == shapes
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters()))
+    assert not torch.equal(first.blocks[0].attn.qkv.weight, network.blocks[0].attn.qkv.weight)
+
+
+def test_mistakes_are_sentences_with_exit_code_2(data, networks, capsys, tmp_path):
+    assert evaluate(data, "--k", "0") == 2 and "positive numbers of neighbours" in capsys.readouterr().err
+    assert evaluate((data[0], str(tmp_path / "gone"))) == 2 and "There is no folder or file" in capsys.readouterr().err
+    if not torch.cuda.is_available():
+        assert evaluate(data, "--device", "cuda") == 2 and "finds no GPU" in capsys.readouterr().err
+
+
+def test_help_names_every_option():
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    text = parser.format_help()
+    for option in ("--checkpoint", "--train", "--test", "--which", "--k", "--image-size", "--arch", "--json", "--temperature"):
+        assert option in text
+
+
+def test_timm_networks_are_callable_as_feature_functions(data):
+    network = timm.create_model("resnet18", num_classes=0)
+    sources = command.open_data(data[0], "train"), command.open_data(data[1], "test")
+    evaluator = KnnEvaluator(*sources, image_size=32, device="cpu", mean=(0.5,) * 3, std=(0.25,) * 3, ks=(3,))
+    assert 0 <= evaluator.evaluate(network)[3] <= 100 and network.training
