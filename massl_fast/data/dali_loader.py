@@ -1,0 +1,200 @@
+"""The DALI path: threads in C++ decode and augment, on the CPU or on the GPU.
+
+DALI's own readers and random operators are not used: the loader feeds it bytes in the order of ``order.Order`` and with the draws of
+``crops.draw``. So both loaders show an image the same crops, the pipeline has no state that a checkpoint would have to hold, and resuming
+is seeking, at any world size.
+"""
+
+import os
+from collections import deque
+from collections.abc import Collection, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+import torch
+from nvidia.dali import fn, pipeline_def, types
+
+from massl_fast.data.bad_files import BadFiles
+from massl_fast.data.crops import View
+from massl_fast.data.dali_feed import Feed, Prepared
+from massl_fast.data.dali_graph import build_graph, drawn_inputs
+from massl_fast.data.order import Batch, Order
+from massl_fast.data.sources import Source
+from massl_fast.data.torch_loader import JUDGE_AFTER
+
+LEAST_FEEDERS, MOST_FEEDERS = 2, 8  # threads that read and draw, a micro-batch each: they mostly wait for storage
+
+
+class DaliLoader:
+    """An endless, seekable source of micro-batches, interchangeable with ``torch_loader.TorchLoader``.
+
+    ``batches(start_step)`` depends on (seed, start_step, rank, world size) alone. A file that DALI cannot decode is decoded by
+    Pillow; one that neither can is named once in ``bad_files_path`` and replaced as in ``TorchLoader``. If a decoder of DALI fails,
+    which ends a pipeline, the loader finds the file, builds the pipeline anew and continues at the same micro-batch.
+
+    Args: those of ``TorchLoader``, and
+        num_workers: DALI's threads, at least 1. prefetch: micro-batches that the pipeline works ahead.
+        device: where the crops go; normalisation happens there.
+        decode: ``cpu``, or ``mixed`` for the GPU with its share of hardware decoding. augment: ``cpu`` or ``gpu``.
+            Without a GPU both are ``cpu``, and ``notes`` says so.
+        dtype: of the crops; None is float16 on a GPU (half the traffic of twelve crops) and float32 on the CPU.
+
+    Raises ValueError for a batch that does not divide or is larger than the source, and for mixed decoding of crops made on the CPU.
+    """
+
+    name = "dali"
+
+    def __init__(
+        self,
+        source: Source,
+        views: Sequence[View],
+        *,
+        seed: int,
+        global_batch: int,
+        device_batch: int,
+        accumulation: int = 1,
+        rank: int = 0,
+        world_size: int = 1,
+        num_workers: int = 1,
+        prefetch: int = 2,
+        bad_files: Collection[str] = (),
+        max_bad_percent: float = 5.0,
+        bad_files_path: str | os.PathLike | None = None,
+        device: torch.device | str = "cpu",
+        decode: str = "cpu",
+        augment: str = "cpu",
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self.source = source.without(bad_files)
+        self.views = tuple(views)
+        self.order = Order(
+            len(self.source),
+            seed=seed,
+            global_batch=global_batch,
+            device_batch=device_batch,
+            accumulation=accumulation,
+            rank=rank,
+            world_size=world_size,
+            path=source.path,
+        )
+        self.steps_per_epoch = self.order.steps_per_epoch
+        images_per_epoch = self.steps_per_epoch * accumulation * device_batch
+        self.bad = BadFiles(source.path, bad_files_path, max_bad_percent, min(JUDGE_AFTER, images_per_epoch))
+        self.num_workers, self.prefetch = max(1, num_workers), prefetch
+        self.device = torch.device(device)
+        self.num_on_host = 0  # images that Pillow decoded instead of DALI
+        self.notes: tuple[str, ...] = ()
+        on_gpu = self.device.type == "cuda"
+        if not on_gpu and (decode, augment) != ("cpu", "cpu"):
+            self.notes = (f"Without a GPU, DALI decodes and augments on the CPU (asked for: decode {decode}, augment {augment}).",)
+            decode = augment = "cpu"
+        if decode == "mixed" and augment == "cpu":
+            raise ValueError(
+                "data.decode mixed decodes on the GPU, data.augment cpu augments on the CPU: every image would travel back. "
+                "Set data.decode cpu, or data.augment gpu."
+            )
+        self.decode, self.augment = decode, augment
+        self.dtype = dtype or (torch.float16 if on_gpu else torch.float32)
+        if self.dtype not in (torch.float16, torch.float32):
+            raise ValueError(f"DALI makes crops of float16 or float32, not of {self.dtype}.")
+        self._device_id = (torch.cuda.current_device() if self.device.index is None else self.device.index) if on_gpu else None
+        self._feed = Feed(self.source, self.views, seed)
+        self._inputs = drawn_inputs(self.views)
+        self._running: Iterator[Batch] | None = None
+
+    @property
+    def num_bad(self) -> int:
+        """Different unreadable images that this process has met."""
+        return len(self.bad.names)
+
+    def batches(self, start_step: int) -> Iterator[Batch]:
+        """Micro-batches from ``start_step`` on, ``accumulation`` of them a step, without end."""
+        self.close()
+        self._running = self._batches(start_step)
+        return self._running
+
+    def close(self) -> None:
+        """Ends the threads and frees DALI's buffers."""
+        if self._running is not None:
+            self._running.close()
+            self._running = None
+
+    def _batches(self, start_step: int) -> Iterator[Batch]:
+        keys = self.order.micro_batches(start_step)
+        feeders = min(max(LEAST_FEEDERS, self.num_workers // 2), MOST_FEEDERS)
+        with ThreadPoolExecutor(feeders, "massl-fast-feed") as executor:
+            ahead: deque[Future[Prepared]] = deque()
+            running: deque[Prepared] = deque()  # in the pipeline, the next one to come out first
+
+            def feed() -> list:
+                while len(ahead) <= feeders:
+                    ahead.append(executor.submit(self._feed.prepare, *next(keys)))
+                prepared = ahead.popleft().result()
+                if prepared.failure:
+                    self.bad.count(len(prepared.wanted), prepared.bad)
+                    raise ValueError(prepared.failure)
+                running.append(prepared)
+                return [prepared.encoded, *(getattr(prepared.draws, name) for name in self._inputs)]
+
+            pipeline = self._build(feed)
+            try:
+                while True:
+                    try:
+                        outputs = pipeline.run(torch.cuda.current_stream(self.device) if self._device_id is not None else None)
+                    except RuntimeError as error:
+                        self._find_culprits(running, error)
+                        again = [executor.submit(self._feed.prepare, p.epoch, p.wanted) for p in running]
+                        ahead.extendleft(reversed(again))
+                        running.clear()
+                        pipeline = self._build(feed)
+                        continue
+                    prepared = running.popleft()
+                    self.bad.count(len(prepared.wanted) + len(prepared.bad), prepared.bad)
+                    self.num_on_host += prepared.on_host
+                    yield Batch([_as_torch(crops) for crops in outputs], torch.from_numpy(prepared.indices))
+            finally:
+                executor.shutdown(wait=False, cancel_futures=True)
+
+    def _build(self, feed):
+        return build_graph(
+            self.views,
+            feed,
+            batch_size=self.order.device_batch,
+            num_threads=self.num_workers,
+            device_id=self._device_id,
+            decode=self.decode,
+            augment=self.augment,
+            half=self.dtype == torch.float16,
+            prefetch=self.prefetch,
+        )
+
+    def _find_culprits(self, running: Collection[Prepared], error: RuntimeError) -> None:
+        """Has images that DALI cannot decode decoded by Pillow from now on. Raises ``error`` where there are none."""
+        found = False
+        for prepared in running:
+            for index, data in zip(prepared.indices.tolist(), prepared.encoded):
+                if index not in self._feed.not_for_dali and not _decodes(data, self.decode, self._device_id):
+                    self._feed.not_for_dali.add(index)
+                    found = True
+        if not found:
+            raise error
+
+
+def _as_torch(crops) -> torch.Tensor:
+    """DALI's [N, H, W, 3] as [N, 3, H, W], channels-last, the same memory: kept alive by the tensor, given back when that is freed."""
+    return torch.from_dlpack(crops.as_tensor()).permute(0, 3, 1, 2)
+
+
+def _decodes(data: np.ndarray, device: str, device_id: int | None) -> bool:
+    """Whether DALI decodes this image, tried in a pipeline of its own: a failure ends it."""
+
+    @pipeline_def
+    def graph():
+        encoded = fn.external_source(source=lambda: [data], batch=True)
+        return fn.decoders.image(encoded, device=device, output_type=types.RGB)
+
+    try:
+        graph(batch_size=1, num_threads=1, device_id=device_id, prefetch_queue_depth=1).run()
+    except RuntimeError:
+        return False
+    return True
