@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -18,7 +17,7 @@ from massl_fast.data.demo import ensure_demo_images
 from massl_fast.data.sources import Source, open_source
 from massl_fast.evaluation.features import FeatureFunction, raw_pixels
 from massl_fast.evaluation.knn import DEFAULT_KS, KnnEvaluator
-from massl_fast.models.published import load_backbone
+from massl_fast.models.published import load_backbone, rebuild
 
 UNTRAINED_SEED = 0
 
@@ -47,10 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     device = chosen_device(args.device)
-    names = ("teacher", "student") if args.which == "both" else (args.which,)
-    networks: dict[str, nn.Module] = {}
-    for name in names:
-        networks[name], info = load_backbone(args.checkpoint, arch=args.arch, which=name)
+    networks, info = networks_of(args.checkpoint, args.which, args.arch)
     networks["untrained"] = untrained(next(iter(networks.values())))
     functions: dict[str, FeatureFunction] = {name: network.to(device) for name, network in networks.items()}
     image_size = args.image_size or info["image_size"]
@@ -74,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
         "temperature": args.temperature,
         "train": {"data": args.train, "images": len(evaluator.train.labels)},
         "test": {"data": args.test, "images": len(evaluator.test.labels)},
-        "notes": evaluator.notes,
+        "notes": info["notes"] + evaluator.notes,
         "knn_percent": percents,
     }
     if args.json:
@@ -82,6 +78,25 @@ def run(args: argparse.Namespace) -> int:
     else:
         _print_table(result)
     return 0
+
+
+def networks_of(checkpoint: Path, which: str, arch: str | None) -> tuple[dict[str, nn.Module], dict[str, Any]]:
+    """({name: network}, what is known of the checkpoint). Of "both", a student that the checkpoint lacks is noted and left out."""
+    first = "student" if which == "student" else "teacher"
+    network, info = load_backbone(checkpoint, arch=arch, which=first)
+    networks = {first: network}
+    if which == "both":
+        try:
+            student, _ = load_backbone(checkpoint, arch=arch, which="student")
+        except ValueError as reason:
+            info["notes"] = [*info["notes"], f"Without a student: {reason}"]
+        else:
+            weights = student.state_dict()
+            if not all(torch.equal(tensor, weights[name]) for name, tensor in network.state_dict().items()):
+                networks["student"] = student
+            else:
+                info["notes"] = [*info["notes"], f"Student and teacher of {checkpoint} are the same network; it is shown once."]
+    return networks, info
 
 
 def open_data(path: str, role: str) -> Source:
@@ -102,8 +117,7 @@ def untrained(network: nn.Module) -> nn.Module:
     """The same network with random weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(UNTRAINED_SEED)
-        made_from = network.timm_args
-        return timm.create_model(made_from["architecture"], pretrained=False, num_classes=0, **made_from["model_args"])
+        return rebuild(network.timm_args)
 
 
 def _print_table(result: dict[str, Any]) -> None:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from massl_fast.evaluation.command import chosen_device
 from massl_fast.report.page import write_report
-from massl_fast.report.pictures import MAX_TRAIN_IMAGES
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,9 +19,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-train-images",
         type=int,
-        default=MAX_TRAIN_IMAGES,
         metavar="N",
-        help=f"search neighbours among a fixed random subset of N training images; 0: all (default: {MAX_TRAIN_IMAGES})",
+        help="search neighbours among a fixed random subset of N training images; 0: all (default: 20000 on a GPU, 4000 on a CPU)",
     )
 
 

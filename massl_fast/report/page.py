@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from massl_fast.data.sources import Source
 from massl_fast.report.figures import Curve, Level, curve_figure, is_number
-from massl_fast.report.pictures import MAX_TRAIN_IMAGES, Pictures, pictures_of_run
+from massl_fast.report.pictures import Pictures, pictures_of_run
 from massl_fast.report.run_folder import RunFolder, read_run
 from massl_fast.report.style import STYLE
 
@@ -35,7 +35,7 @@ def write_report(
     backbone: nn.Module | None = None,
     train_source: Source | None = None,
     test_source: Source | None = None,
-    max_train_images: int = MAX_TRAIN_IMAGES,
+    max_train_images: int | None = None,
     device: torch.device | str | None = None,
 ) -> Path:
     """Write `report.html` into a run folder and return its path.
@@ -45,7 +45,8 @@ def write_report(
     Args:
         backbone: the teacher's timm network, for attention maps and nearest neighbours; None: from the last checkpoint.
         train_source, test_source: labelled images; None: those that the run's settings name.
-        max_train_images: nearest neighbours are searched among a fixed random subset of this many training images; 0: all.
+        max_train_images: nearest neighbours are searched among a fixed random subset of this many training images; 0: all; None: as many
+            as take little time (`collect_pictures`).
         device: for a backbone from a checkpoint; None: the GPU where there is one.
 
     Raises:

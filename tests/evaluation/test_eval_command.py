@@ -8,9 +8,13 @@ import torch
 from PIL import Image
 
 from massl_fast.cli import main
+from massl_fast.engine.checkpoint import CheckpointFolder
 from massl_fast.evaluation import command
 from massl_fast.evaluation.knn import KnnEvaluator
 from massl_fast.models.backbone import build_backbone
+
+
+ARGUMENTS = dict(patch_size=8, embed_dim=24, depth=1, num_heads=3)
 
 
 @pytest.fixture
@@ -35,7 +39,7 @@ def networks(monkeypatch):
         made[which] = build_backbone(
             "vit_tiny_patch16_224", image_size=16, model_args=dict(patch_size=8, embed_dim=24, depth=1, num_heads=3)
         )
-        return made[which], dict(architecture=arch or "vit_tiny", image_size=16, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
+        return made[which], dict(architecture=arch or "vit_tiny", image_size=16, mean=(0.5,) * 3, std=(0.25,) * 3, notes=["A note."])
 
     monkeypatch.setattr(command, "load_backbone", load_backbone)
     return made
@@ -62,7 +66,7 @@ def test_the_table_shows_every_k_and_the_notes(data, networks, capsys):
     assert evaluate(data, "--k", "1", "100", "--which", "student") == 0
     out = capsys.readouterr().out
     assert "k = 1 " in out and "k = 100" in out and "student" in out and "teacher" not in out and "raw pixels" in out
-    assert "k = 100 compares with all 24 training images" in out and f"8 images of {data[1]}" in out
+    assert "A note." in out and "k = 100 compares with all 24 training images" in out and f"8 images of {data[1]}" in out
 
 
 def test_untrained_is_the_same_network_with_other_weights_and_leaves_the_random_state(networks):
@@ -96,3 +100,40 @@ def test_timm_networks_are_callable_as_feature_functions(data):
     sources = command.open_data(data[0], "train"), command.open_data(data[1], "test")
     evaluator = KnnEvaluator(*sources, image_size=32, device="cpu", mean=(0.5,) * 3, std=(0.25,) * 3, ks=(3,))
     assert 0 <= evaluator.evaluate(network)[3] <= 100 and network.training
+
+
+class TestCheckpoints:
+    """Real ones, through load_backbone."""
+
+    def write(self, folder, networks, **state):
+        tensors = {f"{which}/backbone.{name}": tensor for which, net in networks.items() for name, tensor in net.state_dict().items()}
+        timm_args = dict(architecture="vit_tiny_patch16_224", model_args=ARGUMENTS, image_size=16)
+        return CheckpointFolder(folder).save(1, tensors, {"timm_args": timm_args, **state})
+
+    def network(self, seed):
+        torch.manual_seed(seed)
+        return build_backbone("vit_tiny_patch16_224", image_size=16, model_args=ARGUMENTS)
+
+    def test_teacher_and_student_of_a_run(self, tmp_path, data, capsys):
+        path = self.write(tmp_path / "c", {"teacher": self.network(1), "student": self.network(2)})
+        assert main(["eval", "knn", "--checkpoint", str(path), "--train", data[0], "--test", data[1], "--k", "3", "--json"]) == 0
+        assert list(json.loads(capsys.readouterr().out)["knn_percent"]) == ["teacher", "student", "untrained", "raw pixels"]
+
+    def test_one_network_is_shown_once(self, tmp_path, data):
+        same = self.write(tmp_path / "c", {"teacher": self.network(1), "student": self.network(1)})
+        networks, info = command.networks_of(same, "both", None)
+        assert list(networks) == ["teacher"] and "shown once" in info["notes"][-1]
+
+    def test_a_missing_student_is_noted(self, tmp_path):
+        path = self.write(tmp_path / "c", {"teacher": self.network(1)})
+        networks, info = command.networks_of(path, "both", None)
+        assert list(networks) == ["teacher"] and "Without a student:" in info["notes"][-1]
+        with pytest.raises(ValueError, match="holds no student"):
+            command.networks_of(path, "student", None)
+
+    def test_a_damaged_checkpoint_is_a_sentence(self, tmp_path, data, capsys):
+        arguments = ["eval", "knn", "--train", data[0], "--test", data[1], "--checkpoint"]
+        assert main([*arguments, str(tmp_path / "gone")]) == 2 and "There is no checkpoint" in capsys.readouterr().err
+        path = self.write(tmp_path / "c", {"teacher": self.network(1)})
+        (path / "state.safetensors").write_bytes(b"nothing")
+        assert main([*arguments, str(path)]) == 2 and "cannot be read" in capsys.readouterr().err

@@ -51,7 +51,7 @@ def test_leaves_no_hook_behind():
     [
         ("resnet18", {}, "ResNet does not end in a transformer block"),
         ("vit_tiny_patch16_224", SMALL | {"class_token": False, "global_pool": "avg"}, "pools its patches and has no"),
-        ("eva02_tiny_patch14_224", {"num_classes": 0}, "RoPE|keeps its queries"),
+        ("eva02_tiny_patch14_224", {"num_classes": 0, "depth": 1, "embed_dim": 48, "num_heads": 3}, "RoPE|keeps its queries"),
         ("beit_base_patch16_224", {"num_classes": 0, "depth": 1, "embed_dim": 48, "num_heads": 3}, "keeps its queries and keys to itself"),
     ],
 )
