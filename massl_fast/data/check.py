@@ -93,8 +93,8 @@ def _examined(source: Source, smallest: int, workers: int) -> Iterator[tuple[int
         for task in tasks:
             yield from _examine_all(source, smallest, task)
         return
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["__main__", __name__])
+    # Not fork: the progress bar has a thread. Not forkserver: a process has one server, and the loader's is to hold PyTorch.
+    context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, initializer=_hold, initargs=(source, smallest)) as pool:
         # A few tasks ahead and no more: a source of millions must not wait in a queue.
         waiting = deque((task, pool.submit(_examine_held, task)) for task in islice(tasks, 4 * workers))
