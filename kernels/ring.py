@@ -6,12 +6,15 @@ from torch import Tensor
 EPS = 1e-6  # of the published normalisation
 
 
-def enqueue_(memory: Tensor, pointer: Tensor, rows: Tensor) -> None:
+def enqueue_(memory: Tensor, pointer: Tensor, rows: Tensor, *, enabled: Tensor | None = None) -> None:
     """Write ``rows`` into ``memory`` at ``pointer``, wrapping around, and move the pointer past them; all in place.
 
     ``memory`` [K, D] floating point; ``pointer`` int64 [1] in [0, K), on the same device; ``rows`` [..., D] of any floating dtype, at most
     K of them, normalised to unit length (in float32 or wider) and cast to the memory's dtype. The row that entered last lies before the
     pointer. No host synchronisation, capturable in a CUDA graph. Raises ValueError for arguments that do not fit each other.
+
+    ``enabled``: bool tensor of one element on the device; where it is false, memory and pointer stay as they are (a trainer that finds
+    a step unsound only on the device uses it).
     """
     _check(memory, pointer, rows)
     rows = rows.detach().reshape(-1, memory.shape[1])
@@ -21,13 +24,17 @@ def enqueue_(memory: Tensor, pointer: Tensor, rows: Tensor) -> None:
         from massl_fast.kernels import ring_kernel
 
         if ring_kernel.supported(memory, rows):
-            return ring_kernel.enqueue_(memory, pointer, rows, EPS)
+            return ring_kernel.enqueue_(memory, pointer, rows, EPS, enabled)
     with torch.no_grad():
         wide = torch.promote_types(rows.dtype, torch.float32)
         unit = torch.nn.functional.normalize(rows.to(wide), dim=-1, eps=EPS)
         positions = (pointer + torch.arange(rows.shape[0], device=memory.device)) % memory.shape[0]
-        memory.index_copy_(0, positions, unit.to(memory.dtype))
-        pointer.add_(rows.shape[0]).remainder_(memory.shape[0])
+        entering, count = unit.to(memory.dtype), rows.shape[0]
+        if enabled is not None:
+            entering = torch.where(enabled, entering, memory.index_select(0, positions))
+            count = count * enabled.to(pointer.dtype)
+        memory.index_copy_(0, positions, entering)
+        pointer.add_(count).remainder_(memory.shape[0])
 
 
 def _check(memory: Tensor, pointer: Tensor, rows: Tensor) -> None:

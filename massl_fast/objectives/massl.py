@@ -76,8 +76,7 @@ class MasslObjective(nn.Module):
 
     def enqueue_(self, rows: Tensor, enabled: Tensor) -> None:
         """Write ``rows`` [n, D] over the oldest entries; where ``enabled`` (bool 0-d tensor) is false nothing changes."""
-        if enabled.item():
-            enqueue_(self.memory, self.pointer, rows)
+        enqueue_(self.memory, self.pointer, rows, enabled=enabled)
 
     def spread(self) -> Tensor:
         """1 − ‖mean entry‖²: 1 for a memory spread evenly over the sphere, 0 for one that has collapsed to a point."""
