@@ -13,8 +13,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from massl_fast.engine.telemetry import CLOCK_KEYS
 from small_images import write_images
+
+from massl_fast.engine.telemetry import CLOCK_KEYS
 
 SETTINGS = """
 data: {num_workers: 1, loader: torchvision}

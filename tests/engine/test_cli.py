@@ -1,0 +1,108 @@
+"""What a user sees of the program: help, and mistakes as one sentence with exit code 2."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from massl_fast.cli import COMMANDS, main
+from small_images import write_images
+
+TINY = [
+    *("--recipe", "demo", "--data.loader", "torchvision", "--data.num_workers", "0", "--logging.tensorboard", "false"),
+    *("--model.architecture", "vit_tiny_patch16_224", "--model.model_args", "{patch_size: 4, depth: 1, num_heads: 2, embed_dim: 32}"),
+    *("--crops.global_size", "16", "--crops.local_size", "8", "--crops.num_local", "1", "--model.head_hidden_dim", "16"),
+    *("--objective.memory_size", "32", "--objective.block_size", "16", "--train.global_batch", "8", "--train.steps", "2"),
+    *("--optimizer.warmup_epochs", "0", "--evaluation.image_size", "16", "--evaluation.ks", "[3]", "--evaluation.every_epochs", "0"),
+]
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Path:
+    return write_images(tmp_path_factory.mktemp("images"), classes=2, per_class=8)
+
+
+def train(folder: Path, images: Path, *settings: str) -> int:
+    data = ["--data.train", str(images), "--evaluation.train", str(images), "--evaluation.test", str(images)]
+    return main(["train", *TINY, "--run.folder", str(folder / "run"), *data, *settings])
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(command, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([*command.split(), "--help"])
+    assert ended.value.code == 0
+    assert f"massl-fast {command}" in capsys.readouterr().out
+
+
+def test_overview_and_unknown_command(capsys):
+    assert main([]) == 0 and main(["--help"]) == 0 and main(["bench"]) == 0
+    assert "massl-fast train" in capsys.readouterr().out
+    assert main(["trian"]) == 2
+    assert "no command 'trian'" in capsys.readouterr().err
+
+
+def test_print_config(capsys):
+    assert main(["train", "--recipe", "vit_small_in1k", "--print-config", "--train.epochs", "3"]) == 0
+    assert "epochs: 3.0" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["--data.train", "/nowhere/at/all"], ["/nowhere/at/all"]),
+        (["--data.train", ""], ["data.train", "empty"]),
+        (["--train.global_batch", "17"], ["17", "16 images"]),
+        (["--crops.local_size", "10"], ["10", "4"]),
+        (["--objective.block_size", "64"], ["objective.block_size", "64", "32"]),
+        (["--objective.memory_size", "4", "--objective.block_size", "4"], ["objective.memory_size", "4", "train.global_batch", "8"]),
+        (["--recipe", "imagenet"], ["imagenet", "vit_small_in1k"]),
+        (["--train.bacth", "4"], ["train.bacth"]),
+        (["--train.epochs", "long"], ["train.epochs", "'long'"]),
+        (["--model.architecture", "vit_tinny"], ["vit_tinny"]),
+        (["--train.device_batch", "3"], ["train.device_batch", "3", "8"]),
+        (["--run.resume", "must"], ["run.resume", "no complete checkpoint"]),
+        (["--objective.backend", "triton"], ["triton"]),
+        (["--optimizer.warmup_epochs", "9"], ["warmup_epochs"]),
+    ],
+)
+def test_mistakes_are_one_sentence_and_exit_code_2(settings, words, images, tmp_path, capsys):
+    assert train(tmp_path, images, *settings) == 2
+    complaint = capsys.readouterr().err
+    assert complaint.startswith("massl-fast train: ") and "Traceback" not in complaint
+    for word in words:
+        assert word in complaint
+
+
+def test_empty_folder_and_one_image(images, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    assert train(tmp_path, tmp_path / "empty") == 2
+    assert "empty" in capsys.readouterr().err
+    one = write_images(tmp_path / "one", classes=1, per_class=1)
+    assert train(tmp_path, images, "--data.train", str(one)) == 2
+    assert "1 image" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(os.geteuid() == 0 and not Path("/proc/version").exists(), reason="needs a place that refuses writing")
+def test_a_place_that_refuses_writing(images, tmp_path, capsys):
+    # Root may write into read-only folders, but nobody may make a folder under a file.
+    (tmp_path / "file").write_text("")
+    assert train(tmp_path / "file", images) == 2
+    complaint = capsys.readouterr().err
+    assert str(tmp_path / "file") in complaint and "Traceback" not in complaint
+
+
+def test_a_run_completes_and_another_architecture_is_refused(images, tmp_path, capsys):
+    assert train(tmp_path, images) == 0
+    folder = tmp_path / "run"
+    for name in ("config.yaml", "metrics.jsonl", "summary.json", "report.html", "checkpoints/last", "checkpoints/best"):
+        assert (folder / name).exists(), name
+    assert train(tmp_path, images) == 0
+    assert "is complete" in capsys.readouterr().out
+    changed = ["--model.model_args", "{patch_size: 4, depth: 2, num_heads: 2, embed_dim: 32}"]
+    assert train(tmp_path, images, *changed) == 2
+    assert "another architecture" in capsys.readouterr().err
+    assert main(["eval", "knn", "--checkpoint", str(folder), "--train", str(images), "--test", str(images), "--k", "3"]) == 0
+    assert main(["export", "--checkpoint", str(folder), "--to", str(tmp_path / "exported")]) == 0
+    assert train(tmp_path, images, "--run.resume", "never") == 0
+    assert (tmp_path / "run.1/summary.json").exists(), "an old run is moved aside, not lost"
