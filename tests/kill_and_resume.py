@@ -13,9 +13,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from small_images import write_images
-
 from massl_fast.engine.telemetry import CLOCK_KEYS
+from small_images import write_images
 
 SETTINGS = """
 data: {num_workers: 1, loader: torchvision}

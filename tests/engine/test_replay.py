@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+
 from replay import replay
 
 TRAJECTORY = Path(__file__).parent / "golden/trajectory.npz"
