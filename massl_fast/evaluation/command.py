@@ -132,6 +132,6 @@ def _print_table(result: dict[str, Any]) -> None:
     console.print(table)
     say = partial(console.print, markup=False, soft_wrap=True)
     test, train = result["test"], result["train"]
-    say(f"{test['images']} images of {test['data']}, classified by {train['images']} of {train['data']}.")
+    say(f"{test['images']} test images of {test['data']}, classified by {train['images']} training images of {train['data']}.")
     for note in result["notes"]:
         say(note)

@@ -111,7 +111,8 @@ def _dress(axes, unit: str, logarithmic: bool, from_zero: bool, several: bool) -
     axes.set_xlim(left=0)
     if logarithmic:
         axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        low, high = axes.get_ylim()
+        axes.yaxis.set_major_locator(LogLocator(subs=(1,)) if high > 30 * low else LogLocator(subs=(1, 2, 3, 5), numticks=12))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
     else:

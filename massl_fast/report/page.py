@@ -173,9 +173,14 @@ def _knn(run: RunFolder) -> str:
     rows = [("untrained", [untrained.get(k) for k in ks])] if untrained else []
     rows += [(name, [last(name, k) for k in ks]) for name in ("student", "teacher") if name in knn]
     body = "".join(f"<tr><th>{name}</th>" + "".join(f"<td>{_number(v, '.1f')}</td>" for v in values) + "</tr>" for name, values in rows)
-    table = f'<div class="card"><h3>At the last evaluation, %</h3><table class="numbers"><tr><th></th>{head}</tr>{body}</table>'
+    when = "Before training" if list(knn) == ["untrained"] else "At the last evaluation"
+    table = f'<div class="card"><h3>{when}, %</h3><table class="numbers"><tr><th></th>{head}</tr>{body}</table>'
     sets = [run.setting("evaluation", name) for name in ("train", "test")]
-    table += f"<p>Images of {escape(str(sets[1]))}, classified by those of {escape(str(sets[0]))}.</p></div>" if all(sets) else "</div>"
+    table += (
+        f"<p>Test images of {escape(str(sets[1]))}, classified by training images of {escape(str(sets[0]))}.</p></div>"
+        if all(sets)
+        else "</div>"
+    )
     return _section(
         "k-NN accuracy",
         f'<div class="grid">{drawn}{table}</div>',

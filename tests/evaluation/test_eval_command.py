@@ -13,7 +13,6 @@ from massl_fast.evaluation import command
 from massl_fast.evaluation.knn import KnnEvaluator
 from massl_fast.models.backbone import build_backbone
 
-
 ARGUMENTS = dict(patch_size=8, embed_dim=24, depth=1, num_heads=3)
 
 
@@ -66,7 +65,7 @@ def test_the_table_shows_every_k_and_the_notes(data, networks, capsys):
     assert evaluate(data, "--k", "1", "100", "--which", "student") == 0
     out = capsys.readouterr().out
     assert "k = 1 " in out and "k = 100" in out and "student" in out and "teacher" not in out and "raw pixels" in out
-    assert "A note." in out and "k = 100 compares with all 24 training images" in out and f"8 images of {data[1]}" in out
+    assert "A note." in out and "k = 100 compares with all 24 training images" in out and f"8 test images of {data[1]}" in out
 
 
 def test_untrained_is_the_same_network_with_other_weights_and_leaves_the_random_state(networks):

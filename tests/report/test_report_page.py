@@ -204,7 +204,7 @@ def test_runs_with_nulls_only_have_no_empty_charts(tmp_path):
 
 
 def test_the_loss_scale_of_fp16_is_drawn(tmp_path):
-    assert "Loss scale" in Page(page_of(read_run(write_run(tmp_path / "r", rows_of([5, 10], loss_scale=65536.0))), NONE)).text
+    assert "Loss scale" in Page(page_of(read_run(write_run(tmp_path / "r", [{"step": 5, "loss_scale": 65536.0}])), NONE)).text
 
 
 def test_other_ks_than_20_are_shown(tmp_path):
@@ -267,7 +267,7 @@ class TestPictures:
         config = Config()
         config.crops.global_size = 16
         config.evaluation.train, config.evaluation.test = sources[0].path, sources[1].path
-        run = write_run(tmp_path / "r", rows_of([5]), config)
+        run = write_run(tmp_path / "r", [], config)
         checkpoint = CheckpointFolder(run / "checkpoints").save(5, {"weight": torch.ones(1)}, {})
         asked = []
         network = timm.create_model("vit_tiny_patch16_224", **VIT)
@@ -278,7 +278,7 @@ class TestPictures:
         assert not list(run.glob(".*partial"))
 
     def test_what_is_missing_is_told(self, tmp_path, sources):
-        run = write_run(tmp_path / "r", rows_of([5]))
+        run = write_run(tmp_path / "r", [])
         assert "evaluation.train is empty: the run has no labelled images" in write_report(run).read_text()
         config = Config()
         config.evaluation.train, config.evaluation.test = sources[0].path, sources[1].path
