@@ -166,11 +166,13 @@ def _jpeg_header(data: bytes) -> tuple[int, int, int, int] | None:
 
 def _exif_orientation(tiff: bytes) -> int:
     """1 to 8; 1 where the first directory has none. Raises IndexError or struct.error where the block is damaged."""
-    order = {b"II": "<", b"MM": ">"}.get(tiff[:2])
+    order = {b"II*\0": "<", b"MM\0*": ">"}.get(tiff[:4])
     if order is None:
         raise IndexError("no TIFF header")
     (first,) = struct.unpack_from(order + "I", tiff, 4)
     (count,) = struct.unpack_from(order + "H", tiff, first)
+    if first + 2 + 12 * count > len(tiff):
+        raise IndexError("a directory longer than the block")
     for entry in range(first + 2, first + 2 + 12 * count, 12):
         tag, kind, values, value = struct.unpack_from(order + "HHIH", tiff, entry)
         if tag == ORIENTATION:

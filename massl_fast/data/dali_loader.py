@@ -170,14 +170,11 @@ class DaliLoader:
 
     def _find_culprits(self, running: Collection[Prepared], error: RuntimeError) -> None:
         """Has images that DALI cannot decode decoded by Pillow from now on. Raises ``error`` where there are none."""
-        found = False
-        for prepared in running:
-            for index, data in zip(prepared.indices.tolist(), prepared.encoded):
-                if index not in self._feed.not_for_dali and not _decodes(data, self.decode, self._device_id):
-                    self._feed.not_for_dali.add(index)
-                    found = True
-        if not found:
+        images = [image for prepared in running for image in zip(prepared.indices.tolist(), prepared.encoded)]
+        culprits = {images[n][0] for n in _refused([data for _, data in images], self.decode, self._device_id)}
+        if culprits <= self._feed.not_for_dali:
             raise error
+        self._feed.not_for_dali |= culprits
 
 
 def _as_torch(crops) -> torch.Tensor:
@@ -185,16 +182,21 @@ def _as_torch(crops) -> torch.Tensor:
     return torch.from_dlpack(crops.as_tensor()).permute(0, 3, 1, 2)
 
 
-def _decodes(data: np.ndarray, device: str, device_id: int | None) -> bool:
-    """Whether DALI decodes this image, tried in a pipeline of its own: a failure ends it."""
+def _refused(images: Sequence[np.ndarray], device: str, device_id: int | None) -> Iterator[int]:
+    """Which of the images DALI does not decode, tried one by one; a failure ends a pipeline, and another takes over."""
 
     @pipeline_def
     def graph():
-        encoded = fn.external_source(source=lambda: [data], batch=True)
+        encoded = fn.external_source(source=lambda: [images[at]], batch=True)
         return fn.decoders.image(encoded, device=device, output_type=types.RGB)
 
-    try:
-        graph(batch_size=1, num_threads=1, device_id=device_id, prefetch_queue_depth=1).run()
-    except RuntimeError:
-        return False
-    return True
+    at = 0
+    while at < len(images):
+        pipeline = graph(batch_size=1, num_threads=1, device_id=device_id, prefetch_queue_depth=1)
+        try:
+            while at < len(images):
+                pipeline.run()
+                at += 1
+        except RuntimeError:
+            yield at
+            at += 1
