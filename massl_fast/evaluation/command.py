@@ -71,6 +71,7 @@ def run(args: argparse.Namespace) -> int:
         "train": {"data": args.train, "images": len(evaluator.train.labels)},
         "test": {"data": args.test, "images": len(evaluator.test.labels)},
         "notes": info["notes"] + evaluator.notes,
+        "unreadable": evaluator.unreadable,
         "knn_percent": percents,
     }
     if args.json:
@@ -135,3 +136,6 @@ def _print_table(result: dict[str, Any]) -> None:
     say(f"{test['images']} test images of {test['data']}, classified by {train['images']} training images of {train['data']}.")
     for note in result["notes"]:
         say(note)
+    if names := result["unreadable"]:
+        shown = ", ".join(names[:5]) + (" …" if len(names) > 5 else "")
+        say(f"{len(names)} of these images could not be read and were left out: {shown}")

@@ -164,6 +164,7 @@ class KnnEvaluator:
 
     Attributes:
         notes: sentences to tell the user once, known before the first evaluation.
+        unreadable: names of the images that the last evaluation had to leave out.
     """
 
     def __init__(
@@ -190,6 +191,7 @@ class KnnEvaluator:
         self.test = LabelledImages(test_source, image_size, **shape)
         self.ks, self.temperature, self.device = tuple(ks), temperature, torch.device(device)
         self.notes = [*train_source.notes, *test_source.notes, *clipped_ks(self.ks, len(self.train.labels))]
+        self.unreadable: tuple[str, ...] = ()
         self._extract = dict(
             device=device,
             mean=mean,
@@ -208,6 +210,7 @@ class KnnEvaluator:
         """The same for several networks, decoding every image once. Leaves the global random state as it was."""
         train = extract(functions, self.train, **self._extract)
         test = extract(functions, self.test, **self._extract)
+        self.unreadable = tuple(name for part in (train, test) for name in next(iter(part.values())).unreadable)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the notes have said it
             settings = dict(ks=self.ks, temperature=self.temperature, device=self.device)

@@ -68,6 +68,13 @@ def test_the_table_shows_every_k_and_the_notes(data, networks, capsys):
     assert "A note." in out and "k = 100 compares with all 24 training images" in out and f"8 test images of {data[1]}" in out
 
 
+def test_unreadable_images_are_told(data, networks, capsys):
+    with open(f"{data[1]}/light/0.png", "wb") as file:
+        file.write(b"no image")
+    assert evaluate(data, "--k", "1", "--which", "teacher") == 0
+    assert "1 of these images could not be read and were left out: light/0.png" in capsys.readouterr().out
+
+
 def test_untrained_is_the_same_network_with_other_weights_and_leaves_the_random_state(networks):
     network, _ = command.load_backbone(None)
     before = torch.get_rng_state()
