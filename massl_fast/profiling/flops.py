@@ -18,7 +18,6 @@ import copy
 import re
 from collections.abc import Sequence
 
-import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
@@ -99,7 +98,7 @@ def step_flops(
 def backbone_flops(backbone: nn.Module, size: int, *, whole_last_block: bool = False) -> tuple[float, float]:
     """Operations of the forward and the backward pass for one image of ``size`` × ``size`` pixels."""
     if not packed.supports(backbone)[0] or backbone.attn_pool is not None:
-        return _counted(_on_meta(backbone), size)
+        return _counted(backbone, size)
     embed_forward, embed_backward, tokens = _embed_flops(backbone, size)
     class_token_only = backbone.global_pool == "token" and not whole_last_block
     blocks = 0.0
@@ -123,7 +122,7 @@ def _embed_flops(backbone: VisionTransformer, size: int) -> tuple[float, float, 
     if packed.is_plain(embed):
         product = 2.0 * height * width * embed.proj.weight.numel()
         return product, product, tokens
-    return *_counted(copy.deepcopy(embed).to("meta"), size), tokens
+    return *_counted(embed, size), tokens
 
 
 def _linear_flops(module: nn.Module) -> float:
@@ -131,16 +130,12 @@ def _linear_flops(module: nn.Module) -> float:
     return sum(2.0 * layer.in_features * layer.out_features for layer in module.modules() if isinstance(layer, nn.Linear))
 
 
-def _on_meta(backbone: nn.Module) -> nn.Module:
-    """The same network without storage: a pass over it runs over shapes alone, whatever was compiled or moved."""
-    args = backbone.timm_args
-    with torch.device("meta"):
-        return timm.create_model(args["architecture"], pretrained=False, num_classes=0, **args["model_args"])
-
-
 def _counted(module: nn.Module, size: int) -> tuple[float, float]:
-    """Forward and backward operations for one image, as PyTorch counts them (two images: some norms refuse one)."""
-    module = module.eval().requires_grad_(True)
+    """Forward and backward operations for one image, as PyTorch counts them (two images: some norms refuse one).
+
+    The pass is one over shapes alone, by a copy without storage; a copy of a compiled module is not compiled.
+    """
+    module = copy.deepcopy(module).to("meta").eval().requires_grad_(True)
     with FlopCounterMode(display=False) as counter:
         output = module(torch.empty(2, 3, size, size, device="meta"))
         forward = counter.get_total_flops()
