@@ -4,6 +4,7 @@ DALI decodes plain JPEGs. Everything else (other formats, CMYK, damaged files) g
 is readable for both loaders, and is fed as pixels. A micro-batch is prepared by one thread, several micro-batches at a time.
 """
 
+import re
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,12 +18,11 @@ from massl_fast.data.sources import Source
 from massl_fast.data.torch_loader import REPLACEMENTS
 
 BASELINE, EXTENDED, PROGRESSIVE = 0xC0, 0xC1, 0xC2
-START_OF_SCAN, END_OF_IMAGE, APP1, APP14 = 0xDA, 0xD9, 0xE1, 0xEE
-YCBCR, RGB = (1, 2, 3), (82, 71, 66)  # component identifiers: what JFIF prescribes, and the letters R, G, B
-# What may follow a byte 255 between the first scan and the end: an escaped 255, restarts, fill, and the segments between the scans
-# of a progressive image. A decoder takes anything else for damage.
-EXPECTED = np.zeros(256, bool)
-EXPECTED[[0x00, 0xFF, 0xC4, 0xDA, 0xDB, 0xDD, 0xFE, *range(0xD0, 0xD8), *range(0xE0, 0xF0)]] = True
+START_OF_SCAN, APP1, APP14 = 0xDA, 0xE1, 0xEE
+RGB = (82, 71, 66)  # component identifiers, letters
+# After the first scan has begun, a byte 255 is followed by 0 (escaped), by a restart, by fill or by a segment between the scans of a
+# progressive image. What is not must be the end marker; anything else a decoder takes for damage.
+STOP = re.compile(rb"\xff[^\x00\xff\xc4\xd0-\xd7\xda\xdb\xdd\xe0-\xef\xfe]")
 
 
 @dataclass(frozen=True)
@@ -112,12 +112,8 @@ def plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
     width, height, orientation, scan = header
     if not 0 < width * height <= MOST_PIXELS:
         return None
-    end = data.find(b"\xff\xd9", scan)
-    if end < 0:
-        return None
-    compressed = np.frombuffer(data, np.uint8, end - scan, scan)
-    escapes = np.flatnonzero(compressed[:-1] == 255)
-    if not EXPECTED[compressed[escapes + 1]].all():
+    stop = STOP.search(data, scan)
+    if stop is None or stop[0] != b"\xff\xd9":
         return None
     return (height, width) if orientation >= 5 else (width, height)
 
