@@ -16,6 +16,7 @@ differs from the Pillow operations is at most rounding, except hue, which Pillow
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from itertools import permutations
 
 import numpy as np
@@ -183,9 +184,15 @@ def apply(image: Image.Image, drawn: Drawn) -> torch.Tensor:
 
 def normalize(values: torch.Tensor, view: View) -> torch.Tensor:
     """uint8 [N, 3, H, W] on any device to float32 [N, 3, H, W], channels-last: (value / 255 - mean) / std."""
-    scale = torch.tensor([1 / (255 * s) for s in view.std], device=values.device)[:, None, None]
-    shift = torch.tensor([-m / s for m, s in zip(view.mean, view.std)], device=values.device)[:, None, None]
+    scale, shift = _scale_and_shift(view.mean, view.std, values.device)
     return values.to(torch.float32, memory_format=torch.channels_last).mul_(scale).add_(shift)
+
+
+@cache  # A copy to a GPU from ordinary memory makes the host wait: once, not every step.
+def _scale_and_shift(mean: tuple, std: tuple, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    scale = torch.tensor([1 / (255 * s) for s in std], device=device)
+    shift = torch.tensor([-m / s for m, s in zip(mean, std)], device=device)
+    return scale[:, None, None], shift[:, None, None]
 
 
 def resize(pixels: torch.Tensor, drawn: Drawn) -> np.ndarray:

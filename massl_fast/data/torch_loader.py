@@ -3,8 +3,11 @@
 Crops leave the workers as uint8, a quarter of the size, and become normalised floats on the device they are for.
 """
 
+import multiprocessing
+import multiprocessing.connection
 import os
 import signal
+import threading
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import groupby
 
@@ -105,8 +108,8 @@ class TorchLoader:
         if self.num_workers > 0:
             # Not fork: a copy of a process that holds CUDA, DALI or OpenMP threads may lock up. The server that workers fork from
             # imports once what they need.
-            context = torch.multiprocessing.get_context("forkserver")
-            context.set_forkserver_preload(["__main__", __name__])
+            context = multiprocessing.get_context("forkserver")
+            context.set_forkserver_preload(["__main__", "massl_fast.data.worker_server"])
             workers = dict(multiprocessing_context=context, prefetch_factor=self.prefetch, worker_init_fn=_prepare_worker)
         loaded = iter(
             DataLoader(
@@ -230,4 +233,14 @@ def _as_it_is(item):
 
 def _prepare_worker(_: int) -> None:
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to handle.
+    # Ctrl-C and a scheduler's SIGTERM reach every process of the job: the main one is to finish its step and save.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # A main process that is killed outright would leave its workers waiting for ever: their own parent, the fork server, lives on
+    # as long as they do.
+    threading.Thread(target=_end_with_main_process, daemon=True).start()
+
+
+def _end_with_main_process() -> None:
+    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)

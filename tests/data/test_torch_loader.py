@@ -1,9 +1,13 @@
 """The loader: the same batches whatever the workers and wherever it starts, and no trouble with bad files."""
 
+import contextlib
 import itertools
 import os
 import random
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -161,6 +165,50 @@ def test_too_little_shared_memory_is_said_before_the_start(photos, monkeypatch):
     with pytest.raises(ValueError, match="shared memory"):
         make(photos, num_workers=2)
     make(photos, num_workers=0)
+
+
+SIGNALLED = """
+import os, signal, sys, time
+from massl_fast.data.crops import published_views
+from massl_fast.data.sources import open_source
+from massl_fast.data.torch_loader import TorchLoader
+
+if __name__ == "__main__":
+    views = published_views(global_size=32, local_size=16, num_local=0)
+    loader = TorchLoader(open_source(sys.argv[1]), views, seed=0, global_batch=8, device_batch=8, num_workers=1)
+    batches = loader.batches(0)
+    next(batches)
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    os.killpg(0, signal.SIGTERM)
+    for _ in range(6):
+        next(batches)
+    print("survived", flush=True)
+    time.sleep(60)
+"""
+
+
+def living(session: int) -> list[int]:
+    """Processes of a session that are not yet ended."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, _, its_session = stat.read_text().rpartition(")")[2].split()[:4]
+            if int(its_session) == session and state != "Z":
+                found.append(int(stat.parent.name))
+    return found
+
+
+def test_workers_outlive_a_termination_signal_but_not_the_main_process(photos, tmp_path):
+    (tmp_path / "signalled.py").write_text(SIGNALLED)
+    command = [sys.executable, tmp_path / "signalled.py", photos]
+    with subprocess.Popen(command, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        assert process.stdout.readline() == "survived\n"
+        assert len(living(process.pid)) >= 3  # itself, the server, the worker
+        process.kill()
+        end = time.monotonic() + 20
+        while living(process.pid) and time.monotonic() < end:
+            time.sleep(0.1)
+        assert living(process.pid) == []
 
 
 @pytest.mark.filterwarnings("ignore::Warning:PIL.*")
