@@ -13,8 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from massl_fast.data.demo import ensure_demo_images
-from massl_fast.data.sources import Source, open_source
+from massl_fast.data.loaders import open_data
 from massl_fast.evaluation.features import FeatureFunction, raw_pixels
 from massl_fast.evaluation.knn import DEFAULT_KS, KnnEvaluator
 from massl_fast.models.published import load_backbone, rebuild
@@ -51,8 +50,8 @@ def run(args: argparse.Namespace) -> int:
     functions: dict[str, FeatureFunction] = {name: network.to(device) for name, network in networks.items()}
     image_size = args.image_size or info["image_size"]
     evaluator = KnnEvaluator(
-        open_data(args.train, "train"),
-        open_data(args.test, "test"),
+        open_data(args.train, "--train", "train"),
+        open_data(args.test, "--test", "test"),
         image_size=image_size,
         device=device,
         mean=info["mean"],
@@ -98,14 +97,6 @@ def networks_of(checkpoint: Path, which: str, arch: str | None) -> tuple[dict[st
             else:
                 info["notes"] = [*info["notes"], f"Student and teacher of {checkpoint} are the same network; it is shown once."]
     return networks, info
-
-
-def open_data(path: str, role: str) -> Source:
-    """The images that DATA names; `demo` is the generated set, its `role` being "train" or "test"."""
-    if path != "demo":
-        return open_source(path)
-    train, test = ensure_demo_images(Path("runs/demo-images"))
-    return open_source(test if role == "test" else train)
 
 
 def chosen_device(name: str) -> torch.device:

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from massl_fast.data.loaders import open_data
 from massl_fast.data.sources import Source
 from massl_fast.engine.checkpoint import CheckpointFolder
-from massl_fast.evaluation.command import open_data
 from massl_fast.evaluation.features import SMALL_IMAGE, Features, LabelledImages, eval_mode, extract, fixed_subset
 from massl_fast.evaluation.knn import nearest_neighbours
 from massl_fast.models.published import load_backbone
@@ -89,10 +89,7 @@ def pictures_of_run(
 
 
 def _evaluation_source(run: RunFolder, role: str) -> Source:
-    path = run.setting("evaluation", role)
-    if not path:
-        raise ValueError(f"evaluation.{role} is empty: the run has no labelled images to draw pictures from.")
-    return open_data(path, role)
+    return open_data(run.setting("evaluation", role) or "", f"evaluation.{role}", role)
 
 
 def collect_pictures(

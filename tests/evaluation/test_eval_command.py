@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from massl_fast.cli import main
+from massl_fast.data.loaders import open_data
 from massl_fast.engine.checkpoint import CheckpointFolder
 from massl_fast.evaluation import command
 from massl_fast.evaluation.knn import KnnEvaluator
@@ -54,7 +55,7 @@ def test_json_holds_teacher_student_untrained_and_raw_pixels(data, networks, cap
     percents = result["knn_percent"]
     assert list(percents) == ["teacher", "student", "untrained", "raw pixels"] and percents["raw pixels"]["5"] == 100
     assert result["train"] == {"data": data[0], "images": 24} and result["image_size"] == 16
-    sources = command.open_data(data[0], "train"), command.open_data(data[1], "test")
+    sources = open_data(data[0], "--train", "train"), open_data(data[1], "--test", "test")
     settings = dict(image_size=16, device="cpu", mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25), ks=(1, 5))
     for name, network in networks.items():
         alone = KnnEvaluator(*sources, **settings).evaluate(network)
@@ -103,7 +104,7 @@ def test_help_names_every_option():
 
 def test_timm_networks_are_callable_as_feature_functions(data):
     network = timm.create_model("resnet18", num_classes=0)
-    sources = command.open_data(data[0], "train"), command.open_data(data[1], "test")
+    sources = open_data(data[0], "--train", "train"), open_data(data[1], "--test", "test")
     evaluator = KnnEvaluator(*sources, image_size=32, device="cpu", mean=(0.5,) * 3, std=(0.25,) * 3, ks=(3,))
     assert 0 <= evaluator.evaluate(network)[3] <= 100 and network.training
 

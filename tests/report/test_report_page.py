@@ -279,7 +279,7 @@ class TestPictures:
 
     def test_what_is_missing_is_told(self, tmp_path, sources):
         run = write_run(tmp_path / "r", [])
-        assert "evaluation.train is empty: the run has no labelled images" in write_report(run).read_text()
+        assert "evaluation.train is empty. Name a folder" in write_report(run).read_text()
         config = Config()
         config.evaluation.train, config.evaluation.test = sources[0].path, sources[1].path
         write_run(run, config=config)
