@@ -99,8 +99,8 @@ def _blurred(crops, sigma, augment: str):
     return blurred
 
 
-def _solarized(crops, drawn: dict, n: int):
-    return crops ^ fn.cast((crops >= drawn["threshold"][n]) * 255, dtype=types.UINT8)
+def _solarized(crops, threshold):
+    return crops ^ fn.cast((crops >= threshold) * 255, dtype=types.UINT8)
 
 
 def _normalized(crops, view: View, to_gpu: bool, dtype):
@@ -125,7 +125,8 @@ def _graph(views, source, names, decode, augment, to_gpu, dtype):
         if view.blur_probability > 0:
             crops = _blurred(crops, drawn["sigma"][n], augment)
         if view.solarize_probability > 0:
-            crops = _solarized(crops, drawn, n)
+            threshold = drawn["threshold"][n]
+            crops = _solarized(crops, threshold.gpu() if augment == "gpu" else threshold)
         outputs.append(_normalized(crops, view, to_gpu, dtype))
     return tuple(outputs)
 

@@ -10,9 +10,10 @@ from PIL import Image
 
 pytest.importorskip("nvidia.dali", reason="DALI is not installed; the torchvision loader covers what it does")
 
-from massl_fast.data import dali_loader
+from massl_fast.data import dali_graph, dali_loader
 from massl_fast.data.bad_files import read_bad_files
 from massl_fast.data.crops import View, published_views
+from massl_fast.data.dali_draws import ViewTable, draw_batch, random_numbers
 from massl_fast.data.dali_loader import DaliLoader
 from massl_fast.data.sources import open_source
 from massl_fast.data.torch_loader import TorchLoader
@@ -136,6 +137,27 @@ def test_contrast_keeps_the_mean_grey_of_a_dark_image(tmp_path):
     changed, same = (in_values(crops, view) for crops in batch.crops)
     assert (changed - same).abs().mean() > 0.5
     torch.testing.assert_close(changed.mean((1, 2, 3)), same.mean((1, 2, 3)), atol=0.5, rtol=0)
+
+
+def test_what_a_gpu_runs_is_what_the_cpu_runs():
+    """Colour and blur have a form for GPUs, without branches and without a mean that returns to the host; here it runs on the CPU."""
+    from nvidia.dali import fn, pipeline_def
+
+    images = np.stack([np.asarray(photo(n)) for n in range(8)])
+    draws = draw_batch(ViewTable(VIEWS), random_numbers(0, 0, range(8), len(VIEWS)), np.full(8, SIDE), np.full(8, SIDE))
+
+    @pipeline_def(enable_conditionals=True)
+    def graph(augment):
+        pixels, matrix, mean_matrix, sigma = fn.external_source(
+            source=lambda: [images, draws.matrix, draws.mean_matrix, draws.sigma], num_outputs=4, batch=True, layout=["HWC", "", "", ""]
+        )
+        drawn = {"matrix": matrix, "mean_matrix": mean_matrix}
+        return tuple(dali_graph._blurred(dali_graph._coloured(pixels, drawn, n, augment), sigma[n], augment) for n in range(3))
+
+    ours, theirs = (graph(augment, batch_size=8, num_threads=1, device_id=None).run() for augment in ("gpu", "cpu"))
+    for a, b in zip(ours, theirs):
+        difference = np.abs(np.array(a.as_tensor()).astype(int) - np.array(b.as_tensor()))
+        assert difference.max() <= 1 and difference.mean() < 0.05
 
 
 # The contract of loaders
