@@ -185,7 +185,7 @@ def apply(image: Image.Image, drawn: Drawn) -> torch.Tensor:
 def normalize(values: torch.Tensor, view: View) -> torch.Tensor:
     """uint8 [N, 3, H, W] on any device to float32 [N, 3, H, W], channels-last: (value / 255 - mean) / std."""
     scale, shift = _scale_and_shift(view.mean, view.std, values.device)
-    return values.to(torch.float32, memory_format=torch.channels_last).mul_(scale).add_(shift)
+    return values.contiguous(memory_format=torch.channels_last).to(torch.float32).mul_(scale).add_(shift)
 
 
 @cache  # A copy to a GPU from ordinary memory makes the host wait: once, not every step.
