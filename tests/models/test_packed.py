@@ -17,7 +17,7 @@ SMALL = {"depth": 2, "embed_dim": 32, "num_heads": 2}
 # name → architecture, arguments, global and local crop
 VARIANTS = {
     "plain": ("vit_tiny_patch16_224", SMALL, 64, 32),
-    "small": ("vit_small_patch16_224", {"depth": 2}, 48, 32),
+    "small": ("vit_small_patch16_224", {"depth": 1}, 32, 16),
     "registers_layer_scale": ("vit_small_patch14_reg4_dinov2", SMALL, 56, 28),
     "layer_scale": ("vit_small_patch14_dinov2", SMALL, 56, 28),
     "packed_swiglu": ("vit_giant_patch14_dinov2", SMALL, 56, 28),
@@ -116,7 +116,7 @@ def test_error_under_autocast_is_that_of_separate_passes():
 sides = st.sampled_from([8, 16, 24, 40])
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 3), sides, sides), min_size=1, max_size=5), st.booleans())
 def test_any_mixture_of_crops(crops, channels_last):
     torch.manual_seed(0)
