@@ -26,7 +26,8 @@ setup(
     install_requires=[
         "torch>=2.9",
         "torchvision>=0.24",
-        "timm>=1.0.20",
+        # Older ones load a local folder with torch.load, and stumble over a second safetensors file.
+        "timm>=1.0.26",
         f"triton>=3.5; {LINUX}",
         # DALI is published per CUDA major version; the torch that the index serves today is built for CUDA 13.
         f"nvidia-dali-cuda130>=1.52; {LINUX}",
