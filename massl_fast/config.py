@@ -107,6 +107,8 @@ class ObjectiveSection(Section):
     """Entries of a block; the last K modulo block_size entries of each partition sit out a step."""
     partition: Literal["stochastic", "blockwise"] = "stochastic"
     """stochastic: a fresh random partition every step; blockwise: contiguous blocks (the ablation that collapses, paper table 13)."""
+    partition_scope: Literal["shared", "rank"] = "shared"
+    """shared: all ranks cut the memory into the same blocks; rank: each into its own, so that a step sees more different blocks."""
     student_temperature: float = Field(0.1, gt=0)
     """Temperature of the student's softmax."""
     teacher_temperature_start: float = Field(0.04, gt=0)
@@ -175,10 +177,13 @@ class TrainSection(Section):
 
 
 class ParallelSection(Section):
-    strategy: Literal["auto", "none", "ddp"] = "auto"
-    """auto: none in one process, DistributedDataParallel in several."""
+    strategy: Literal["auto", "none", "ddp", "fsdp2"] = "auto"
+    """auto: none in one process, DistributedDataParallel in several; fsdp2: parameters, gradients and optimizer sharded over all ranks, a
+    transformer block at a time, for networks that one device does not hold."""
     timeout_seconds: float = Field(600, gt=0)
-    """After this long without an answer from a rank the others end and say so."""
+    """After this long without an answer from a rank the others end and say which."""
+    checksum_every_steps: int = Field(200, ge=1)
+    """Steps between comparisons of memory and weights across ranks (before every checkpoint in any case)."""
 
 
 class EvaluationSection(Section):
@@ -210,8 +215,10 @@ class LoggingSection(Section):
 class CheckpointSection(Section):
     every_steps: int = Field(1000, ge=1)
     """Steps between checkpoints."""
+    keep_last: int = Field(2, ge=1)
+    """How many of the newest checkpoints are kept."""
     keep_every_steps: int = Field(0, ge=0)
-    """Checkpoints whose step is a multiple of this are kept for good; 0: only the last and the best by k-NN."""
+    """Checkpoints whose step is a multiple of this are kept for good, as is the best by k-NN; 0: none besides."""
 
 
 class Config(Section):

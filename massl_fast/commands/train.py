@@ -8,7 +8,6 @@ import sys
 from massl_fast.config import describe_settings, load_config, recipe_names
 
 TAKES_SETTINGS = True
-INTERRUPTED = 75  # EX_TEMPFAIL: schedulers take it as "run again", and running again continues
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,18 +24,20 @@ def run(args: argparse.Namespace) -> int:
 
         print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), end="")
         return 0
+    from massl_fast.engine.ended import Ended, RankLost
+    from massl_fast.engine.heartbeat import end_process
     from massl_fast.engine.parallel import join_world, leave_world
-    from massl_fast.engine.trainer import Diverged, Interrupted, Trainer
+    from massl_fast.engine.trainer import Trainer
 
     world = join_world(config.train.device, config.parallel.timeout_seconds)
     try:
         Trainer(config, world).run()
-    except Diverged as error:
-        print(f"massl-fast train: {error}", file=sys.stderr)
-        return 1
-    except Interrupted as error:
-        print(f"massl-fast train: {error}", file=sys.stderr)
-        return INTERRUPTED
+    except RankLost as error:
+        end_process(str(error))  # leaving the process group would wait for the rank that is gone
+    except Ended as error:
+        if world.is_main:  # all ranks end so, one speaks
+            print(f"massl-fast train: {error}", file=sys.stderr)
+        return error.exit_code
     finally:
         leave_world()
     return 0

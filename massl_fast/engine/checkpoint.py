@@ -7,7 +7,8 @@
       last                  the folder to resume from (one line)
       best                  the folder with the best k-NN (one line)
 
-Nothing is unpickled, so a checkpoint from a stranger is data.
+Nothing is unpickled, so a checkpoint from a stranger is data. The layout does not depend on how many processes wrote it or how the
+parameters were sharded: tensors are whole, and each rank reads the slices it needs.
 """
 
 from __future__ import annotations
@@ -15,40 +16,52 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+import torch.distributed.checkpoint as distributed_checkpoint
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Size, Tensor
+from torch.distributed.checkpoint import HuggingFaceStorageReader
 
 FORMAT = 1
+FILES = ("state.json", "state.safetensors")
 
 
 class CheckpointFolder:
-    """The ``checkpoints`` folder of one run."""
+    """The ``checkpoints`` folder of one run. ``keep_last`` and ``keep_every_steps`` say what stays (see ``CheckpointSection``)."""
 
-    def __init__(self, folder: Path, keep_every_steps: int = 0):
+    def __init__(self, folder: Path, keep_every_steps: int = 0, keep_last: int = 1):
         self.folder = folder
-        self.keep_every_steps = keep_every_steps
+        self.keep_every_steps, self.keep_last = keep_every_steps, keep_last
 
     def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any], *, best: bool = False) -> Path:
         """Write one checkpoint and make it the last one; ``best`` makes it the best one, too.
 
-        Checkpoints that are neither last, best nor a multiple of ``keep_every_steps`` are removed afterwards, never before.
+        Old checkpoints are removed afterwards, never before. OSError where the disk refuses; what was begun is then taken back, so that a
+        full disk gets its space again.
         """
         target = self.folder / f"step_{step:08d}"
         partial = self.folder / f".{target.name}.partial"
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        # Views and tied tensors are not for safetensors: each entry is written contiguous and on its own.
-        save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, partial / "state.safetensors")
-        (partial / "state.json").write_text(json.dumps({"format": FORMAT, "step": step, **state}, indent=1), encoding="utf-8")
-        for file in partial.iterdir():
-            flush(file)
-        if target.exists():
-            shutil.rmtree(target)
-        os.replace(partial, target)
+        try:
+            partial.mkdir(parents=True)
+            # Views and tied tensors are not for safetensors: each entry is written contiguous and on its own.
+            save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, partial / "state.safetensors")
+            (partial / "state.json").write_text(json.dumps({"format": FORMAT, "step": step, **state}, indent=1), encoding="utf-8")
+            for file in partial.iterdir():
+                flush(file)
+            if target.exists():
+                shutil.rmtree(target)
+            os.replace(partial, target)
+        except SafetensorError as error:  # how safetensors passes on what the operating system said
+            shutil.rmtree(partial, ignore_errors=True)
+            raise OSError(0, str(error)) from None
+        except OSError:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
         flush(self.folder)
         self._point("last", target)
         if best:
@@ -57,12 +70,20 @@ class CheckpointFolder:
         return target
 
     def last(self) -> Path | None:
-        """The newest complete checkpoint, or None. A folder that was cut off keeps its partial name and is not seen."""
-        complete = sorted(p for p in self.folder.glob("step_*") if (p / "state.json").is_file() and (p / "state.safetensors").is_file())
-        return complete[-1] if complete else None
+        """The newest whole checkpoint, or None. One that was cut off, whether still partial or damaged since, is passed over."""
+        return next((path for path in reversed(self._folders()) if why_not_whole(path) is None), None)
+
+    def passed_over(self) -> list[str]:
+        """A sentence for each checkpoint newer than the last whole one."""
+        last = self.last()
+        newer = [path for path in self._folders() if last is None or path.name > last.name]
+        return [f"The checkpoint {path} is passed over: {why_not_whole(path)}." for path in newer]
 
     def best(self) -> Path | None:
         return self._pointed("best")
+
+    def _folders(self) -> list[Path]:
+        return sorted(self.folder.glob("step_*"))
 
     def _pointed(self, name: str) -> Path | None:
         pointer = self.folder / name
@@ -78,46 +99,88 @@ class CheckpointFolder:
         os.replace(temporary, self.folder / name)
 
     def _prune(self) -> None:
-        kept = {self._pointed("last"), self._pointed("best")}
-        for path in self.folder.glob("step_*"):
+        folders = self._folders()
+        kept = {self._pointed("last"), self._pointed("best"), *folders[-self.keep_last :]}
+        for path in folders:
             step = int(path.name.removeprefix("step_"))
             if path not in kept and not (self.keep_every_steps and step % self.keep_every_steps == 0):
                 shutil.rmtree(path)
 
 
-def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(tensors on the CPU, state) of a checkpoint folder. ValueError says what is missing or damaged."""
+def why_not_whole(path: Path) -> str | None:
+    """What a checkpoint folder lacks, or None. Reads no weights: the header of a safetensors file says how long the file must be."""
+    for name in FILES:
+        if not (path / name).is_file():
+            return f"it has no {name}"
+    try:
+        read_state(path)
+        shapes_of(path)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """What is in ``state.json``. ValueError says what is missing or damaged."""
     path = Path(path)
-    for name in ("state.json", "state.safetensors"):
+    for name in FILES:
         if not (path / name).is_file():
             raise ValueError(f"{path} is not a checkpoint of massl-fast: it has no {name}.")
     try:
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        tensors = load_file(path / "state.safetensors")
-    except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
-        raise ValueError(f"The checkpoint {path} is damaged ({error}). Use an earlier one.") from None
-    if state.get("format") != FORMAT:
-        raise ValueError(f"The checkpoint {path} has format {state.get('format')!r}; this version reads format {FORMAT}.")
-    return tensors, state
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise _damaged(path, error) from None
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        found = state.get("format") if isinstance(state, dict) else state
+        raise ValueError(f"The checkpoint {path} has format {found!r}; this version reads format {FORMAT}.")
+    return state
 
 
-def with_prefix(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def shapes_of(path: Path) -> dict[str, Size]:
+    """Names and shapes of a checkpoint's tensors; ValueError where the file is damaged or cut off."""
+    try:
+        with safe_open(path / "state.safetensors", framework="pt") as tensors:
+            return {name: Size(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise _damaged(path, error) from None
+
+
+def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(tensors on the CPU, state) of a checkpoint folder. ValueError says what is missing or damaged."""
+    state = read_state(path)
+    try:
+        return load_file(Path(path) / "state.safetensors"), state
+    except SafetensorError as error:
+        raise _damaged(path, error) from None
+
+
+def read_into(path: Path, targets: dict[str, Tensor]) -> None:
+    """Fill ``targets`` in place from a checkpoint that has all of them; of a sharded tensor each rank reads its own slice.
+
+    No collective call: any number of processes may read, each by itself.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        distributed_checkpoint.load(dict(targets), storage_reader=HuggingFaceStorageReader(str(path)), no_dist=True)
+
+
+def _damaged(path: Path, error: Exception) -> ValueError:
+    return ValueError(f"The checkpoint {path} is damaged ({error}). Use an earlier one.")
+
+
+def with_prefix(prefix: str, tensors: dict[str, Any]) -> dict[str, Any]:
     return {f"{prefix}/{name}": tensor for name, tensor in tensors.items()}
 
 
-def without_prefix(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def without_prefix(prefix: str, tensors: dict[str, Any]) -> dict[str, Any]:
     """The entries under ``prefix``, named without it."""
     return {name.removeprefix(f"{prefix}/"): tensor for name, tensor in tensors.items() if name.startswith(f"{prefix}/")}
 
 
-def load_strictly(owner: str, into: dict[str, Tensor], tensors: dict[str, Tensor]) -> None:
-    """Copy ``tensors`` into ``into`` in place; every name and shape must match, or a ValueError names those that do not."""
-    missing, unexpected = sorted(into.keys() - tensors.keys()), sorted(tensors.keys() - into.keys())
-    differing = [
-        f"{n} {tuple(tensors[n].shape)} for {tuple(into[n].shape)}"
-        for n in into.keys() & tensors.keys()
-        if tensors[n].shape != into[n].shape
-    ]
+def demand_same(owner: str, ours: dict[str, Size], theirs: dict[str, Size]) -> None:
+    """ValueError naming the entries of ``owner`` whose names or shapes in a checkpoint (``theirs``) are not what they are here."""
+    missing, unexpected = sorted(ours.keys() - theirs.keys()), sorted(theirs.keys() - ours.keys())
+    differing = [f"{n} {tuple(theirs[n])} for {tuple(ours[n])}" for n in sorted(ours.keys() & theirs.keys()) if theirs[n] != ours[n]]
     problems = [
         f"{label} {', '.join(names[:4])}{' …' if len(names) > 4 else ''}"
         for label, names in (("lacks", missing), ("has besides", unexpected), ("has other shapes:", differing))
@@ -127,6 +190,11 @@ def load_strictly(owner: str, into: dict[str, Tensor], tensors: dict[str, Tensor
         raise ValueError(
             f"The checkpoint is of another architecture: its {owner} {'; '.join(problems)}. Start it with the settings it was made with."
         )
+
+
+def load_strictly(owner: str, into: dict[str, Tensor], tensors: dict[str, Tensor]) -> None:
+    """Copy ``tensors`` into ``into`` in place; every name and shape must match, or a ValueError names those that do not."""
+    demand_same(owner, {n: t.shape for n, t in into.items()}, {n: t.shape for n, t in tensors.items()})
     for name, tensor in into.items():
         tensor.copy_(tensors[name])
 

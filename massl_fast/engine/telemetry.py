@@ -23,7 +23,11 @@ from rich.text import Text
 
 CLOCK_KEYS = (
     "images_per_second",
+    "images_per_second_per_device",
     "step_seconds",
+    "step_seconds_slowest",
+    "step_seconds_fastest",
+    "slowest_rank",
     "data_wait_percent",
     "model_flops_utilization_percent",
     "memory_allocated_peak_gib",

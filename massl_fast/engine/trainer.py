@@ -10,50 +10,40 @@ import contextlib
 import gc
 import json
 import os
-import signal
+import time
 import zlib
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from massl_fast.config import Config, write_config
 from massl_fast.data.loaders import build_loader, open_data, views_of
 from massl_fast.data.sources import Source
 from massl_fast.engine.advice import known_to_fail
-from massl_fast.engine.checkpoint import (
-    CheckpointFolder,
-    load_strictly,
-    read_checkpoint,
-    with_prefix,
-    without_prefix,
-)
-from massl_fast.engine.optimizer import build_optimizer, load_optimizer_tensors, optimizer_tensors
-from massl_fast.engine.parallel import World, device_name, rank_map
-from massl_fast.engine.precision import DTYPES, choose_precision
+from massl_fast.engine.build import build_objective, build_pair
+from massl_fast.engine.checkpoint import CheckpointFolder, read_state
+from massl_fast.engine.ended import Diverged, Drifted, Ended, Interrupted, RankLost
+from massl_fast.engine.heartbeat import Heartbeat, end_process, meeting_store
+from massl_fast.engine.integrity import find_drift
+from massl_fast.engine.optimizer import build_optimizer
+from massl_fast.engine.parallel import World, choose_strategy, device_name, rank_map, restarted, synchronise_batch_norms
+from massl_fast.engine.precision import choose_precision
+from massl_fast.engine.run_state import demand_equal, restore, tensors_of
+from massl_fast.engine.saving import BackgroundSaver
 from massl_fast.engine.schedules import Schedules
+from massl_fast.engine.sharding import shard_
+from massl_fast.engine.signals import StopRequest
 from massl_fast.engine.step import NUM_TEACHER_VIEWS, TrainStep
+from massl_fast.engine.stragglers import StragglerClock
 from massl_fast.engine.telemetry import Telemetry, WindowClock, memory_peaks_gib, versions
 from massl_fast.evaluation.knn import KnnEvaluator
 from massl_fast.kernels import available_backends
-from massl_fast.models.backbone import Encoder, build_backbone
-from massl_fast.models.head import ProjectionHead
-from massl_fast.models.pair import StudentTeacher
-from massl_fast.models.published import start_from
-from massl_fast.objectives.massl import MasslObjective
 from massl_fast.profiling.flops import peak_flops, step_flops
 from massl_fast.report.page import write_report
 
 KNN_HEADLINE_K = 20
-
-
-class Diverged(RuntimeError):
-    """The run met a value that is not finite; the message says where, and which checkpoint is good."""
-
-
-class Interrupted(RuntimeError):
-    """A signal ended the run after a finished step and a checkpoint."""
+SHARED_FOLDER_SECONDS = 10
 
 
 class Trainer:
@@ -63,8 +53,15 @@ class Trainer:
         self.step = 0
         self.best_knn = -1.0
         self.knn: dict[str, float] = {}
-        self.stop_signal: signal.Signals | None = None
+        self.strategy, self.strategy_reason = choose_strategy(config.parallel.strategy, world.size)
+        self.stop = StopRequest(world)
+        self.heartbeat = None
+        if world.size > 1:
+            self.heartbeat = Heartbeat(world, config.parallel.timeout_seconds, meeting_store(), on_loss=self._end_without)
 
+        checkpoint = config.checkpoint
+        self.checkpoints = CheckpointFolder(self.folder / "checkpoints", checkpoint.keep_every_steps, checkpoint.keep_last)
+        self.saver = BackgroundSaver(self.checkpoints, world)
         self.resume_from = self._prepare_folder()
         self.telemetry = Telemetry(
             self.folder,
@@ -78,24 +75,38 @@ class Trainer:
         self._build_data()
         self._build_model()
         self._build_evaluation()
-        self.checkpoints = CheckpointFolder(self.folder / "checkpoints", config.checkpoint.keep_every_steps)
 
     # Building
 
     def _prepare_folder(self) -> Path | None:
-        """Make the run folder; returns the checkpoint to resume from, if any."""
+        """Make the run folder; returns the checkpoint to resume from, if any. Rank 0 decides, so that all ranks start from the same one."""
         mode = self.config.run.resume
-        if mode == "never" and self.world.is_main and (self.folder / "config.yaml").is_file():
-            number = 1
-            while (aside := self.folder.with_name(f"{self.folder.name}.{number}")).exists():
-                number += 1
-            self.folder.rename(aside)
-        self.world.barrier()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        last = CheckpointFolder(self.folder / "checkpoints").last()
+        last = None
+        if self.world.is_main:
+            # Started again by torchrun or Slurm, the run goes on: only a person starts over.
+            if mode == "never" and not restarted() and (self.folder / "config.yaml").is_file():
+                number = 1
+                while (aside := self.folder.with_name(f"{self.folder.name}.{number}")).exists():
+                    number += 1
+                self.folder.rename(aside)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            last = self.checkpoints.last()
+        last = self.world.from_main(last)
+        self._demand_shared(last or self.folder)
         if mode == "must" and last is None:
             raise ValueError(f"run.resume is must, but {self.folder}/checkpoints holds no complete checkpoint. Choose auto to start anew.")
         return last
+
+    def _demand_shared(self, path: Path) -> None:
+        """What rank 0 has made must be there for all ranks; network file systems may show it a little later."""
+        deadline = time.monotonic() + SHARED_FOLDER_SECONDS
+        while not path.is_dir() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        absent = torch.tensor(0.0 if path.is_dir() else 1.0, device=self.world.device)
+        if self.world.sum(absent).item():
+            raise ValueError(
+                f"{path}, which rank 0 has made, is not there for every rank. Put run.folder on a file system that all hosts share."
+            )
 
     def _open(self, path: str, setting: str, role: str) -> Source:
         """The source that a setting names."""
@@ -136,63 +147,41 @@ class Trainer:
 
     def _build_model(self) -> None:
         config, world = self.config, self.world
-        model, crops = config.model, config.crops
-        # Weights come from the CPU's generator, so that they are the same on every device.
-        torch.manual_seed(config.run.seed)
-
-        def encoder(drop_path: float) -> Encoder:
-            backbone = build_backbone(
-                model.architecture,
-                image_size=crops.global_size,
-                other_sizes=[crops.local_size] if crops.num_local else [],
-                drop_path=drop_path,
-                model_args=model.model_args,
-            )
-            head = ProjectionHead(
-                backbone.feature_dim, hidden_dim=model.head_hidden_dim, out_dim=model.embedding_dim, num_layers=model.head_layers
-            )
-            return Encoder(backbone, head, crops_pass=model.crops_pass)
-
-        student = encoder(model.drop_path)
-        self.init_notes = start_from(student.backbone, Path(config.run.init_from)) if config.run.init_from else []
-        self.pair = StudentTeacher(student, encoder(0.0)).to(world.device, memory_format=torch.channels_last)
-        if model.compile:
-            student.compile_blocks()
-            self.pair.teacher.compile_blocks()
-        memory_dtype = self.precision.dtype if config.objective.memory_dtype == "auto" else DTYPES[config.objective.memory_dtype]
-        objective = config.objective
-        self.objective = MasslObjective(
-            objective.memory_size,
-            model.embedding_dim,
-            block_size=objective.block_size,
-            student_temperature=objective.student_temperature,
-            block_reduction=objective.block_reduction,
-            enqueue_view=objective.enqueue_view,
-            partition=objective.partition,
-            seed=config.run.seed,
-            memory_dtype=memory_dtype,
-            backend=objective.backend,
-        ).to(world.device)
-        self.backend = objective.backend if objective.backend != "auto" else available_backends(world.device, memory_dtype)[0]
-        self.optimizer = build_optimizer(self.pair.student, config.optimizer)
-        self.train_step = TrainStep(
-            self.pair,
-            self.objective,
-            self.optimizer,
-            world=world,
-            precision=self.precision,
-            clip=config.optimizer.clip,
-            clip_mode=config.optimizer.clip_mode,
-        )
+        self.pair, self.build_notes = build_pair(config)
         self.flops_per_step = step_flops(
             self.pair.student,
             crop_sizes=[view.size for view in self.views],
             num_teacher_views=NUM_TEACHER_VIEWS,
             batch=config.train.global_batch,
-            memory_size=objective.memory_size // objective.block_size * objective.block_size,
+            memory_size=config.objective.memory_size // config.objective.block_size * config.objective.block_size,
         )
         self.peak_flops = (
             peak_flops(torch.cuda.get_device_name(world.device), self.precision.dtype) if world.device.type == "cuda" else None
+        )
+        self.pair, note = synchronise_batch_norms(self.pair, world)
+        self.build_notes += [note] if note else []
+        self.pair.to(world.device, memory_format=torch.channels_last)
+        if config.model.compile:
+            self.pair.student.compile_blocks()
+            self.pair.teacher.compile_blocks()
+        if self.strategy == "fsdp2":
+            if config.optimizer.name != "adamw":
+                raise ValueError(
+                    f"parallel.strategy is fsdp2, which PyTorch's fused AdamW steps on shards; {config.optimizer.name} it cannot. "
+                    f"Choose optimizer.name adamw, or parallel.strategy ddp."
+                )
+            shard_(self.pair, world, self.precision)
+        self.objective = build_objective(config, self.precision, world.rank).to(world.device)
+        asked = config.objective.backend
+        self.backend = asked if asked != "auto" else available_backends(world.device, self.objective.memory.dtype)[0]
+        self.train_step = TrainStep(
+            self.pair,
+            self.objective,
+            build_optimizer(self.pair.student, config.optimizer),
+            world=world,
+            precision=self.precision,
+            clip=config.optimizer.clip,
+            clip_mode=config.optimizer.clip_mode,
         )
 
     def _build_evaluation(self) -> None:
@@ -235,60 +224,55 @@ class Trainer:
             f"Batch     {train.global_batch} images = {self.world.size} process{'es' if self.world.size > 1 else ''} × "
             f"{self.accumulation} micro-batch{'es' if self.accumulation > 1 else ''} × {self.device_batch}"
         )
+        say(f"Strategy  {self.strategy} ({self.strategy_reason})")
         say(f"Precision {self.precision.name} ({self.precision.reason})")
         say(f"Loader    {self.loader.name} ({self.loader.reason})")
         say(f"Model     {config.model.architecture}, crops pass: {self.pair.student.pass_name} ({self.pair.student.pass_reason})")
+        scope = f", the same on all {self.world.size} ranks" if objective.partition_scope == "shared" else ", another on each rank"
         say(
             f"Loss      backend {self.backend}; memory {objective.memory_size} × {config.model.embedding_dim}, "
-            f"blocks of {objective.block_size}, {objective.partition}"
+            f"blocks of {objective.block_size}, {objective.partition}{scope if self.world.size > 1 else ''}"
         )
         say(
             f"Rates     peak learning rate {self.schedules.peak_learning_rate:.3g}; "
             f"{self.flops_per_step / train.global_batch / 1e9:.3g} GFLOP an image"
         )
-        for sentence in self.init_notes + (self.evaluator.notes if self.evaluator else []):
+        for sentence in self.build_notes + (self.evaluator.notes if self.evaluator else []):
             say(sentence)
-        for sentence in known_to_fail(config, self.total_steps, len(self.source)):
+        for sentence in known_to_fail(config, self.total_steps, len(self.source)) + self.checkpoints.passed_over():
             self.telemetry.warn(sentence)
+
+    def _doing(self, what: str) -> None:
+        if self.heartbeat:
+            self.heartbeat.note(self.step, what)
 
     # State
 
-    def _tensors(self) -> dict[str, Tensor]:
-        return {
-            **with_prefix("student", self.pair.student.state_dict()),
-            **with_prefix("teacher", self.pair.teacher.state_dict()),
-            **with_prefix("objective", self.objective.state_dict()),
-            **optimizer_tensors(self.optimizer, self.pair.student),
-            **self.train_step.scaler.tensors(),
-        }
-
-    def _save(self, best: bool = False) -> Path | None:
-        """Write a checkpoint from the main rank. A disk that fails is told and training goes on; the last good checkpoint stays."""
+    def _save(self, best: bool = False) -> None:
+        """Begin to write a checkpoint. A disk that fails is told and training goes on; the last good checkpoint stays."""
         self._stop_if_diverged()
-        path = None
-        if self.world.is_main:
-            state = {
-                "config": self.config.model_dump(mode="json"),
-                "world_size": self.world.size,
-                "steps_per_epoch": self.steps_per_epoch,
-                "num_images": len(self.source),
-                "best_knn_percent": self.best_knn,
-                "knn_percent": self.knn,
-                "timm_args": self.pair.student.timm_args,
-                "mean": self.config.crops.mean,
-                "std": self.config.crops.std,
-            }
-            try:
-                path = self.checkpoints.save(self.step, self._tensors(), state, best=best)
-            except OSError as error:
-                if self.step == 0:
-                    raise ValueError(f"The first checkpoint could not be written to {self.checkpoints.folder}: {error.strerror}.") from None
-                self.telemetry.warn(f"The checkpoint of step {self.step} could not be written ({error.strerror}); training goes on.")
-        self.world.barrier()
-        return path
+        self._stop_if_drifted()
+        self._doing("saving")
+        state = {
+            "config": self.config.model_dump(mode="json"),
+            "world_size": self.world.size,
+            "strategy": self.strategy,
+            "steps_per_epoch": self.steps_per_epoch,
+            "num_images": len(self.source),
+            "best_knn_percent": self.best_knn,
+            "knn_percent": self.knn,
+            "timm_args": self.pair.student.timm_args,
+            "mean": self.config.crops.mean,
+            "std": self.config.crops.std,
+        }
+        self._tell_unwritten(self.saver.save(self.step, tensors_of(self.train_step), state, best=best))
+
+    def _tell_unwritten(self, problem: str | None) -> None:
+        if problem:
+            self.telemetry.warn(f"{problem}; training goes on. Last good checkpoint: {self.checkpoints.last()}.")
 
     def _restore(self, path: Path) -> None:
-        tensors, state = read_checkpoint(path)
+        state = read_state(path)
         ours = {"num_images": len(self.source), "train.global_batch": self.config.train.global_batch}
         theirs = {"num_images": state["num_images"], "train.global_batch": state["config"]["train"]["global_batch"]}
         for name, value in ours.items():
@@ -297,28 +281,79 @@ class Trainer:
                     f"The checkpoint {path} was made with {name} {theirs[name]}, this run has {value}: its place in the data would be "
                     f"lost. Use the same data and batch, or start a new run from its weights with run.init_from."
                 )
-        with torch.no_grad():
-            load_strictly("student", self.pair.student.state_dict(), without_prefix("student", tensors))
-            load_strictly("teacher", self.pair.teacher.state_dict(), without_prefix("teacher", tensors))
-            load_strictly("memory", self.objective.state_dict(), without_prefix("objective", tensors))
-            load_strictly("loss scaler", self.train_step.scaler.tensors(), {n: t for n, t in tensors.items() if n.startswith("scaler/")})
-            load_optimizer_tensors(self.optimizer, self.pair.student, {n: t for n, t in tensors.items() if n.startswith("optimizer/")})
+        restore(self.train_step, path)
         self.step, self.best_knn, self.knn = state["step"], state["best_knn_percent"], state["knn_percent"]
+        if state["world_size"] != self.world.size:
+            per_rank = ["drop path masks"] * (self.config.model.drop_path > 0)
+            per_rank += ["partitions"] * (self.config.objective.partition_scope == "rank")
+            self.build_notes.append(
+                f"The checkpoint is of {state['world_size']} processes, this run has {self.world.size}: images and their order go on as "
+                f"they were" + (f", {' and '.join(per_rank)} are drawn per process and will differ." if per_rank else ".")
+            )
 
     def _stop_if_diverged(self) -> None:
         sentence = self.train_step.failure()
         if sentence:
-            last = self.checkpoints.last()
+            self.saver.wait()
             raise Diverged(
                 f"{sentence} The run has ended; student, teacher and memory were left as they were before that step. Last good "
-                f"checkpoint: {last}. What helps most often: a lower optimizer.learning_rate, a longer optimizer.warmup_epochs, "
-                f"optimizer.clip, or bf16 or fp32 in place of fp16."
+                f"checkpoint: {self.checkpoints.last()}. What helps most often: a lower optimizer.learning_rate, a longer "
+                f"optimizer.warmup_epochs, optimizer.clip, or bf16 or fp32 in place of fp16."
+            )
+
+    def _stop_if_drifted(self) -> None:
+        groups = {"memory": [self.objective.memory, self.objective.pointer]}
+        if self.strategy == "ddp":  # shards differ from rank to rank
+            groups["student weights"] = list(self.pair.student.parameters())
+            groups["teacher weights"] = list(self.pair.teacher.parameters())
+        sentence = find_drift(self.world, groups)
+        if sentence:
+            self.saver.wait()
+            raise Drifted(
+                f"{sentence} Found after step {self.step}; the run has ended. Last good checkpoint: {self.checkpoints.last()}. A device or "
+                f"link that computes wrongly is the likely cause: look at its error counters before continuing."
             )
 
     # Running
 
     def run(self) -> dict[str, Any]:
-        """Train to the end; returns the summary that was written."""
+        """Train to the end; returns the summary that was written.
+
+        Raises an ``Ended`` where it stops before.
+        """
+        with self.heartbeat or contextlib.nullcontext():
+            try:
+                return self._run()
+            except RuntimeError as error:
+                if isinstance(error, Ended) or self.heartbeat is None:
+                    raise
+                self._name_lost_rank(error)
+                raise
+            finally:
+                self.saver.close()
+
+    def _name_lost_rank(self, error: RuntimeError) -> None:
+        """Raise RankLost where an exchange failed because somebody is gone or late."""
+        sentence = self.heartbeat.diagnose()
+        if sentence is None and any(word in str(error).lower() for word in ("timed out", "timeout")):
+            sentence = (
+                f"An exchange between ranks took longer than {self.config.parallel.timeout_seconds:g} s (parallel.timeout_seconds), though "
+                f"every rank is alive ({self.heartbeat.whereabouts()})"
+            )
+        if sentence:
+            self.saver.wait()
+            raise RankLost(self._without(f"{sentence}.")) from error
+
+    def _without(self, sentence: str) -> str:
+        return (
+            f"{sentence} The run has ended on rank {self.world.rank} in step {self.step}; the same command continues from "
+            f"{self.checkpoints.last()}."
+        )
+
+    def _end_without(self, sentence: str) -> None:
+        end_process(self._without(sentence))
+
+    def _run(self) -> dict[str, Any]:
         config = self.config
         self.telemetry.total_steps = self.total_steps
         if self.resume_from:
@@ -339,7 +374,7 @@ class Trainer:
             if self.step == 0:
                 self._check_checkpoint_round_trip()
                 self._evaluate_untrained()
-            with self._signals():
+            with self.stop.listening():
                 self._loop()
             return self._finish()
         finally:
@@ -348,15 +383,15 @@ class Trainer:
 
     def _check_checkpoint_round_trip(self) -> None:
         """A checkpoint that cannot be written or read back should be known now and not after hours."""
-        path = self._save()
-        if path:
-            tensors, _ = read_checkpoint(path)
-            for name, tensor in self._tensors().items():
-                if not torch.equal(tensors[name], tensor.cpu()):
-                    raise RuntimeError(f"The first checkpoint was written, but {name} did not read back as it was.")
+        self._save()
+        problem = self.world.from_main(self.saver.wait())
+        if problem:
+            raise ValueError(f"{problem}. Make room in {self.checkpoints.folder} or name another run.folder.")
+        demand_equal(self.train_step, self.checkpoints.last())
 
     def _evaluate_untrained(self) -> None:
         if self.evaluator:
+            self._doing("evaluating")
             percents = self.evaluator.evaluate(self.pair.teacher.features)
             self.knn = {f"knn_untrained_k{k}_percent": round(value, 3) for k, value in percents.items()}
             self.telemetry.log({"step": 0, "epoch": 0.0, "images_seen": 0, **self.knn})
@@ -365,15 +400,19 @@ class Trainer:
         config = self.config
         end = min(self.total_steps, config.train.stop_at_step or self.total_steps)
         batches = self.loader.batches(self.step)
-        clock = WindowClock()
+        clock, stragglers = WindowClock(), StragglerClock(self.world)
+        self.train_step.before_exchange = stragglers.reached
         gc.disable()
         try:
             while self.step < end:
+                stragglers.start()
+                self._doing("waiting for data")
                 micro_batches = [clock.fetch(batches).crops for _ in range(self.accumulation)]
+                self._doing("training")
                 settings = self.schedules.at(self.step)
                 # Drop path draws from here: the masks of a step depend on (seed, step, rank) alone.
                 torch.manual_seed(zlib.crc32(f"{config.run.seed}/{self.step}/{self.world.rank}".encode()))
-                result = self.train_step(micro_batches, settings, self.step)
+                result = self.train_step(micro_batches, settings, self.step, self.stop.vote())
                 self.step += 1
                 clock.steps += 1
                 self.telemetry.advance()
@@ -382,24 +421,29 @@ class Trainer:
                 evaluating = bool(
                     self.evaluator and (self.step == self.total_steps or (self.evaluate_every and self.step % self.evaluate_every == 0))
                 )
+                if self.step % config.parallel.checksum_every_steps == 0:
+                    self._stop_if_drifted()
                 if evaluating or finished or self.step % config.logging.every_steps == 0:
-                    self._log(result, settings, clock, evaluating)
+                    self._log(result, settings, clock, stragglers, evaluating)
+                    self._tell_unwritten(self.saver.problem())
                     gc.collect()
                     clock.restart()
                 best = evaluating and self._is_best()
-                stopping = self._asked_to_stop()
+                stopping = self.stop.granted(self.train_step.stop_votes)
                 if best or finished or stopping or self.step % config.checkpoint.every_steps == 0:
                     self._save(best)
                     clock.restart()
                 if stopping:
-                    raise Interrupted(
-                        f"Ended by {self.stop_signal.name} after step {self.step}; a checkpoint was written. "
-                        f"The same command continues from it."
-                    )
+                    self._interrupt()
         finally:
             gc.enable()
 
-    def _log(self, result, settings, clock: WindowClock, evaluating: bool) -> None:
+    def _interrupt(self) -> None:
+        problem = self.saver.wait()
+        saved = f"{problem}; the last good one is {self.checkpoints.last()}." if problem else "A checkpoint was written."
+        raise Interrupted(f"Ended by {self.stop.name} after step {self.step}. {saved} The same command continues from it.")
+
+    def _log(self, result, settings, clock: WindowClock, stragglers: StragglerClock, evaluating: bool) -> None:
         loss, student_entropy, teacher_entropy, kl, gradient_norm, embedding_spread = self.world.mean(torch.stack(list(result))).tolist()
         seconds, waited = clock.read()
         self._stop_if_diverged()
@@ -429,7 +473,9 @@ class Trainer:
             row |= {key: value for key, value in self.knn.items() if "untrained" not in key}
         row |= {
             "images_per_second": round(batch / seconds, 2),
+            "images_per_second_per_device": round(batch / seconds / self.world.size, 2),
             "step_seconds": round(seconds, 5),
+            **(stragglers.spread(seconds) if self.world.size > 1 else {}),
             "data_wait_percent": round(100 * waited, 2),
             "model_flops_utilization_percent": round(100 * utilization, 2) if utilization else None,
             **memory_peaks_gib(self.world.device),
@@ -439,6 +485,7 @@ class Trainer:
         self.telemetry.log(row)
 
     def _evaluate(self) -> dict[str, float]:
+        self._doing("evaluating")
         networks = {"teacher": self.pair.teacher.features, "student": self.pair.student.features}
         percents = self.evaluator.evaluate_all(networks)
         return {f"knn_{name}_k{k}_percent": round(value, 3) for name, of_k in percents.items() for k, value in of_k.items()}
@@ -456,11 +503,14 @@ class Trainer:
         return True
 
     def _finish(self) -> dict[str, Any]:
+        self._tell_unwritten(self.saver.wait())
         if self.step < self.total_steps:
             self.telemetry.say(
                 f"Stopped at step {self.step} of {self.total_steps}, as train.stop_at_step asks; the same command without it continues."
             )
+            self.world.barrier()
             return {}
+        self._doing("writing the report")
         summary = {
             "loss": getattr(self, "loss", None),
             "knn_untrained_percent": self._headline("untrained"),
@@ -470,6 +520,7 @@ class Trainer:
             "bad_files": self.loader.num_bad,
             "device": device_name(self.world.device),
             "world_size": self.world.size,
+            "strategy": self.strategy,
             "precision": self.precision.name,
             "backend": self.backend,
             "loader": self.loader.name,
@@ -483,7 +534,8 @@ class Trainer:
             os.replace(temporary, self.folder / "summary.json")
             report = write_report(
                 self.folder,
-                backbone=self.pair.teacher.backbone,
+                # Of a sharded network rank 0 has a part only; the report then draws from the last checkpoint.
+                backbone=None if self.strategy == "fsdp2" else self.pair.teacher.backbone,
                 train_source=self.evaluation_sources[0] if self.evaluator else None,
                 test_source=self.evaluation_sources[1] if self.evaluator else None,
             )
@@ -491,22 +543,3 @@ class Trainer:
             self.telemetry.say(f"Done      loss {summary['loss']:.4f}{knn}; report: {report}")
         self.world.barrier()
         return summary
-
-    @contextlib.contextmanager
-    def _signals(self):
-        """SIGTERM and SIGUSR1 (a scheduler's warning) and Ctrl-C let the step finish; a second Ctrl-C ends at once."""
-
-        def note(number, _frame):
-            if self.stop_signal is not None and number == signal.SIGINT:
-                raise KeyboardInterrupt
-            self.stop_signal = signal.Signals(number)
-
-        before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def _asked_to_stop(self) -> bool:
-        return self.stop_signal is not None

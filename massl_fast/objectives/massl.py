@@ -15,8 +15,9 @@ from massl_fast.kernels.cross_entropy import MemoryCrossEntropy
 class MasslObjective(nn.Module):
     """Owns the memory [K, D] (unit rows) and the position of the oldest entry; knows nothing of networks.
 
-    ``partition_of_step(step)`` gives an int tensor [K] to be used instead of the keyed random partition of (seed, step); by default
-    there is none for stochastic blocks and the memory's own order for contiguous ones.
+    ``partition_of_step(step)`` gives an int tensor [K] to be used instead of the keyed random partition of (partition_seed, step); by
+    default there is none for stochastic blocks and the memory's own order for contiguous ones. ``seed`` fills the memory and is the
+    partition's seed, too, unless that has its own.
     """
 
     memory: Tensor
@@ -34,6 +35,7 @@ class MasslObjective(nn.Module):
         partition: str = "stochastic",
         partition_of_step: Callable[[int], Tensor | None] | None = None,
         seed: int = 0,
+        partition_seed: int | None = None,
         memory_dtype: torch.dtype = torch.float32,
         backend: str = "auto",
     ):
@@ -42,7 +44,7 @@ class MasslObjective(nn.Module):
         self.student_temperature = student_temperature
         self.block_reduction = block_reduction
         self.teacher_view = {"first": 0, "second": 1}[enqueue_view]
-        self.seed = seed
+        self.partition_seed = seed if partition_seed is None else partition_seed
         self.backend = backend
         # A random memory, as published: uniform on the sphere, the same on every rank and device.
         rows = torch.randn(memory_size, embedding_dim, generator=torch.Generator().manual_seed(seed))
@@ -64,7 +66,7 @@ class MasslObjective(nn.Module):
             student_temp=self.student_temperature,
             teacher_temp=teacher_temperature,
             partition=self.partition_of_step(step),
-            seed=self.seed,
+            seed=self.partition_seed,
             step=step,
             block_reduction=self.block_reduction,
             backend=self.backend,

@@ -1,0 +1,76 @@
+"""Asked to stop: signals that one process notes and all ranks heed after the same step.
+
+A scheduler may signal one process only. Each step carries "was I asked to stop" in the sum that ranks take anyway (engine.step), so it
+costs no message of its own. On a GPU the host reads a sum ``LAG`` steps late, out of pinned memory: by then it has long been computed, the
+host does not wait, and every rank reads the same sum before the same step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from collections import deque
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from massl_fast.engine.parallel import World
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+LAG = 2
+
+
+class StopRequest:
+    """SIGTERM, SIGUSR1 (a scheduler's warning) and Ctrl-C let the step finish; a second Ctrl-C ends at once."""
+
+    def __init__(self, world: World):
+        self.noted: signal.Signals | None = None
+        """The signal that this process received."""
+        self._alone = world.size == 1
+        self._lag = LAG if world.device.type == "cuda" else 0
+        self._flag = torch.zeros((), device=world.device)
+        self._pending: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _note(self, number: int, _frame) -> None:
+        if self.noted is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.noted = signal.Signals(number)
+
+    def vote(self) -> Tensor:
+        """0-d tensor on the device: 1 where this process was asked to stop."""
+        if self.noted:
+            self._flag.fill_(1)
+        return self._flag
+
+    def granted(self, votes: Tensor) -> bool:
+        """Whether to stop now; the same answer on every rank. To be called once a step with that step's sum of votes."""
+        if self._alone:
+            return self.noted is not None
+        if votes.device.type == "cuda":
+            host = torch.empty(votes.shape, dtype=votes.dtype, pin_memory=True)
+            host.copy_(votes, non_blocking=True)
+            copied = torch.cuda.Event()
+            copied.record()
+        else:
+            host, copied = votes.clone(), None
+        self._pending.append((host, copied))
+        if len(self._pending) <= self._lag:
+            return False
+        host, copied = self._pending.popleft()
+        if copied is not None:
+            copied.synchronize()
+        return host.item() > 0
+
+    @property
+    def name(self) -> str:
+        return self.noted.name if self.noted else "a signal to another rank"
