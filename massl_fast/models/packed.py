@@ -202,7 +202,7 @@ def _attention(attn: Attention, tokens: Tensor, shapes: Shapes, first_only: bool
     outputs = []
     for query, key, value in parts:
         query, key = attn.q_norm(query.transpose(1, 2)), attn.k_norm(key.transpose(1, 2))
-        output = F.scaled_dot_product_attention(query, key, value.transpose(1, 2), dropout_p=dropout)
+        output = _attend(query, key, value.transpose(1, 2), dropout)
         outputs.append(output.transpose(1, 2).reshape(-1, heads * width))
     output = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
     if hasattr(attn, "norm"):
@@ -210,6 +210,17 @@ def _attention(attn: Attention, tokens: Tensor, shapes: Shapes, first_only: bool
     if getattr(attn, "gate", None) is not None:
         output = output * attn.gate(queries_from).sigmoid()
     return attn.proj_drop(attn.proj(output))
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
+    """Attention of [B, heads, L, width], by PyTorch's fused kernels except on a CPU in 16 bits.
+
+    There the fused backward pass takes three to six times as long as the plain products (docs/performance.md).
+    """
+    if query.device.type != "cpu" or value.dtype in (torch.float32, torch.float64) or dropout:
+        return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
+    logits = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
+    return logits.softmax(-1) @ value
 
 
 def _first_rows(tokens: Tensor, shapes: Shapes) -> Tensor:
