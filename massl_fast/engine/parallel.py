@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import warnings
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import groupby
@@ -73,12 +74,15 @@ class World:
         """
         if self.size == 1 or isinstance(module, FSDPModule):
             return module
-        return nn.parallel.DistributedDataParallel(
-            module,
-            device_ids=[self.device.index] if self.device.type == "cuda" else None,
-            gradient_as_bucket_view=True,
-            broadcast_buffers=False,
-        )
+        with warnings.catch_warnings():
+            # Of newer releases, which would rename it; what they offer instead older ones do not know.
+            warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
+            return nn.parallel.DistributedDataParallel(
+                module,
+                device_ids=[self.device.index] if self.device.type == "cuda" else None,
+                gradient_as_bucket_view=True,
+                broadcast_buffers=False,
+            )
 
     def describe(self) -> tuple[str, str]:
         """(host, device) of this rank."""

@@ -1,0 +1,88 @@
+"""Saving in the background, by one process: what is written is what was there, and what a crash or a full disk leaves."""
+
+import json
+import resource
+import shutil
+
+import pytest
+import torch
+
+from massl_fast.engine.checkpoint import CheckpointFolder, read_checkpoint, read_into, shapes_of
+from massl_fast.engine.parallel import World
+from massl_fast.engine.saving import BackgroundSaver
+
+ONE = World(0, 1, 0, torch.device("cpu"))
+
+
+@pytest.fixture
+def tensors() -> dict[str, torch.Tensor]:
+    return {"student/weight": torch.randn(300, 400), "objective/pointer": torch.tensor([7]), "optimizer/weight/step": torch.tensor(3.0)}
+
+
+@pytest.fixture
+def folder(tmp_path) -> CheckpointFolder:
+    return CheckpointFolder(tmp_path / "checkpoints", keep_last=2)
+
+
+def test_training_may_go_on_while_a_checkpoint_is_written(folder, tensors):
+    saver = BackgroundSaver(folder, ONE)
+    before = {name: tensor.clone() for name, tensor in tensors.items()}
+    assert saver.save(1, tensors, {}) is None
+    tensors["student/weight"].zero_()  # the next step
+    assert saver.save(2, tensors, {}, best=True) is None
+    assert saver.wait() is None and saver.problem() is None
+    saver.close()
+    first, _ = read_checkpoint(folder.folder / "step_00000001")
+    assert all(torch.equal(first[name], tensor) for name, tensor in before.items())
+    second, state = read_checkpoint(folder.last())
+    assert state["step"] == 2 and second["student/weight"].eq(0).all() and folder.best() == folder.last()
+
+
+def test_tensors_are_read_in_place_with_their_own_dtype(folder, tensors):
+    path = folder.save(1, tensors, {})
+    assert shapes_of(path) == {name: tensor.shape for name, tensor in tensors.items()}
+    targets = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
+    targets["student/weight"] = torch.zeros(300, 400, dtype=torch.bfloat16)
+    read_into(path, targets)
+    assert torch.equal(targets["student/weight"], tensors["student/weight"].bfloat16())
+    assert torch.equal(targets["objective/pointer"], tensors["objective/pointer"]) and targets["optimizer/weight/step"] == 3
+
+
+def test_a_disk_that_refuses_leaves_the_last_good_checkpoint_and_no_debris(folder, tensors):
+    saver = BackgroundSaver(folder, ONE)
+    saver.save(1, tensors, {})
+    assert saver.wait() is None
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))  # the system refuses to let a file grow beyond
+    try:
+        saver.save(2, tensors, {})
+        problem = saver.wait()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert problem.startswith("The checkpoint of step 2 could not be written (") and "too large" in problem
+    assert sorted(path.name for path in folder.folder.iterdir()) == ["last", "step_00000001"]
+    assert saver.save(3, tensors, {}) is None and saver.wait() is None
+    assert folder.last().name == "step_00000003"
+    saver.close()
+
+
+@pytest.mark.parametrize("cut", ["tensors", "state", "tensors missing"])
+def test_a_checkpoint_that_was_cut_off_is_passed_over_for_the_one_before(folder, tensors, cut):
+    good = folder.save(1, tensors, {})
+    bad = folder.save(2, tensors, {})
+    file = bad / ("state.json" if cut == "state" else "state.safetensors")
+    if cut == "tensors missing":
+        file.unlink()
+    else:
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    assert folder.last() == good
+    (sentence,) = folder.passed_over()
+    assert str(bad) in sentence and "passed over" in sentence
+
+
+def test_the_newest_are_kept(folder, tensors):
+    for step in range(5):
+        folder.save(step, tensors, {})
+    assert sorted(path.name for path in folder.folder.glob("step_*")) == ["step_00000003", "step_00000004"]
+    shutil.rmtree(folder.last())
+    assert json.loads((folder.last() / "state.json").read_text())["step"] == 3

@@ -1,0 +1,92 @@
+"""Who this process is and how the run is spread: what is chosen, and the sentences where it cannot be."""
+
+import pytest
+import torch
+import yaml
+
+from massl_fast.config import validated
+from massl_fast.engine.build import build_objective, build_pair
+from massl_fast.engine.parallel import World, choose_strategy, join_world, restarted, synchronise_batch_norms
+from massl_fast.engine.precision import Precision
+from massl_fast.engine.sharding import blocks_of
+from massl_fast.engine.stragglers import spread_of
+from massl_fast.models.backbone import build_backbone
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("asked", "size", "chosen"),
+    [("auto", 1, "none"), ("auto", 4, "ddp"), ("ddp", 4, "ddp"), ("fsdp2", 4, "fsdp2"), ("fsdp2", 1, "none"), ("none", 1, "none")],
+)
+def test_strategy(asked, size, chosen):
+    strategy, reason = choose_strategy(asked, size)
+    assert strategy == chosen and reason
+
+
+def test_several_processes_without_a_strategy_are_an_error():
+    with pytest.raises(ValueError, match="each would train alone"):
+        choose_strategy("none", 2)
+
+
+def test_srun_without_a_meeting_point_is_a_sentence(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    for name, value in {"SLURM_NTASKS": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match="MASTER_ADDR is not set"):
+        join_world("cpu")
+
+
+@pytest.mark.parametrize("name", ["TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"])
+def test_a_restart_is_known(monkeypatch, name):
+    assert not restarted()
+    monkeypatch.setenv(name, "1")
+    assert restarted()
+
+
+def settings(**sections) -> dict:
+    text = """
+    crops: {global_size: 16, local_size: 8, num_local: 1}
+    model: {model_args: {patch_size: 4, depth: 1, num_heads: 2, embed_dim: 32}, head_hidden_dim: 32, embedding_dim: 16}
+    objective: {memory_size: 64, block_size: 16}
+    train: {global_batch: 8}
+    """
+    return validated({**yaml.safe_load(text), **sections}, "test")
+
+
+@pytest.mark.parametrize(("scope", "equal"), [("shared", True), ("rank", False)])
+def test_partitions_are_shared_or_of_each_rank_and_the_memory_always_the_same(scope, equal):
+    config = settings(objective={"memory_size": 64, "block_size": 16, "partition_scope": scope})
+    one, other = (build_objective(config, Precision("fp32", "test"), rank) for rank in (0, 1))
+    assert torch.equal(one.memory, other.memory)
+    student, teacher = (torch.nn.functional.normalize(torch.randn(v, 3, 16), dim=-1) for v in (3, 2))
+    losses = [objective(student, teacher, step=1, teacher_temperature=0.05).loss for objective in (one, other)]
+    assert torch.equal(*losses) == equal
+
+
+def test_batch_norms_are_synchronised_on_gpus_and_named_on_cpus():
+    config = settings(model={"architecture": "resnet10t", "drop_path": 0, "head_hidden_dim": 32, "embedding_dim": 16})
+    pair, _ = build_pair(config)
+    names = list(pair.state_dict())
+    same, note = synchronise_batch_norms(pair, World(0, 2, 0, CPU))
+    assert same is pair and "on GPUs only" in note
+    assert synchronise_batch_norms(pair, World(0, 1, 0, torch.device("cuda", 0))) == (pair, None)
+    converted, note = synchronise_batch_norms(pair, World(0, 2, 0, torch.device("cuda", 0)))
+    norms = [m for m in converted.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
+    assert note is None and norms and all(isinstance(m, torch.nn.SyncBatchNorm) for m in norms)
+    assert list(converted.state_dict()) == names
+    # The mode of the teacher's norms is kept: they normalise with the batch's statistics.
+    assert all(m.training for m in norms)
+
+
+def test_a_network_without_blocks_is_not_sharded():
+    encoder = torch.nn.Module()
+    encoder.backbone = build_backbone("resnet10t", image_size=32)
+    with pytest.raises(ValueError, match="no list of blocks"):
+        blocks_of(encoder)
+
+
+def test_the_fastest_rank_is_faster_by_what_it_waits():
+    spread = spread_of(torch.tensor([0.10, 0.25, 0.15]), 0.4)
+    assert spread == {"step_seconds_slowest": 0.4, "step_seconds_fastest": 0.25, "slowest_rank": 1}

@@ -1,0 +1,139 @@
+"""Two gloo processes against one: equality, change of world size and strategy, agreed stops, drift, a NaN on one rank."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from two_ranks import configured, play
+
+from massl_fast.engine.checkpoint import read_checkpoint
+from massl_fast.engine.parallel import World
+from massl_fast.engine.telemetry import CLOCK_KEYS
+from massl_fast.models.published import load_backbone
+from small_images import write_images
+
+ONE = World(0, 1, 0, torch.device("cpu"))
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def rows(folder: Path) -> list[dict]:
+    """metrics.jsonl without what the clock decides."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [{key: value for key, value in json.loads(line).items() if key not in CLOCK_KEYS} for line in lines]
+
+
+def assert_close(found: list[dict], expected: list[dict]) -> None:
+    """To the rounding of sums taken in another order."""
+    assert [row["step"] for row in found] == [row["step"] for row in expected]
+    for one, other in zip(expected, found):
+        assert one.keys() == other.keys()
+        for key, value in one.items():
+            assert other[key] == pytest.approx(value, rel=2e-4, abs=2e-5), f"{key} at step {one['step']}"
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory) -> Path:
+    """Runs of one process and of two, with what the two reported in outcomes.<rank>.json."""
+    folder = tmp_path_factory.mktemp("ranks")
+    write_images(folder / "images", classes=2, per_class=14)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    assert play(configured(folder, "one"), ONE) == ("finished", "")
+    shutil.copytree(folder / "one", folder / "one-then-fsdp2")
+    for step in (15, 20):
+        shutil.rmtree(folder / f"one-then-fsdp2/checkpoints/step_{step:08d}", ignore_errors=True)
+    environment = os.environ | {
+        "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    script = str(Path(__file__).with_name("two_ranks.py"))
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, script, str(folder)],
+            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        outputs = [rank.communicate(timeout=270)[0] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(outputs)
+    (folder / "output").write_text(outputs[0])
+    assert play(configured(folder, "fsdp2-then-one"), ONE) == ("finished", "")
+    torch.set_num_threads(threads)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def outcomes(workplace) -> list[dict]:
+    return [json.loads((workplace / f"outcomes.{rank}.json").read_text()) for rank in range(2)]
+
+
+@pytest.mark.timeout(300)
+def test_two_ddp_processes_train_as_one_does(workplace, outcomes):
+    assert outcomes[0]["ddp"] == outcomes[1]["ddp"] == ["finished", ""]
+    one, ddp = rows(workplace / "one"), rows(workplace / "ddp")
+    assert len(one) == 20 and one[0]["loss"] != one[-1]["loss"]
+    assert_close(ddp, one)
+    clock = json.loads((workplace / "ddp/metrics.jsonl").read_text().splitlines()[-1])
+    assert clock["step_seconds_fastest"] <= clock["step_seconds_slowest"] and clock["slowest_rank"] in (0, 1)
+    assert clock["images_per_second_per_device"] == pytest.approx(clock["images_per_second"] / 2, abs=0.02)
+    output = (workplace / "output").read_text()
+    assert "rank 1 of 2 on" in output and "8 images = 2 processes × 1 micro-batch × 4" in output and "Strategy  ddp" in output
+
+
+@pytest.mark.parametrize("folder", ["fsdp2", "fsdp2-then-one", "one-then-fsdp2"])
+def test_strategy_and_world_size_may_change_at_a_checkpoint(workplace, outcomes, folder):
+    for rank in outcomes:
+        assert all(rank[scene] == ["finished", ""] for scene in ("fsdp2", "fsdp2 then ddp", "one then fsdp2"))
+    found = rows(workplace / folder)
+    assert_close(found, rows(workplace / "one")[: len(found)])
+    assert len(found) == (15 if folder == "one-then-fsdp2" else 20)
+
+
+def test_a_sharded_run_leaves_checkpoints_that_one_cpu_reads(workplace):
+    path = workplace / "fsdp2-then-one/checkpoints/step_00000010"
+    tensors, state = read_checkpoint(path)
+    assert state["strategy"] == "fsdp2" and state["world_size"] == 2
+    expected, _ = read_checkpoint(workplace / "one/checkpoints/step_00000010")
+    assert tensors.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(tensors[name], value, rtol=1e-3, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+    backbone, _ = load_backbone(path)
+    assert torch.equal(backbone.pos_embed, tensors["teacher/backbone.pos_embed"])
+
+
+def test_a_signal_to_one_rank_stops_both_after_the_same_step_and_nothing_is_lost(workplace, outcomes):
+    for rank, sender in zip(outcomes, ("a signal to another rank", "SIGUSR1")):
+        kind, sentence = rank["signal"]
+        assert kind == "Interrupted 75" and sentence.startswith(f"Ended by {sender} after step 4.")
+        assert rank["after the signal"] == ["finished", ""]
+    assert rows(workplace / "signal") == rows(workplace / "ddp")[:6]
+
+
+def test_a_memory_that_drifts_on_one_rank_ends_the_run(workplace, outcomes):
+    for rank in outcomes:
+        kind, sentence = rank["drift"]
+        assert kind == "Drifted 1" and "they hold different memory" in sentence and "after step 3" in sentence
+    assert [p.name for p in (workplace / "drift/checkpoints").glob("step_*")] == ["step_00000000"]
+
+
+def test_a_value_that_is_not_finite_is_traced_to_its_rank(workplace, outcomes):
+    for rank in outcomes:
+        kind, sentence = rank["nan"]
+        assert kind == "Diverged 1" and sentence.startswith("Step 2 was not finite, beginning with the student's embeddings (rank 1).")
