@@ -17,11 +17,13 @@ GPU_TILE = (8192, 2**24)
 HALF_HEADROOM = 10.0
 
 
+@torch.autocast("cpu", enabled=False)
+@torch.autocast("cuda", enabled=False)
 def memory_readout(rows: Tensor, memory: Tensor, partition: Tensor, block_size: int, inverse_temperature: Tensor) -> tuple[Tensor, Tensor]:
     """Read-out [R, D] and logsumexp [R], summed over blocks, in float32 (float64 for float64).
 
     ``rows`` [R, D] and ``memory`` [K, D] share a dtype; ``partition`` integer [K]; ``inverse_temperature`` [R], 1/τ of each row in the
-    dtype of the result.
+    dtype of the result. Autocast stays outside: it would narrow the products again.
     """
     wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
     on_cpu = rows.device.type == "cpu"
