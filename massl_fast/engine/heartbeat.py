@@ -14,7 +14,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from datetime import timedelta
 
 import torch.distributed as dist
 
@@ -22,7 +21,6 @@ from massl_fast.engine.parallel import World
 
 BEAT_SECONDS = 1.0
 SILENT_BEATS = 3
-STORE_SECONDS = 10.0
 
 
 class Heartbeat:
@@ -31,7 +29,7 @@ class Heartbeat:
     def __init__(self, world: World, timeout_seconds: float, store: dist.Store, on_loss: Callable[[str], None]):
         """``on_loss`` is called in the thread with a sentence once a rank has been silent for ``timeout_seconds``."""
         self.world, self.timeout, self.on_loss = world, timeout_seconds, on_loss
-        self.store = dist.PrefixStore(f"massl_fast/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        self.store = dist.PrefixStore("heartbeat", store)
         self.step, self.doing = 0, "starting"
         self._beats = 0
         self._seen: dict[int, tuple[int, float]] = {}
@@ -123,17 +121,6 @@ class Heartbeat:
         except RuntimeError:
             last = ""
         return f"Rank{'s' if len(ranks) > 1 else ''} {names} of {self.world.size} {'do' if len(ranks) > 1 else 'does'} not answer{last}"
-
-
-def meeting_store(timeout_seconds: float = STORE_SECONDS) -> dist.Store:
-    """A connection of its own to the store at which the ranks met."""
-    return dist.TCPStore(
-        os.environ["MASTER_ADDR"],
-        int(os.environ["MASTER_PORT"]),
-        is_master=False,
-        wait_for_workers=False,
-        timeout=timedelta(seconds=timeout_seconds),
-    )
 
 
 def end_process(sentence: str) -> None:

@@ -132,13 +132,31 @@ def join_world(device: str = "auto", timeout_seconds: float = 600) -> World:
         torch.cuda.set_device(chosen)
     else:
         chosen = torch.device("cpu")
-    if size > 1 and not dist.is_initialized():
+    if size > 1:
+        store = meet(timeout_seconds, serve=rank == 0)
         if chosen.type == "cuda":
-            timeout = timedelta(seconds=timeout_seconds + NCCL_EXTRA_SECONDS)
-            dist.init_process_group("nccl", timeout=timeout, device_id=chosen)
+            backend, timeout = {"backend": "nccl", "device_id": chosen}, timeout_seconds + NCCL_EXTRA_SECONDS
         else:
-            dist.init_process_group("gloo", timeout=timedelta(seconds=timeout_seconds))
+            backend, timeout = {"backend": "gloo"}, timeout_seconds
+        dist.init_process_group(**backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout))
     return World(rank, size, local_rank, chosen)
+
+
+def meet(timeout_seconds: float, *, serve: bool = False) -> dist.Store:
+    """The store at MASTER_ADDR:MASTER_PORT at which the ranks meet; with ``serve`` opened by this process, unless torchrun has done it.
+
+    Keys are kept apart by torchrun's count of restarts: its store outlives the processes, and ranks that find the addresses of those before
+    them try to connect to the dead (seen with PyTorch 2.15; pytorch#135712 tells of the same).
+    """
+    by_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    store = dist.TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        is_master=serve and not by_torchrun,
+        wait_for_workers=False,
+        timeout=timedelta(seconds=timeout_seconds),
+    )
+    return dist.PrefixStore(f"massl_fast/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 
 def leave_world() -> None:

@@ -24,10 +24,10 @@ from massl_fast.engine.advice import known_to_fail
 from massl_fast.engine.build import build_objective, build_pair
 from massl_fast.engine.checkpoint import CheckpointFolder, read_state
 from massl_fast.engine.ended import Diverged, Drifted, Ended, Interrupted, RankLost
-from massl_fast.engine.heartbeat import Heartbeat, end_process, meeting_store
+from massl_fast.engine.heartbeat import Heartbeat, end_process
 from massl_fast.engine.integrity import find_drift
 from massl_fast.engine.optimizer import build_optimizer
-from massl_fast.engine.parallel import World, choose_strategy, device_name, rank_map, restarted, synchronise_batch_norms
+from massl_fast.engine.parallel import World, choose_strategy, device_name, meet, rank_map, restarted, synchronise_batch_norms
 from massl_fast.engine.precision import choose_precision
 from massl_fast.engine.run_state import demand_equal, restore, tensors_of
 from massl_fast.engine.saving import BackgroundSaver
@@ -44,6 +44,7 @@ from massl_fast.report.page import write_report
 
 KNN_HEADLINE_K = 20
 SHARED_FOLDER_SECONDS = 10
+STORE_SECONDS = 10
 
 
 class Trainer:
@@ -57,7 +58,7 @@ class Trainer:
         self.stop = StopRequest(world)
         self.heartbeat = None
         if world.size > 1:
-            self.heartbeat = Heartbeat(world, config.parallel.timeout_seconds, meeting_store(), on_loss=self._end_without)
+            self.heartbeat = Heartbeat(world, config.parallel.timeout_seconds, meet(STORE_SECONDS), on_loss=self._end_without)
 
         checkpoint = config.checkpoint
         self.checkpoints = CheckpointFolder(self.folder / "checkpoints", checkpoint.keep_every_steps, checkpoint.keep_last)
@@ -321,7 +322,8 @@ class Trainer:
 
         Raises an ``Ended`` where it stops before.
         """
-        with self.heartbeat or contextlib.nullcontext():
+        # Signals are noted to the very end: torchrun sends SIGTERM to those who are still finding out who is gone.
+        with self.stop.listening(), self.heartbeat or contextlib.nullcontext():
             try:
                 return self._run()
             except RuntimeError as error:
@@ -374,8 +376,7 @@ class Trainer:
             if self.step == 0:
                 self._check_checkpoint_round_trip()
                 self._evaluate_untrained()
-            with self.stop.listening():
-                self._loop()
+            self._loop()
             return self._finish()
         finally:
             self.telemetry.close()

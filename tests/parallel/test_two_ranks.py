@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from kill_ranks import command, kill_once, write_recipe
 from two_ranks import configured, play
 
 from massl_fast.engine.checkpoint import read_checkpoint
@@ -137,3 +138,13 @@ def test_a_value_that_is_not_finite_is_traced_to_its_rank(workplace, outcomes):
     for rank in outcomes:
         kind, sentence = rank["nan"]
         assert kind == "Diverged 1" and sentence.startswith("Step 2 was not finite, beginning with the student's embeddings (rank 1).")
+
+
+@pytest.mark.timeout(300)
+def test_a_killed_rank_is_named_and_torchrun_continues_by_itself(workplace):
+    write_recipe(workplace)
+    arguments = command(workplace, workplace / "killed", "--parallel.strategy", "ddp", restarts=1)
+    code, said = kill_once(arguments, workplace / "killed", step=7, victims=[1])
+    assert code == 0, said[-3000:]
+    assert "massl-fast train: Rank 1 of 2 does not answer" in said
+    assert rows(workplace / "killed") == rows(workplace / "ddp")

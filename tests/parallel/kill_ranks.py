@@ -1,0 +1,111 @@
+"""Kill ranks of a two-process run with SIGKILL at random moments, let torchrun start it again, and compare with a run left alone.
+
+``python tests/parallel/kill_ranks.py [KILLS]`` prints what it compared and exits with 1 where anything differs. Whom it kills goes round:
+rank 1, rank 0, both, rank 0 while it saves. Everything goes through ``torchrun`` and ``massl-fast train``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import yaml
+from two_ranks import SETTINGS
+
+VICTIMS = ([1], [0], [0, 1], "saving")
+
+
+def command(workplace: Path, folder: Path, *settings: str, restarts: int = 0) -> list[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", str(restarts)]
+    data = ["--data.train", str(workplace / "images"), "--run.folder", str(folder)]
+    return [*launcher, "-m", "massl_fast", "train", "--recipe", str(workplace / "recipe.yaml"), *data, *settings]
+
+
+def write_recipe(workplace: Path) -> None:
+    (workplace / "recipe.yaml").write_text(yaml.safe_dump(yaml.safe_load(SETTINGS)))
+
+
+def last_step(folder: Path) -> int:
+    path = folder / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.is_file() else []
+    try:
+        return json.loads(lines[-1])["step"] if lines else -1
+    except json.JSONDecodeError:
+        return -1
+
+
+def rank_processes(launcher: int) -> dict[int, int]:
+    """{rank: process id} of the children of a torchrun process that are trainers by now."""
+    found = {}
+    for status in Path("/proc").glob("[0-9]*/status"):
+        with contextlib.suppress(OSError, ValueError):
+            parent = int(next(line.split()[1] for line in status.read_text().splitlines() if line.startswith("PPid:")))
+            if parent == launcher:
+                environment = dict(entry.partition("=")[::2] for entry in (status.parent / "environ").read_text().split("\0"))
+                found[int(environment["RANK"])] = int(status.parent.name)
+    return found
+
+
+def wait_until(condition, launcher: subprocess.Popen) -> None:
+    while not condition():
+        if launcher.poll() is not None:
+            raise RuntimeError(f"The run ended with {launcher.returncode} before it was killed.")
+        time.sleep(0.005)
+
+
+def kill_once(arguments: list[str], folder: Path, step: int, victims) -> tuple[int, str]:
+    """Run until ``step`` is logged, kill, let torchrun finish as it will; returns (exit code, what was said on stderr)."""
+    log = folder.parent / f"stderr.{step}"
+    with log.open("w") as stderr:
+        launcher = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=stderr, start_new_session=True)
+    try:
+        wait_until(lambda: last_step(folder) >= step, launcher)
+        processes = rank_processes(launcher.pid)
+        if victims == "saving":
+            wait_until(lambda: any((folder / "checkpoints").glob(".step_*.partial")) or last_step(folder) >= 19, launcher)
+            victims = [0]
+        for rank in victims:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(processes[rank], signal.SIGKILL)
+        return launcher.wait(), log.read_text()
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(launcher.pid, signal.SIGKILL)
+
+
+def compare(kills: int, workplace: Path, seed: int = 0) -> str:
+    """Returns a sentence; AssertionError where the metrics differ."""
+    from massl_fast.engine.telemetry import CLOCK_KEYS
+    from small_images import write_images
+
+    def rows(folder: Path) -> list[dict]:
+        lines = (folder / "metrics.jsonl").read_text().splitlines()
+        return [{key: value for key, value in json.loads(line).items() if key not in CLOCK_KEYS} for line in lines]
+
+    write_images(workplace / "images", classes=2, per_class=14)
+    write_recipe(workplace)
+    whole, killed = workplace / "whole", workplace / "killed"
+    subprocess.run(command(workplace, whole), check=True, stdout=subprocess.DEVNULL)
+    generator = random.Random(seed)
+    steps = sorted(generator.choices(range(1, 19), k=kills))
+    for number, step in enumerate(steps):
+        code, _ = kill_once(command(workplace, killed), killed, step, VICTIMS[number % len(VICTIMS)])
+        assert code != 0, "torchrun did not notice that a rank was killed"
+    subprocess.run(command(workplace, killed), check=True, stdout=subprocess.DEVNULL)
+    for expected, found in zip(rows(whole), rows(killed), strict=True):
+        assert expected == found, f"step {expected['step']}: {expected} != {found}"
+    return f"{kills} kills, after steps {steps}: all {len(rows(whole))} rows of metrics.jsonl equal, bit for bit"
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    with tempfile.TemporaryDirectory() as folder:
+        print(compare(int(sys.argv[1]) if len(sys.argv) > 1 else 10, Path(folder)))
