@@ -1,0 +1,324 @@
+"""A whole training step of massl-fast beside the published way of taking it: images/s, peak memory, largest batch.
+
+    python bench/bench_step.py                                    small ViTs on the CPU
+    python bench/bench_step.py --cases vit_small --batch 64 512   ViT-S/16 on a GPU
+    python bench/bench_step.py --cases vit_small --largest        the largest batch that fits, of each side
+    pytest bench/bench_step.py --benchmark-enable                 the smallest case, under pytest-benchmark
+
+Crops are synthetic and lie on the device. All sides of a case run in one process, a step of each in turn, so that what else the machine does
+meets all of them; the figure is the median over the rounds, the ratio the median of each round's ratio. On a CPU, images per second of
+processor time stand beside it, which other work on the machine hardly changes (set OMP_WAIT_POLICY=passive, or waiting counts). Peak memory is that of one side
+alone, from its construction through two steps: allocated bytes on a GPU, bytes of the CPU allocator on a CPU (scratch memory of matrix
+libraries not included).
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime, timezone
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from torch import Tensor
+
+from massl_fast.config import OptimizerSection
+from massl_fast.engine.optimizer import build_optimizer
+from massl_fast.engine.parallel import World
+from massl_fast.engine.precision import choose_precision
+from massl_fast.engine.schedules import StepSettings
+from massl_fast.engine.step import NUM_TEACHER_VIEWS, TrainStep
+from massl_fast.models.backbone import Encoder, build_backbone
+from massl_fast.models.head import ProjectionHead
+from massl_fast.models.pair import StudentTeacher
+from massl_fast.objectives.massl import MasslObjective
+from massl_fast.profiling.flops import peak_flops, step_flops
+
+sys.path.insert(0, str(Path(__file__).parent))
+from published_step import PublishedStep, published_encoder
+
+SETTINGS = StepSettings(learning_rate=1e-4, weight_decay=0.1, teacher_momentum=0.996, teacher_temperature=0.05)
+SIDES = ("published", "massl-fast", "massl-fast compiled")
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a step is taken of. The memory is the paper's."""
+
+    name: str
+    architecture: str
+    model_args: dict
+    global_size: int
+    local_size: int
+    batch: int
+    memory_size: int = 65536
+    block_size: int = 16384
+    num_local: int = 10
+    drop_path: float = 0.1
+
+    @property
+    def sizes(self) -> list[int]:
+        return [self.global_size] * NUM_TEACHER_VIEWS + [self.local_size] * self.num_local
+
+
+CASES = {
+    case.name: case
+    for case in (
+        Case("vit_mini", "vit_tiny_patch16_224", dict(patch_size=8, depth=4), 64, 32, batch=16),
+        Case("vit_tiny", "vit_tiny_patch16_224", {}, 224, 96, batch=8),
+        Case("vit_small", "vit_small_patch16_224", {}, 224, 96, batch=64),
+        Case("vit_base", "vit_base_patch16_224", {}, 224, 96, batch=64),
+    )
+}
+
+
+def build(case: Case, side: str, device: torch.device, precision: str = "auto") -> Callable[[int], None]:
+    """A function that takes step number n on synthetic crops."""
+    world, chosen = World(0, 1, 0, device), choose_precision(precision, device)
+    torch.manual_seed(0)
+
+    def parts(drop_path: float):
+        backbone = build_backbone(
+            case.architecture,
+            image_size=case.global_size,
+            other_sizes=[case.local_size],
+            drop_path=drop_path,
+            model_args=case.model_args,
+        )
+        return backbone, ProjectionHead(backbone.feature_dim)
+
+    crops = [torch.randn(case.batch, 3, size, size, device=device) for size in case.sizes]
+    if side == "published":
+        student, teacher = (published_encoder(*parts(rate)).to(device) for rate in (case.drop_path, 0.0))
+        memory = torch.nn.functional.normalize(torch.randn(case.memory_size, 256, device=device))
+        step = PublishedStep(
+            student.train(), teacher, memory, block_size=case.block_size, student_temperature=0.1, clip=3.0, precision=chosen
+        )
+        return lambda number: step(crops, SETTINGS, number)
+    crops = [crop.contiguous(memory_format=torch.channels_last) for crop in crops]
+    pair = StudentTeacher(Encoder(*parts(case.drop_path)), Encoder(*parts(0.0))).to(device, memory_format=torch.channels_last)
+    if side.endswith("compiled"):
+        pair.student.compile_blocks()
+        pair.teacher.compile_blocks()
+    objective = MasslObjective(case.memory_size, 256, block_size=case.block_size, student_temperature=0.1, memory_dtype=chosen.dtype).to(
+        device
+    )
+    step = TrainStep(
+        pair,
+        objective,
+        build_optimizer(pair.student, OptimizerSection()),
+        world=world,
+        precision=chosen,
+        clip=3.0,
+        clip_mode="parameter",
+    )
+    return lambda number: step([crops], SETTINGS, number)
+
+
+def seconds_of(step: Callable[[int], None], number: int, device: torch.device) -> tuple[float, float]:
+    """Wall time of one step, the device's work included, and this process's processor time over all threads."""
+    _wait(device)
+    start, processor_start = time.perf_counter(), time.process_time()
+    step(number)
+    _wait(device)
+    return time.perf_counter() - start, time.process_time() - processor_start
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def time_sides(case: Case, sides: list[str], device: torch.device, precision: str, rounds: int) -> dict[str, list[tuple[float, float]]]:
+    """(wall, processor) seconds of each round of each side, after two steps of warm-up."""
+    steps = {side: build(case, side, device, precision) for side in sides}
+    for step in steps.values():
+        for number in range(2):
+            seconds_of(step, number, device)
+    gc.collect()
+    gc.disable()
+    try:
+        seconds: dict[str, list[tuple[float, float]]] = {side: [] for side in sides}
+        for number in range(2, 2 + rounds):
+            for side, step in steps.items():
+                seconds[side].append(seconds_of(step, number, device))
+    finally:
+        gc.enable()
+    return seconds
+
+
+def peak_bytes(case: Case, side: str, device: torch.device, precision: str = "auto") -> int:
+    """Most bytes allocated at a time by one side alone: weights, optimizer, memory, crops and two steps."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        step = build(case, side, device, precision)
+        for number in range(2):
+            step(number)
+        _wait(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        step = build(case, side, device, precision)
+        for number in range(2):
+            step(number)
+    changes = [(event.start_ns(), event.nbytes()) for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    total = most = 0
+    for _, change in sorted(changes):
+        total += change
+        most = max(most, total)
+    return most
+
+
+def largest_batch(case: Case, side: str, device: torch.device, precision: str = "auto") -> int:
+    """The largest multiple of 8 whose two steps fit the GPU."""
+
+    def fits(eights: int) -> bool:
+        # K a multiple of the batch is the published code's own demand; its memory is widened by less than a batch for it.
+        batch = 8 * eights
+        try:
+            peak_bytes(replace(case, batch=batch, memory_size=-(-case.memory_size // batch) * batch), side, device, precision)
+        except torch.cuda.OutOfMemoryError:
+            return False
+        return True
+
+    low, high = 0, 1
+    while fits(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return 8 * low
+
+
+def compare(case: Case, sides: list[str], device: torch.device, precision: str, rounds: int) -> dict:
+    """All figures of a case as one record."""
+    load = os.getloadavg()[0]
+    seconds = time_sides(case, sides, device, precision, rounds)
+    gc.collect()
+    backbone = build_backbone(case.architecture, image_size=case.global_size, model_args=case.model_args)
+    encoder = Encoder(backbone, ProjectionHead(backbone.feature_dim))
+    flops = step_flops(encoder, crop_sizes=case.sizes, num_teacher_views=NUM_TEACHER_VIEWS, batch=case.batch, memory_size=case.memory_size)
+    results = {}
+    for side in sides:
+        (times, processor), (first, first_processor) = zip(*seconds[side]), zip(*seconds[sides[0]])
+        median = statistics.median(times)
+        results[side] = {
+            "images_per_second": round(case.batch / median, 2),
+            "step_seconds_median": round(median, 5),
+            "step_seconds_quartiles": [round(q, 5) for q in statistics.quantiles(times, n=4)[::2]],
+            "times_the_first_side": round(statistics.median(theirs / ours for theirs, ours in zip(first, times)), 3),
+            "peak_mib": round(peak_bytes(case, side, device, precision) / 2**20, 1),
+            "tflops_per_second": round(flops / median / 1e12, 3),
+        }
+        if device.type == "cpu":
+            ratio = statistics.median(theirs / ours for theirs, ours in zip(first_processor, processor))
+            results[side]["images_per_processor_second"] = round(case.batch / statistics.median(processor), 2)
+            results[side]["times_the_first_side_by_processor_time"] = round(ratio, 3)
+        elif peak := peak_flops(torch.cuda.get_device_name(device), choose_precision(precision, device).dtype):
+            results[side]["model_flops_utilization_percent"] = round(100 * flops / median / peak, 1)
+    return {
+        "case": asdict(case),
+        "precision": choose_precision(precision, device).name,
+        "gflop_per_image": round(flops / case.batch / 1e9, 2),
+        "rounds": rounds,
+        "sides": results,
+        "load_average_before": round(load, 2),
+        "load_average_after": round(os.getloadavg()[0], 2),
+    }
+
+
+def environment(device: torch.device) -> dict:
+    """Where and with what a record was made."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "threads": torch.get_num_threads(),
+        "versions": {"torch": torch.__version__, "timm": timm.__version__, "python": platform.python_version()},
+        "git_commit": commit.stdout.strip() or None,
+        "command": "python bench/bench_step.py " + " ".join(sys.argv[1:]),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def _processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    name = next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.processor())
+    return f"{name}, {os.cpu_count()} cores"
+
+
+def table(record: dict) -> str:
+    lines = [
+        f"{record['case']['name']}, batch {record['case']['batch']}, {record['precision']}, {record['gflop_per_image']} GFLOP an image"
+    ]
+    for side, result in record["sides"].items():
+        line = (
+            f"  {side:<22}{result['images_per_second']:>10.2f} images/s  ×{result['times_the_first_side']:<6.2f}"
+            f"{result['peak_mib']:>10.0f} MiB  {result['tflops_per_second']:>8.3f} TFLOP/s"
+        )
+        if "images_per_processor_second" in result:
+            line += (
+                f"  {result['images_per_processor_second']:>10.2f} images per processor second  "
+                f"×{result['times_the_first_side_by_processor_time']:.2f}"
+            )
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=["vit_mini", "vit_tiny"])
+    parser.add_argument("--batch", nargs="+", type=int, default=[], help="batches in place of the case's own")
+    parser.add_argument("--memory-size", nargs="+", type=int, default=[], help="memories in place of the case's own")
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES[:2]), help="the first is what the others are compared with")
+    parser.add_argument("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto")
+    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--largest", action="store_true", help="find the largest batch that fits the GPU instead of timing")
+    parser.add_argument("--output", default="", help="file to which a JSON object a case is appended (default: none)")
+    args = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if args.largest and device.type == "cpu":
+        parser.error("--largest fills a GPU's memory, and there is none here")
+    for case in [CASES[name] for name in args.cases]:
+        for batch in args.batch or [case.batch]:
+            for memory_size in args.memory_size or [case.memory_size]:
+                chosen = replace(case, batch=batch, memory_size=memory_size)
+                if args.largest:
+                    record = {
+                        "case": asdict(chosen),
+                        "largest_batch": {s: largest_batch(chosen, s, device, args.precision) for s in args.sides},
+                    }
+                    print(case.name, record["largest_batch"], flush=True)
+                else:
+                    record = compare(chosen, args.sides, device, args.precision, args.rounds)
+                    print(table(record), flush=True)
+                if args.output:
+                    with Path(args.output).open("a", encoding="utf-8") as file:
+                        file.write(json.dumps(record | environment(device)) + "\n")
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_step(benchmark, side):
+    """One step of the smallest case; interleaved comparisons are the script's."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    step = build(CASES["vit_mini"], side, device)
+    step(0)
+    benchmark.extra_info["images_per_step"] = CASES["vit_mini"].batch
+    benchmark.pedantic(lambda: seconds_of(step, 1, device), rounds=5, warmup_rounds=1)
+
+
+if __name__ == "__main__":
+    main()
