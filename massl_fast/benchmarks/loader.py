@@ -71,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--workers", nargs="+", type=int, default=[os.cpu_count() or 1], help="processes or threads (default: all cores)")
     parser.add_argument("--batch", type=int, default=0, help="images of a batch (default: 64 for a GPU, else 16)")
-    parser.add_argument("--seconds", type=float, default=8.0, help="length of a measurement (default: 8)")
+    parser.add_argument("--seconds", type=float, default=6.0, help="length of a measurement (default: 6)")
     parser.add_argument("--global-size", type=int, default=224, help="side of the 2 global crops (default: 224)")
     parser.add_argument("--local-size", type=int, default=96, help="side of the local crops (default: 96)")
     parser.add_argument("--num-local", type=int, default=10, help="local crops (default: 10)")
