@@ -4,6 +4,7 @@ The gradient is a by-product of the forward pass (kernels/loss.py), so each op r
 outside it, and backward is one multiplication.
 """
 
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,11 @@ from torch.autograd.function import once_differentiable
 from massl_fast.kernels import checks, reference, streaming
 from massl_fast.kernels.loss import assemble
 from massl_fast.kernels.partition import partition_indices
+
+if find_spec("triton") is not None:
+    from massl_fast.kernels import fused
+else:
+    fused = None
 
 BACKENDS = ("auto", "reference", "streaming", "triton")
 
@@ -156,10 +162,8 @@ def _choose_backend(asked: str, memory: Tensor) -> str:
 
 def _triton_obstacle(device: torch.device, dtype: torch.dtype, width: int | None = None) -> str | None:
     """A sentence saying why the fused kernel cannot run, or None."""
-    try:
-        from massl_fast.kernels import fused
-    except ImportError as error:
-        return f"Triton cannot be imported ({error})."
+    if fused is None:
+        return "Triton is not installed."
     return fused.obstacle(device, dtype, width)
 
 
@@ -215,8 +219,6 @@ def _memory_cross_entropy(
     teacher_temp = teacher_temp if teacher_temp_tensor is None else teacher_temp_tensor
     partition = _partition(partition, memory, seed, step, step_tensor)
     if backend == "triton":
-        from massl_fast.kernels import fused
-
         return fused.memory_cross_entropy(student, teacher, memory, partition, block_size, student_temp, teacher_temp)
     (V, N, D), T = student.shape, teacher.shape[0]
     rows = torch.cat((student, teacher)).view(-1, D)
@@ -252,8 +254,6 @@ def _memory_readout(
     temperature = temperature if temperature_tensor is None else temperature_tensor
     partition = _partition(partition, memory, seed, step, step_tensor)
     if backend == "triton":
-        from massl_fast.kernels import fused
-
         return fused.memory_readout(rows, memory, partition, block_size, temperature)
     inverse = torch.empty(rows.shape[0], device=memory.device, dtype=_wide(memory))
     inverse[:] = 1 / temperature

@@ -1,0 +1,200 @@
+"""What the fused kernel becomes on a GPU that need not be here: ahead-of-time compile, machine code read, resources counted.
+
+Every shipped configuration is compiled as the run-time would compile it for aligned inputs and blocks that fill their tiles. The figures
+come from the compiler's own tools that Triton carries: registers and stack from cuobjdump, instructions from nvdisasm, buffers from
+Triton's last intermediate code.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from massl_fast.kernels import fused
+
+KIB = 1024
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Limits of one multiprocessor, from the CUDA C++ Programming Guide, table of technical specifications per compute capability."""
+
+    capability: tuple[int, int]
+    shared_bytes: int
+    """Of one program."""
+    shared_bytes_total: int
+    """Of all programs resident, which cost 1 KiB more each."""
+    warps: int
+
+
+ARCHITECTURES = {
+    "sm_80": Architecture((8, 0), 163 * KIB, 164 * KIB, 64),
+    "sm_86": Architecture((8, 6), 99 * KIB, 100 * KIB, 48),
+    "sm_89": Architecture((8, 9), 99 * KIB, 100 * KIB, 48),
+    "sm_90": Architecture((9, 0), 227 * KIB, 228 * KIB, 64),
+    "sm_100": Architecture((10, 0), 227 * KIB, 228 * KIB, 64),
+}
+REGISTERS = 65536  # of a multiprocessor, on all of them
+WIDTHS = (32, 64, 128, 256, 512)
+TRITON_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One compile of the read kernel."""
+
+    width: int
+    dtype: torch.dtype
+    constant_pivot: bool
+    choice: fused.Configuration
+
+    @property
+    def name(self) -> str:
+        c = self.choice
+        pivot = "constant" if self.constant_pivot else "running"
+        tile = f"{c.block_rows}x{c.block_entries} parts={c.parts} warps={c.warps} stages={c.stages}"
+        return f"{TRITON_NAMES[self.dtype]} D={self.width} {pivot} pivot, {tile}"
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one compiled kernel takes; instructions are counted in the whole machine code, once each however often they run."""
+
+    arch: str
+    kernel: str
+    configuration: str
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    shared_bytes_limit: int
+    tensor_core_instructions: int
+    async_copy_instructions: int
+    pipeline_buffers: int
+    instructions: int
+    warps: int
+    programs_per_multiprocessor: int
+    occupancy_percent: float
+
+
+def shipped(arch: str) -> Iterator[Variant]:
+    """Every configuration that ships for an architecture: dtypes × widths × pivots."""
+    architecture = ARCHITECTURES[arch]
+    for dtype in TRITON_NAMES:
+        for width in WIDTHS:
+            choice = fused.configuration(architecture.capability, width, dtype, architecture.shared_bytes)
+            if choice is not None:
+                for constant_pivot in (False,) if dtype == torch.float16 else (True, False):
+                    yield Variant(width, dtype, constant_pivot, choice)
+
+
+def compile_variant(variant: Variant, arch: str):
+    """Triton's compiled kernel; needs no GPU."""
+    kernel, choice, name = fused._read_kernel, variant.choice, TRITON_NAMES[variant.dtype]
+    constants = {
+        "WIDTH": variant.width,
+        "PADDED_WIDTH": fused.padded_width(variant.width),
+        "PARTS": choice.parts,
+        "BLOCK_ROWS": choice.block_rows,
+        "BLOCK_ENTRIES": choice.block_entries,
+        "EVEN_BLOCK": True,
+        "CONSTANT_PIVOT": variant.constant_pivot,
+        "TEMPS_ON_DEVICE": False,
+        "HEADROOM": fused.headroom(variant.dtype),
+        "PRECISION": fused.PRECISION,
+        "STAGES": choice.stages,
+        "MASK_STORES": choice.mask_stores,
+        "LOAD_KEYS": choice.load_keys,
+    }
+    pointers = {
+        **dict.fromkeys(("student_ptr", "teacher_ptr", "memory_ptr"), f"*{name}"),
+        "partition_ptr": "*i32",
+        **dict.fromkeys(("values_ptr", "totals_ptr", "pivots_ptr"), "*fp32"),
+    }
+    signature = dict.fromkeys(kernel.arg_names, "i32")
+    signature |= pointers | {"student_temp": "fp32", "teacher_temp": "fp32"} | dict.fromkeys(constants, "constexpr")
+    # As the run-time specialises aligned pointers and round numbers; without it nothing is copied asynchronously.
+    aligned = [*pointers, "block_size"]
+    attributes = {(kernel.arg_names.index(argument),): [["tt.divisibility", 16]] for argument in aligned}
+    major, minor = ARCHITECTURES[arch].capability
+    return triton.compile(
+        ASTSource(kernel, signature, constants, attributes),
+        target=GPUTarget("cuda", 10 * major + minor, 32),
+        options={"num_warps": choice.warps, "num_stages": choice.stages, "enable_fp_fusion": True},
+    )
+
+
+def resources(variant: Variant, arch: str) -> Resources:
+    """Compile one variant and read its machine code."""
+    compiled = compile_variant(variant, arch)
+    usage, code = _disassemble(compiled.asm["cubin"])
+    registers, stack = (int(re.search(rf"\b{key}:(\d+)", usage).group(1)) for key in ("REG", "STACK"))
+    opcodes = re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", code, re.MULTILINE)
+    # The tile buffers are the allocations with a leading dimension; all others hold one tensor.
+    buffers = [int(depth) for depth in re.findall(r"local_alloc\b.*?memdesc<(\d+)x\d+x\d+x", compiled.asm["ttgir"])]
+    architecture, shared = ARCHITECTURES[arch], compiled.metadata.shared
+    warps = compiled.metadata.num_warps
+    registers_a_warp = -(-registers * 32 // 256) * 256
+    programs = min(
+        architecture.shared_bytes_total // (shared + KIB),
+        REGISTERS // registers_a_warp // warps,
+        architecture.warps // warps,
+    )
+    return Resources(
+        arch=arch,
+        kernel="read",
+        configuration=variant.name,
+        registers=registers,
+        spill_bytes=stack,
+        shared_bytes=shared,
+        shared_bytes_limit=architecture.shared_bytes,
+        tensor_core_instructions=sum(opcode.endswith("MMA") for opcode in opcodes),
+        async_copy_instructions=sum(opcode in ("LDGSTS", "UTMALDG", "UBLKCP") for opcode in opcodes),
+        pipeline_buffers=min(buffers, default=1),
+        instructions=len(opcodes),
+        warps=warps,
+        programs_per_multiprocessor=programs,
+        occupancy_percent=round(100 * programs * warps / architecture.warps, 1),
+    )
+
+
+def _disassemble(cubin: bytes) -> tuple[str, str]:
+    """Resource usage and machine code of a compiled kernel as text."""
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        usage, code = (
+            subprocess.run([tools / tool, option, path], check=True, capture_output=True, text=True).stdout
+            for tool, option in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c"))
+        )
+    return usage, code
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--arch", choices=list(ARCHITECTURES), default="sm_90", help="architecture to compile for (default: sm_90)")
+    parser.add_argument("--json", action="store_true", help="print one JSON array of rows")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the resources of every shipped configuration; 0 if each keeps its registers, else 1."""
+    rows = [resources(variant, args.arch) for variant in shipped(args.arch)]
+    if args.json:
+        print(json.dumps([asdict(row) for row in rows], indent=1))
+    else:
+        print(f"{args.arch}, Triton {triton.__version__}")
+        print(f"{'configuration':62} {'regs':>4} {'spill':>5} {'shared':>7} {'mma':>4} {'async':>5} {'buffers':>7} {'occupancy':>9}")
+        for row in rows:
+            print(
+                f"{row.configuration:62} {row.registers:4} {row.spill_bytes:5} {row.shared_bytes:7} "
+                f"{row.tensor_core_instructions:4} {row.async_copy_instructions:5} {row.pipeline_buffers:7} {row.occupancy_percent:8}%"
+            )
+    return int(any(row.spill_bytes for row in rows))
