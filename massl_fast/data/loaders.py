@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import torch
 
 from massl_fast.config import Config, CropsSection
 from massl_fast.data.bad_files import read_bad_files
@@ -84,25 +86,36 @@ def build_loader(
     else:
         from massl_fast.data.dali_loader import DaliLoader
 
-        loader = DaliLoader(source, views, **arguments, decode=data.decode, augment=data.augment)
+        # Without autocast half-precision crops would meet float32 weights.
+        wide = torch.float32 if config.train.precision == "fp32" else None
+        loader = DaliLoader(source, views, **arguments, decode=data.decode, augment=data.augment, dtype=wide)
     loader.reason = reason
     return loader
 
 
 def choose_loader(asked: str, device_type: str) -> tuple[str, str]:
     """(torchvision or dali, reason) for a setting of auto, torchvision or dali and a device type of cuda or cpu."""
-    imports = importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None
+    obstacle = _dali_obstacle()
     if asked == "torchvision":
         return "torchvision", "asked for"
     if asked == "dali":
-        if not imports:
+        if obstacle:
             raise ValueError(
-                "data.loader is dali, but nvidia.dali does not import. Install nvidia-dali-cuda130 (or the build for your CUDA), "
-                "or choose auto."
+                f"data.loader is dali, but nvidia.dali does not import ({obstacle}). Install nvidia-dali-cuda130 (or the build for your "
+                f"CUDA), or choose auto."
             )
         return "dali", "asked for"
-    if not imports:
-        return "torchvision", "nvidia.dali does not import"
+    if obstacle:
+        return "torchvision", f"nvidia.dali does not import: {obstacle}"
     if device_type != "cuda":
         return "torchvision", "DALI imports, but its CPU backend is no faster per core than Pillow"
     return "dali", "it imports, and there is a GPU to feed"
+
+
+def _dali_obstacle() -> str | None:
+    """Why DALI cannot be used, or None. A build for another CUDA is found by importing it, not by looking for it."""
+    try:
+        importlib.import_module("nvidia.dali")
+    except Exception as error:  # what a broken build raises is its own choice
+        return str(error).splitlines()[0] if str(error) else type(error).__name__
+    return None

@@ -44,6 +44,7 @@ class TorchLoader:
     """
 
     name = "torchvision"
+    notes: tuple[str, ...] = ()
 
     def __init__(
         self,

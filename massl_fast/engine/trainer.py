@@ -238,7 +238,8 @@ class Trainer:
             f"Rates     peak learning rate {self.schedules.peak_learning_rate:.3g}; "
             f"{self.flops_per_step / train.global_batch / 1e9:.3g} GFLOP an image"
         )
-        for sentence in self.build_notes + (self.evaluator.notes if self.evaluator else []):
+        notes = [*self.source.notes, *self.loader.notes, *self.build_notes]
+        for sentence in notes + (self.evaluator.notes if self.evaluator else []):
             say(sentence)
         for sentence in known_to_fail(config, self.total_steps, len(self.source)) + self.checkpoints.passed_over():
             self.telemetry.warn(sentence)
