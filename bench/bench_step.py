@@ -5,11 +5,12 @@
     python bench/bench_step.py --cases vit_small --largest        the largest batch that fits, of each side
     pytest bench/bench_step.py --benchmark-enable                 the smallest case, under pytest-benchmark
 
-Crops are synthetic and lie on the device. All sides of a case run in one process, a step of each in turn, so that what else the machine does
-meets all of them; the figure is the median over the rounds, the ratio the median of each round's ratio. On a CPU, images per second of
-processor time stand beside it, which other work on the machine hardly changes (set OMP_WAIT_POLICY=passive, or waiting counts). Peak memory is that of one side
-alone, from its construction through two steps: allocated bytes on a GPU, bytes of the CPU allocator on a CPU (scratch memory of matrix
-libraries not included).
+Crops are synthetic and lie on the device. All sides of a case run in one process, a step of each in turn, so that what else the machine
+does meets all of them; the figure is the median over the rounds, the ratio the median of each round's ratio. On a CPU, images per second of
+processor time stand beside it, which other work on the machine hardly changes (set OMP_WAIT_POLICY=passive, or waiting counts).
+
+Peak memory is that of one side alone, from its construction through two steps: allocated bytes on a GPU, bytes of the CPU allocator on a
+CPU (scratch memory of matrix libraries not included).
 """
 
 from __future__ import annotations
@@ -31,7 +32,6 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from torch import Tensor
 
 from massl_fast.config import OptimizerSection
 from massl_fast.engine.optimizer import build_optimizer

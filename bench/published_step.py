@@ -10,7 +10,8 @@ What it does where ``massl_fast.engine.step`` does otherwise:
 - a random permutation drawn on the CPU and copied to the device.
 
 Left out, all in its favour: a pairwise-distance regulariser of weight 0, the teacher's softmax for every pair instead of every view, a
-second clone of the memory. Mathematics, schedules and what enters the memory are those of ``TrainStep`` (tests/engine/test_published_step.py).
+second clone of the memory. Mathematics, schedules and what enters the memory are those of ``TrainStep``, beside which
+tests/engine/test_published_step.py holds it.
 """
 
 from __future__ import annotations
