@@ -90,7 +90,10 @@ class Trainer:
                 while (aside := self.folder.with_name(f"{self.folder.name}.{number}")).exists():
                     number += 1
                 self.folder.rename(aside)
-            self.folder.mkdir(parents=True, exist_ok=True)
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise ValueError(f"run.folder {self.folder} cannot be made: {error.strerror}. Name a place that can be written.") from None
             last = self.checkpoints.last()
         last = self.world.from_main(last)
         self._demand_shared(last or self.folder)
