@@ -46,7 +46,7 @@ def rank_processes(launcher: int) -> dict[int, int]:
     """{rank: process id} of the children of a torchrun process that are trainers by now."""
     found = {}
     for status in Path("/proc").glob("[0-9]*/status"):
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError, KeyError):  # gone meanwhile, or no trainer yet
             parent = int(next(line.split()[1] for line in status.read_text().splitlines() if line.startswith("PPid:")))
             if parent == launcher:
                 environment = dict(entry.partition("=")[::2] for entry in (status.parent / "environ").read_text().split("\0"))
@@ -68,6 +68,8 @@ def kill_once(arguments: list[str], folder: Path, step: int, victims) -> tuple[i
         launcher = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=stderr, start_new_session=True)
     try:
         wait_until(lambda: last_step(folder) >= step, launcher)
+        # A step that an earlier attempt had logged already is a kill while the run starts: those count, too.
+        wait_until(lambda: len(rank_processes(launcher.pid)) == 2, launcher)
         processes = rank_processes(launcher.pid)
         if victims == "saving":
             wait_until(lambda: any((folder / "checkpoints").glob(".step_*.partial")) or last_step(folder) >= 19, launcher)
