@@ -18,6 +18,8 @@ COMMANDS = {
     "inspect": ("massl_fast.kernels.machine_code", "kernel resources, compiled here, no GPU needed"),
     "bench kernels": ("massl_fast.benchmarks.kernels", "time loss, readout, enqueue and partition beside their peers"),
     "bench loader": ("massl_fast.benchmarks.loader", "time the loaders alone"),
+    "bench compare": ("massl_fast.benchmarks.compare", "what differs between two records beyond the noise"),
+    "profile memory": ("massl_fast.profiling.memory", "whose every byte of a step is, estimated and measured"),
 }
 
 

@@ -1,0 +1,304 @@
+"""The memory that a training step will take, from shapes alone: the trainer's own step, run on tensors without contents.
+
+What shapes do not tell is added for a GPU: allocations come in multiples of 512 bytes, cuBLAS keeps workspaces, and the Triton kernels
+keep partial results. Not in the estimate: the allocator's slack, DALI's pool, the CUDA context, NCCL's buffers, and what operators take
+and give back inside themselves (attention's backward pass, convolutions). ``massl-fast profile memory`` measures how far that leads off.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from massl_fast.config import Config
+from massl_fast.engine.parallel import World
+from massl_fast.engine.precision import Precision, choose_precision
+from massl_fast.engine.step import NUM_TEACHER_VIEWS
+from massl_fast.kernels import streaming
+from massl_fast.profiling import ledger, sections
+from massl_fast.profiling.ledger import Change, Ledger, Peak, find_peak
+from massl_fast.profiling.synthetic import SyntheticRun, micro_batches_of, synthetic_run
+
+GIB, MIB = 2**30, 2**20
+CUDA_ROUNDING = 512
+# torch.cuda: 4096 KiB × 2 + 16 KiB × 8 before compute capability 9.0, 32 MiB from there on; the backward pass runs in a thread of its own,
+# hence with a handle of its own.
+CUBLAS_WORKSPACE = {False: 2 * 8519680, True: 2 * 32 * MIB}
+MULTIPROCESSORS = 132  # of an H100 or H200, where no device is at hand to be asked
+PROGRAM_ROWS = 128
+RESERVE = 0.06
+"""Share of a device left free when a batch is predicted: slack of the allocator and what the estimate does not see."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Memory of one step on one device; ``extras`` (bytes) are there at any moment."""
+
+    peak: Peak
+    changes: list[Change]
+    extras: dict[str, int]
+    device_batch: int
+    accumulation: int
+
+    @property
+    def bytes(self) -> int:
+        return self.peak.bytes + sum(self.extras.values())
+
+    @property
+    def by_owner(self) -> dict[str, int]:
+        return self.peak.by_owner | self.extras
+
+
+def estimate_step(config: Config, *, device_type: str, device_batch: int, accumulation: int = 1) -> Estimate:
+    """Estimate for micro-batches of ``device_batch`` images on a ``cpu`` or ``cuda`` device, with or without one here.
+
+    ``objective.backend`` auto stands for triton on a GPU and streaming on a CPU.
+    """
+    precision = precision_on(config, device_type)
+    backend = config.objective.backend
+    if backend == "auto":
+        backend = "triton" if device_type == "cuda" else "streaming"
+    simulated = config.model_copy(deep=True)
+    simulated.objective.backend = "reference" if backend == "reference" else "streaming"
+    # Further micro-batches add crops and nothing else.
+    passes = min(accumulation, 2)
+    loss_workspace = kernel_workspace(config, device_batch, backend, device_type)
+
+    def hidden(operator: str, args: tuple[Any, ...]) -> int:
+        if operator.startswith("massl_fast.memory_"):
+            return loss_workspace
+        if device_type == "cuda" and "attention" in operator and "backward" in operator:
+            return args[1].numel() * 4  # the gradient of the queries is summed in float32
+        return 0
+
+    with FakeTensorMode():
+        run = synthetic_run(simulated, World(0, 1, 0, torch.device("cpu")), precision, device_batch=device_batch, accumulation=passes)
+        _bring_optimizer_state(run)
+        book = Ledger(run.train_step.student, rounding=CUDA_ROUNDING if device_type == "cuda" else 1, hidden=hidden)
+        record_step(run, book)
+    peak = find_peak(book.changes)
+    extras = {}
+    if accumulation > passes:
+        extras["crops of further micro-batches"] = (accumulation - passes) * peak.by_category[ledger.CROPS] // passes
+    if device_type == "cuda":
+        extras["cuBLAS workspace"] = CUBLAS_WORKSPACE[not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] >= 9]
+    return Estimate(peak, book.changes, extras, device_batch, accumulation)
+
+
+def _bring_optimizer_state(run: SyntheticRun) -> None:
+    """The moments that an optimizer makes in its first step, without the rest of that step."""
+    optimizer, parameters = run.train_step.optimizer, [p for _, p in run.train_step.parameters]
+    for parameter in parameters:
+        parameter.grad = torch.empty_like(parameter)
+    optimizer.found_inf = torch.zeros(())
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def record_step(
+    run: SyntheticRun, book: Ledger, steps: int = 1, around: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
+) -> None:
+    """Take steps with a book open, each inside a context of its own."""
+    step = run.train_step
+    pair = step.pair
+    book.on_backward_end = lambda: book.know(ledger.GRADIENTS, [p.grad for _, p in step.parameters])
+    with sections.Sections(step, book.observe) as marks, book:
+        book.know(ledger.WEIGHTS, [*pair.student.parameters(), *pair.student.buffers()])
+        book.know(ledger.TEACHER, [*pair.teacher.parameters(), *pair.teacher.buffers()])
+        book.know(ledger.MEMORY, step.objective.buffers())
+        book.know(ledger.OPTIMIZER, [v for state in step.optimizer.state.values() for v in state.values() if isinstance(v, torch.Tensor)])
+        book.know(ledger.CROPS, [crop for crops in run.crop_sets for micro_batch in crops for crop in micro_batch])
+        for _ in range(steps):
+            with around():
+                run.step(marks.step)
+
+
+def precision_on(config: Config, device_type: str) -> Precision:
+    """The precision of a run on a kind of device, which need not be here; a GPU that is not here is taken as one of capability 8.0 or
+    newer."""
+    if device_type == "cuda" and not torch.cuda.is_available():
+        asked = config.train.precision
+        return Precision("bf16" if asked == "auto" else asked, "for a GPU that is not here")
+    return choose_precision(config.train.precision, torch.device(device_type))
+
+
+def kernel_workspace(config: Config, device_batch: int, backend: str, device_type: str) -> int:
+    """Bytes that the loss's operator takes and gives back, beside its results, at most.
+
+    triton: at most two programs a multiprocessor, each with one partial result, and one more for every pair of row tile and block.
+    streaming: a tile of logits (on a GPU in 16 bits, too) and of entries; rows stacked and scaled; the partition's 64-bit positions.
+    """
+    objective, width = config.objective, config.model.embedding_dim
+    rows = (config.crops.num_local + 2 + NUM_TEACHER_VIEWS) * device_batch
+    results = rows * (width + 1) * 4
+    if backend == "triton":
+        processors = torch.cuda.get_device_properties(0).multi_processor_count if torch.cuda.is_available() else MULTIPROCESSORS
+        items = math.ceil(rows / PROGRAM_ROWS) * (objective.memory_size // objective.block_size)
+        return (2 * processors + items) * PROGRAM_ROWS * (width + 2) * 4 + results + objective.memory_size * 4
+    most_rows, most_logits = streaming.CPU_TILE if device_type == "cpu" else streaming.GPU_TILE
+    tile_rows = min(rows, most_rows)
+    entries = min(objective.block_size, max(64, most_logits // tile_rows))
+    tile = entries * (tile_rows * (4 if device_type == "cpu" else 6) + width * 8)
+    partition = objective.memory_size * 8 * 6 if objective.partition == "stochastic" else 0
+    return max(tile + tile_rows * width * 8 + 3 * results, partition)
+
+
+def largest_batch(config: Config, *, device_type: str, budget: int, most: int = 65536) -> tuple[int, Estimate | None]:
+    """(most images of a micro-batch whose estimate stays within ``budget`` bytes, its estimate); (0, None) where not even one does.
+
+    The peak grows with the batch as a line does, from some batch on: two estimates give a first guess, further ones correct it.
+    """
+    most = min(most, config.objective.memory_size)  # no more rows may enter a memory at once
+
+    def at(batch: int) -> Estimate:
+        return estimate_step(config, device_type=device_type, device_batch=batch)
+
+    low, high = at(2), at(16)
+    slope = max((high.bytes - low.bytes) / 14, 1.0)
+    fitting: Estimate | None = next((e for e in (high, low) if e.bytes <= budget), None)
+    if fitting is None:
+        one = at(1)
+        return (1, one) if one.bytes <= budget else (0, None)
+    too_many = math.inf
+    guess = int(min(most, 2 + (budget - low.bytes) / slope))
+    for _ in range(8):
+        guess = max(min(guess, most), fitting.device_batch)
+        if guess == fitting.device_batch or guess >= too_many:
+            break
+        tried = at(guess)
+        if tried.bytes <= budget:
+            slope = max((tried.bytes - low.bytes) / (guess - 2), 1.0)
+            fitting = tried
+        else:
+            slope = (tried.bytes - fitting.bytes) / (guess - fitting.device_batch)
+            too_many = guess
+        guess = min(fitting.device_batch + int((budget - fitting.bytes) / slope), too_many - 1 if too_many < math.inf else most)
+    return fitting.device_batch, fitting
+
+
+@dataclass(frozen=True)
+class WayOut:
+    """A change that lowers the peak."""
+
+    settings: str
+    cost: str
+    bytes: int
+
+
+def ways_out(config: Config, *, device_type: str, world_size: int, budget: int, most: int = 3) -> list[WayOut]:
+    """Changes that lower the estimated peak, cheapest first: what changes no number of the training before what changes some."""
+    accumulation, batch = micro_batches_of(config, world_size)
+    now = estimate_step(config, device_type=device_type, device_batch=batch, accumulation=accumulation)
+    ways: list[WayOut] = []
+
+    def attempt(settings: str, cost: str, batch: int = batch, accumulation: int = accumulation, **changes: object) -> None:
+        if len(ways) == most:
+            return
+        changed = config.model_copy(deep=True)
+        for key, value in changes.items():
+            section, name = key.split("__")
+            setattr(getattr(changed, section), name, value)
+        estimate = estimate_step(changed, device_type=device_type, device_batch=batch, accumulation=accumulation)
+        if estimate.bytes < 0.98 * now.bytes:
+            ways.append(WayOut(settings, cost, estimate.bytes))
+
+    if config.objective.backend == "reference":
+        attempt("--objective.backend auto", "the same numbers without logits of every view against every entry", objective__backend="auto")
+    divisors = [n for n in range(accumulation + 1, accumulation * batch + 1) if (accumulation * batch) % n == 0]
+    if divisors:
+        # The peak is a line over the batch: one estimate more tells which micro-batch fits, or that none does.
+        tried = estimate_step(config, device_type=device_type, device_batch=accumulation * batch // divisors[0], accumulation=divisors[0])
+        slope = (now.bytes - tried.bytes) / (batch - tried.device_batch)
+        fitting = [n for n in divisors if now.bytes - slope * (batch - accumulation * batch // n) <= budget]
+        more = fitting[0] if fitting else divisors[-1]
+        attempt(
+            f"--train.device_batch {accumulation * batch // more}",
+            f"the same training in {more} micro-batches a step instead of {accumulation}; smaller products, somewhat slower",
+            batch=accumulation * batch // more,
+            accumulation=more,
+        )
+    precision = precision_on(config, device_type)
+    if precision.name == "fp32" and (device_type == "cpu" or not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] >= 8):
+        attempt("--train.precision bf16", "activations in 16 bits; other rounding, faster on a GPU", train__precision="bf16")
+    if len(ways) < most and world_size > 1 and config.parallel.strategy != "fsdp2":
+        kept = now.peak.by_category
+        shared = sum(kept[name] for name in (ledger.WEIGHTS, ledger.TEACHER, ledger.GRADIENTS, ledger.OPTIMIZER))
+        ways.append(
+            WayOut(
+                "--parallel.strategy fsdp2", "the same training, more communication", now.bytes - shared + math.ceil(shared / world_size)
+            )
+        )
+    if config.crops.num_local > 2:
+        fewer = config.crops.num_local // 2
+        attempt(
+            f"--crops.num_local {fewer}",
+            f"another training: {fewer} local crops an image instead of {config.crops.num_local}",
+            crops__num_local=fewer,
+        )
+    attempt(
+        f"--train.global_batch {max(1, config.train.global_batch // 2)}",
+        "another training: half the images a step (the learning rate follows)",
+        batch=max(1, batch // 2),
+        accumulation=accumulation,
+    )
+    if config.objective.memory_size > config.objective.block_size:
+        half = max(config.objective.block_size, config.objective.memory_size // 2)
+        attempt(f"--objective.memory_size {half}", "another training: a memory half as long", objective__memory_size=half)
+    return ways
+
+
+def explain_out_of_memory(config: Config, world: World) -> str:
+    """Why a step of this run does not fit this rank's device, and the three cheapest ways out, from shapes alone.
+
+    Takes seconds and no memory of the device, so that it may be called where an allocation has just failed.
+    """
+    device_type = world.device.type
+    accumulation, batch = micro_batches_of(config, world.size)
+    estimate = estimate_step(config, device_type=device_type, device_batch=batch, accumulation=accumulation)
+    total, free_now = capacity(world.device)
+    lines = [
+        f"Out of memory: a step with micro-batches of {batch} images needs about {gib(estimate.bytes)} by its shapes, its peak in "
+        f"'{estimate.peak.section}'; the {'device' if device_type == 'cuda' else 'host'} has {gib(total)}.",
+        "  " + ", ".join(f"{name} {gib(size)}" for name, size in largest_first(estimate.by_owner, most=7)),
+    ]
+    if device_type == "cuda":
+        others = total - free_now - torch.cuda.memory_reserved(world.device)
+        lines.append(f"  Beside PyTorch, {gib(max(others, 0))} of the device are taken (CUDA context, DALI's pool, other programs).")
+    budget = int(total * (1 - RESERVE))
+    ways = ways_out(config, device_type=device_type, world_size=world.size, budget=budget)
+    lines.append("What would lower it, cheapest first:" if ways else "No setting lowers it by more than 2%: a smaller network is needed.")
+    for way in ways:
+        lines.append(f"  {way.settings:<32} about {gib(way.bytes)}: {way.cost}.")
+    lines.append("massl-fast profile memory shows the whole book, measured, too.")
+    return "\n".join(lines)
+
+
+def capacity(device: torch.device) -> tuple[int, int]:
+    """(bytes of the device or host, bytes free now)."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return total, free
+    fields = {}
+    with open("/proc/meminfo", encoding="ascii") as file:
+        for line in file:
+            name, _, value = line.partition(":")
+            fields[name] = int(value.split()[0]) * 1024
+    return fields["MemTotal"], fields["MemAvailable"]
+
+
+def largest_first(sizes: dict[str, int], most: int) -> list[tuple[str, int]]:
+    """The largest entries, activations of all parts taken together."""
+    joined: dict[str, int] = {}
+    for name, size in sizes.items():
+        joined[name.split(":")[0]] = joined.get(name.split(":")[0], 0) + size
+    return sorted(joined.items(), key=lambda item: -item[1])[:most]
+
+
+def gib(size: float) -> str:
+    return f"{size / GIB:.2f} GiB" if size >= 0.1 * GIB else f"{size / MIB:.1f} MiB"

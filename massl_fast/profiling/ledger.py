@@ -1,0 +1,294 @@
+"""Who holds memory at every moment of a step: each storage that PyTorch's operators make, when it comes, when it goes, and whose it is.
+
+A dispatch mode sees every operator, on real tensors as on fake ones (shapes alone), so that an estimate and a measurement are read off the
+same book. What an operator takes and gives back inside itself is not seen; ``memory_cross_entropy`` and ``memory_readout`` of the kernels
+are therefore taken apart, where their implementation is plain PyTorch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import sys
+import time
+import weakref
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from massl_fast.kernels import cross_entropy
+from massl_fast.profiling import sections
+
+WEIGHTS, TEACHER, OPTIMIZER, MEMORY, CROPS, GRADIENTS, ACTIVATIONS, LOSS, WORKSPACE = (
+    "student weights",
+    "teacher weights",
+    "optimizer state",
+    "memory (ring)",
+    "crops",
+    "gradients",
+    "activations",
+    "loss",
+    "workspace",
+)
+CATEGORIES = (WEIGHTS, TEACHER, OPTIMIZER, MEMORY, CROPS, GRADIENTS, ACTIVATIONS, LOSS, WORKSPACE)
+_PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+_KERNELS = os.path.dirname(os.path.abspath(cross_entropy.__file__))
+_IN_PROFILING = os.path.dirname(os.path.abspath(__file__))
+
+
+@dataclass
+class Piece:
+    """One storage."""
+
+    bytes: int
+    section: str
+    part: str
+    """Part of the network: block 3, head, …; empty outside a network."""
+    operator: str
+    line: str
+    """File and line, in this program, that made it; empty while autograd runs."""
+    shape: tuple[int, ...]
+    role: str = ""
+    """A category known otherwise than from its section."""
+    saved: bool = False
+    """Kept for the backward pass."""
+    born: int = 0
+    """Number of the step."""
+
+    @property
+    def category(self) -> str:
+        if self.role:
+            return self.role
+        if self.section == sections.LOSS:
+            return LOSS
+        if self.saved:
+            return ACTIVATIONS
+        return WORKSPACE
+
+    @property
+    def owner(self) -> str:
+        """Category, and for activations the part of the network."""
+        return f"{self.category}: {self.part}" if self.category == ACTIVATIONS and self.part else self.category
+
+
+@dataclass(frozen=True)
+class Change:
+    """A storage comes (``sign`` 1) or goes (−1)."""
+
+    seconds: float
+    section: str
+    piece: Piece
+    sign: int
+
+
+class Ledger(TorchDispatchMode):
+    """The book of one or more steps; enter it around them. ``rounding``: allocations take multiples of this many bytes.
+
+    ``hidden(operator, arguments)`` gives the bytes that an operator takes and gives back inside itself; None: the kernels' operators are
+    taken apart instead, and of others nothing is known.
+
+    ``observe`` is an observer for ``sections.Sections``.
+    """
+
+    def __init__(self, student: nn.Module, *, rounding: int = 1, hidden: Callable[[str, tuple[Any, ...]], int] | None = None):
+        super().__init__()
+        self.rounding, self.hidden = rounding, hidden
+        self.changes: list[Change] = []
+        self.section, self.part, self.number = sections.REST, "", 0
+        self._pieces: dict[int, Piece] = {}  # of living storages, by the address of their implementation
+        self._references: dict[int, weakref.ref] = {}
+        self._student, self._undo = student, contextlib.ExitStack()
+        self._start = time.perf_counter()
+        self.on_backward_end = lambda: None
+        """Called when the gradients are complete, before they are used."""
+
+    def __enter__(self) -> Ledger:
+        for name, module in self._student.named_modules():
+            if part := part_of(name):
+                self._undo.callback(module.register_forward_pre_hook(lambda *_, part=part: self._enter_part(part)).remove)
+        self._undo.enter_context(torch.autograd.graph.saved_tensors_hooks(self._save, lambda tensor: tensor))
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error) -> None:
+        super().__exit__(*error)
+        self._undo.close()
+
+    def know(self, role: str, tensors: Iterable[Tensor]) -> None:
+        """Storages that are there already, or that turn out to be of a role."""
+        for tensor in tensors:
+            self._see(tensor, "", role)
+
+    def observe(self, section: str) -> None:
+        if section == sections.CLIP:
+            self.on_backward_end()
+        if section == sections.TEACHER or section == sections.STUDENT:
+            self.part = "embedding"
+        elif section in (sections.LOSS, sections.CLIP):
+            self.part = ""
+        if section == sections.END:
+            self.number += 1
+        self.section = section or sections.REST
+
+    def living(self) -> list[Piece]:
+        return list(self._pieces.values())
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func.namespace == "massl_fast" and self.hidden is None and (implementation := _implementation(func)) is not None:
+            with self._nested():
+                return implementation(*args, **kwargs)
+        operator = str(func).removesuffix(".default")
+        out = func(*args, **kwargs)
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                self._see(leaf, operator)
+        if self.hidden is not None and (size := self.hidden(operator, args)):
+            inside = Piece(size, self.section, self.part, f"inside {operator}", _line(), ())
+            self._note(inside, 1)
+            self._note(inside, -1)
+        return out
+
+    @contextlib.contextmanager
+    def _nested(self):
+        """See operators inside an operator."""
+        super().__enter__()
+        try:
+            yield
+        finally:
+            super().__exit__(None, None, None)
+
+    def _enter_part(self, part: str) -> None:
+        if self.section in (sections.STUDENT, sections.TEACHER):
+            self.part = part
+
+    def _save(self, tensor: Tensor) -> Tensor:
+        piece = self._pieces.get(tensor.untyped_storage()._cdata)
+        if piece is not None:
+            piece.saved = True
+        return tensor
+
+    def _see(self, tensor: Tensor, operator: str, role: str = "") -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._pieces:
+            if role:
+                self._pieces[key].role = role
+            return
+        size = -(-storage.nbytes() // self.rounding) * self.rounding
+        if size == 0:
+            return
+        line = "" if role else _line()
+        piece = Piece(size, self.section, self.part, operator, line, tuple(tensor.shape), role, born=self.number)
+        self._pieces[key] = piece
+        self._references[key] = weakref.ref(storage, lambda _: self._forget(key))
+        self._note(piece, 1)
+
+    def _forget(self, key: int) -> None:
+        self._references.pop(key, None)
+        self._note(self._pieces.pop(key), -1)
+
+    def _note(self, piece: Piece, sign: int) -> None:
+        self.changes.append(Change(time.perf_counter() - self._start, self.section, piece, sign))
+
+
+@dataclass
+class Peak:
+    """The moment of a book with most bytes."""
+
+    bytes: int
+    section: str
+    seconds: float
+    by_owner: dict[str, int]
+    pieces: list[Piece]
+    """Largest first."""
+
+    @property
+    def by_category(self) -> dict[str, int]:
+        totals: dict[str, int] = dict.fromkeys(CATEGORIES, 0)
+        for piece in self.pieces:
+            totals[piece.category] += piece.bytes
+        return totals
+
+
+def find_peak(changes: list[Change]) -> Peak:
+    total = highest = position = 0
+    for index, change in enumerate(changes):
+        total += change.sign * change.piece.bytes
+        if total > highest:
+            highest, position = total, index
+    living: dict[int, Piece] = {}
+    for change in changes[: position + 1]:
+        if change.sign > 0:
+            living[id(change.piece)] = change.piece
+        else:
+            living.pop(id(change.piece), None)
+    pieces = sorted(living.values(), key=lambda piece: -piece.bytes)
+    by_owner: dict[str, int] = defaultdict(int)
+    for piece in pieces:
+        by_owner[piece.owner] += piece.bytes
+    at = changes[position] if changes else None
+    return Peak(highest, at.section if at else "", at.seconds if at else 0.0, dict(by_owner), pieces)
+
+
+def timeline(changes: list[Change], points: int = 400) -> dict[str, Any]:
+    """Bytes of each category over a book, thinned to about ``points`` moments, each the highest of its stretch: seconds, sections and
+    a list a category."""
+    totals = dict.fromkeys(CATEGORIES, 0)
+    rows: list[tuple[float, str, dict[str, int]]] = []
+    stretch = max(1, len(changes) // points)
+    best: tuple[int, float, str, dict[str, int]] | None = None
+    for index, change in enumerate(changes):
+        totals[change.piece.category] += change.sign * change.piece.bytes
+        height = sum(totals.values())
+        if best is None or height > best[0]:
+            best = (height, change.seconds, change.section, dict(totals))
+        if (index + 1) % stretch == 0 or index + 1 == len(changes):
+            rows.append(best[1:])
+            best = None
+    return {
+        "seconds": [round(row[0], 6) for row in rows],
+        "sections": [row[1] for row in rows],
+        "bytes": {category: [row[2][category] for row in rows] for category in CATEGORIES},
+    }
+
+
+def part_of(module_name: str) -> str:
+    """Name of the part of an encoder that a module belongs to, as a report groups them; empty for containers."""
+    name = module_name.removeprefix("module.").removeprefix("_orig_mod.")
+    if name == "head" or name.startswith("head."):
+        return "head"
+    name = name.removeprefix("backbone.")
+    if match := re.match(r"(?:blocks|layers|stages|layer\d+|stages\.\d+\.blocks)\.\d+", name):
+        return match.group(0).replace("blocks.", "block ").replace("stages.", "stage ")
+    if re.match(r"(patch_embed|conv1|stem|bn1|act1|maxpool|norm_pre|pos_drop)\b", name):
+        return "embedding"
+    if re.match(r"(norm|fc_norm|head|head_drop|global_pool|attn_pool)\b", name):
+        return "pooling"
+    return ""
+
+
+def _implementation(func):
+    """The Python function behind one of the kernels' operators."""
+    name = func._schema.name.split("::")[1]
+    definition = {"memory_cross_entropy": cross_entropy._memory_cross_entropy, "memory_readout": cross_entropy._memory_readout}.get(name)
+    return definition._init_fn if definition is not None else None
+
+
+def _line() -> str:
+    """The innermost line of this program, profiling left out, that led to an operator."""
+    frame = sys._getframe(2)
+    while frame is not None:
+        file = frame.f_code.co_filename
+        if file.startswith((_PACKAGE, _KERNELS)) and not file.startswith(_IN_PROFILING):
+            root = _KERNELS if file.startswith(_KERNELS) else _PACKAGE
+            return f"{os.path.basename(root)}/{os.path.relpath(file, root)}:{frame.f_lineno}"
+        frame = frame.f_back
+    return ""

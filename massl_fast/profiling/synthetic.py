@@ -1,0 +1,121 @@
+"""The model of a run without its data: the trainer's own step on random crops, on a device or in shapes alone."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from massl_fast.config import Config
+from massl_fast.data.loaders import views_of
+from massl_fast.engine.build import build_objective, build_pair
+from massl_fast.engine.optimizer import build_optimizer
+from massl_fast.engine.parallel import World
+from massl_fast.engine.precision import Precision
+from massl_fast.engine.schedules import Schedules, StepSettings
+from massl_fast.engine.step import NUM_TEACHER_VIEWS, StepResult, TrainStep
+from massl_fast.profiling.flops import step_flops
+
+NUM_CROP_SETS = 2
+
+
+@dataclass
+class SyntheticRun:
+    """Everything a step needs. ``crop_sets``: micro-batches of random crops, taken in turn so that no step finds the last one's in a
+    cache; each is V tensors [N, 3, H, W], float32, channels-last."""
+
+    config: Config
+    train_step: TrainStep
+    crop_sets: list[list[list[Tensor]]]
+    settings: StepSettings
+    batch: int
+    """Images of one step, all micro-batches."""
+    count: int = 0
+
+    def step(self, call: Callable[..., StepResult] | None = None) -> StepResult:
+        """The next step, by ``call`` (such as ``Sections.step``) or the trainer's step itself."""
+        crops = self.crop_sets[self.count % len(self.crop_sets)]
+        result = (call or self.train_step)(crops, self.settings, self.count)
+        self.count += 1
+        return result
+
+    @property
+    def flops(self) -> float:
+        """Operations of one step."""
+        objective = self.config.objective
+        return step_flops(
+            self.train_step.pair.student,
+            crop_sizes=[view.size for view in views_of(self.config.crops)],
+            num_teacher_views=NUM_TEACHER_VIEWS,
+            batch=self.batch,
+            memory_size=objective.memory_size // objective.block_size * objective.block_size,
+        )
+
+
+def micro_batches_of(config: Config, world_size: int = 1) -> tuple[int, int]:
+    """(micro-batches of a step, images of one) on one rank, as the trainer divides a global batch; the first may not divide evenly."""
+    per_rank = max(1, config.train.global_batch // world_size)
+    accumulation = -(-per_rank // (config.train.device_batch or per_rank))
+    return accumulation, -(-per_rank // accumulation)
+
+
+def synthetic_run(config: Config, world: World, precision: Precision, *, device_batch: int, accumulation: int = 1) -> SyntheticRun:
+    """Student, teacher, objective, optimizer and crops on ``world.device``. Inside a ``FakeTensorMode`` only shapes come to be."""
+    fake = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
+    with _without(fake), torch.device("meta") if fake else contextlib.nullcontext():
+        pair, _ = build_pair(config)
+    if fake:
+        _in_shapes_(pair)
+    else:
+        pair.to(world.device, memory_format=torch.channels_last)
+    if config.model.compile and not fake:
+        pair.student.compile_blocks()
+        pair.teacher.compile_blocks()
+    objective = build_objective(config, precision, world.rank).to(world.device)
+    train_step = TrainStep(
+        pair,
+        objective,
+        build_optimizer(pair.student, config.optimizer),
+        world=world,
+        precision=precision,
+        clip=config.optimizer.clip,
+        clip_mode=config.optimizer.clip_mode,
+    )
+    sizes = [view.size for view in views_of(config.crops)]
+    generator = None if fake else torch.Generator(world.device).manual_seed(0)
+
+    def crops() -> list[Tensor]:
+        return [torch.randn(device_batch, size, size, 3, device=world.device, generator=generator).permute(0, 3, 1, 2) for size in sizes]
+
+    crop_sets = [[crops() for _ in range(accumulation)] for _ in range(1 if fake else NUM_CROP_SETS)]
+    # Settings of the middle of a long run.
+    settings = Schedules(config, 10**6, 10**3).at(500_000)
+    return SyntheticRun(config, train_step, crop_sets, settings, device_batch * accumulation)
+
+
+def _in_shapes_(module: nn.Module) -> None:
+    """Tensors of the meta device, on which networks are built (timm reads some numbers while it builds), become fake ones of a CPU,
+    which has fused attention and fused optimizers as a GPU has."""
+    for part in module.modules():
+        for tensors in (part._parameters, part._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None:
+                    layout = torch.channels_last if tensor.ndim == 4 else torch.contiguous_format
+                    shape = torch.empty(tensor.shape, dtype=tensor.dtype, memory_format=layout)
+                    tensors[name] = nn.Parameter(shape, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else shape
+
+
+@contextlib.contextmanager
+def _without(mode: FakeTensorMode | None):
+    """Leave a fake-tensor mode for a while."""
+    if mode is None:
+        yield
+        return
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    with _disable_current_modes():
+        yield
