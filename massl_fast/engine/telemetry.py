@@ -106,7 +106,8 @@ class Telemetry:
         if not self.active:
             return
         path = self.folder / "metrics.jsonl"
-        kept = rows_up_to(path, step)
+        # A run that starts over at step 0 evaluates the untrained network again.
+        kept = rows_up_to(path, step) if step else []
         temporary = path.with_suffix(".partial")
         temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
         os.replace(temporary, path)
