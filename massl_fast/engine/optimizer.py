@@ -1,4 +1,4 @@
-"""Optimizers: parameter groups with and without weight decay, AdamW, SGD and LARS, and gradient clipping without asking the device."""
+"""Optimizers: parameter groups with and without weight decay, AdamW, SGD and LARS; clipping, step and teacher without asking the device."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from massl_fast.config import OptimizerSection
+from massl_fast.engine.fused_update import AdamWWithTeacher
 from massl_fast.engine.schedules import StepSettings
+from massl_fast.models.pair import StudentTeacher
 
 
 def build_optimizer(module: nn.Module, settings: OptimizerSection) -> Optimizer:
@@ -19,6 +21,8 @@ def build_optimizer(module: nn.Module, settings: OptimizerSection) -> Optimizer:
     groups = [{"params": decayed}, {"params": exempt, "weight_decay": 0.0}]
     if settings.name == "adamw":
         return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=settings.betas, fused=True)
+    if settings.name == "adamw_with_teacher":
+        return AdamWWithTeacher(groups, lr=settings.learning_rate, betas=settings.betas)
     if settings.name == "adamw_apex":
         try:
             from apex.optimizers import FusedAdam
@@ -85,17 +89,59 @@ class Lars(Optimizer):
             torch._foreach_add_(weights, torch._foreach_mul(buffers, torch.where(finite, -group["lr"], 0.0)))
 
 
-def clip_(gradients: list[Tensor], norms: Tensor, limit: float, mode: str) -> None:
-    """Scale gradients in place so that no norm exceeds ``limit`` (0: leave them).
+@torch.no_grad()
+def update_weights_(
+    pair: StudentTeacher,
+    optimizer: Optimizer,
+    gradients: list[Tensor],
+    norms: Tensor,
+    finite: Tensor,
+    settings: StepSettings,
+    *,
+    clip: float,
+    clip_mode: str,
+    loss_scale: Tensor | None = None,
+) -> None:
+    """Clip, step and move the teacher; where ``finite`` (bool 0-d tensor) is false, nothing changes.
 
-    ``norms`` [number of gradients]; ``mode``: parameter (each by its own norm, as the published code does) or global (all by the root of
-    the summed squares).
+    ``gradients``: of the student's trainable parameters in their order, multiplied by ``loss_scale`` (0-d, where there is one); ``norms``
+    [number of gradients]: of them without that scale. ``settings`` may hold 0-d tensors on the device for an ``AdamWWithTeacher``.
+    """
+    factors = clip_factors(norms, clip, clip_mode)
+    if loss_scale is not None:
+        factors = factors / loss_scale
+    if isinstance(optimizer, AdamWWithTeacher):
+        followed = [(s, t) for s, t in zip(pair.student.parameters(), pair.teacher.parameters()) if s.requires_grad]
+        optimizer.update_(*map(list, zip(*followed)), gradients=gradients, factors=factors, finite=finite, settings=settings)
+        return
+    if clip or loss_scale is not None:
+        torch._foreach_mul_(gradients, list(factors.unbind()))
+    apply_settings(optimizer, settings)
+    if skips_on_device(optimizer):
+        optimizer.found_inf = (~finite).to(torch.float32)
+        optimizer.step()
+    elif finite.item():  # apex's optimizer: it has no such switch outside apex's own loss scaler, so the host asks
+        optimizer.step()
+    # In float64, because 1 − momentum is small and taken later.
+    momentum = torch.full((), settings.teacher_momentum, dtype=torch.float64, device=finite.device)
+    pair.update_teacher_(torch.where(finite, momentum, 1.0))
+
+
+def clip_factors(norms: Tensor, limit: float, mode: str) -> Tensor:
+    """What gradients of these norms are multiplied by so that none exceeds ``limit`` (0: all by 1), a tensor like ``norms``.
+
+    ``mode``: parameter (each by its own norm, as the published code does) or global (all by the root of the summed squares).
     """
     if limit == 0:
-        return
+        return torch.ones_like(norms)
     reference = norms if mode == "parameter" else torch.linalg.vector_norm(norms).expand_as(norms)
-    factors = (limit / (reference + 1e-6)).clamp(max=1.0)
-    torch._foreach_mul_(gradients, list(factors.unbind()))
+    return (limit / (reference + 1e-6)).clamp(max=1.0)
+
+
+def clip_(gradients: list[Tensor], norms: Tensor, limit: float, mode: str) -> None:
+    """Multiply gradients in place by ``clip_factors``."""
+    if limit:
+        torch._foreach_mul_(gradients, list(clip_factors(norms, limit, mode).unbind()))
 
 
 def optimizer_tensors(optimizer: Optimizer, module: nn.Module) -> dict[str, Tensor]:
@@ -118,6 +164,9 @@ def load_optimizer_tensors(optimizer: Optimizer, module: nn.Module, tensors: dic
         if name not in parameters:
             raise ValueError(f"The checkpoint holds optimizer state of {name}, which this model does not have.")
         parameter = parameters[name]
-        # AdamW counts steps in a scalar of its own dtype; moments follow the parameter.
-        target = value if moment == "step" else value.to(parameter.dtype)
-        optimizer.state[parameter][moment] = target.to(parameter.device)
+        if moment == "step":  # a scalar of its own dtype
+            value = value.to(parameter.device)
+        elif (value.dtype, value.device, value.stride()) != (parameter.dtype, parameter.device, parameter.stride()):
+            # Optimizers walk through memory: moments laid out otherwise than a channels-last weight would meet the wrong elements.
+            value = torch.empty_like(parameter, requires_grad=False).copy_(value)
+        optimizer.state[parameter][moment] = value

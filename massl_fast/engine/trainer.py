@@ -299,7 +299,7 @@ class Trainer:
     def _stop_if_diverged(self) -> None:
         sentence = self.train_step.failure()
         if sentence:
-            self.saver.wait()
+            self._settle()
             raise Diverged(
                 f"{sentence} The run has ended; student, teacher and memory were left as they were before that step. Last good "
                 f"checkpoint: {self.checkpoints.last()}. What helps most often: a lower optimizer.learning_rate, a longer "
@@ -313,7 +313,7 @@ class Trainer:
             groups["teacher weights"] = list(self.pair.teacher.parameters())
         sentence = find_drift(self.world, groups)
         if sentence:
-            self.saver.wait()
+            self._settle()
             raise Drifted(
                 f"{sentence} Found after step {self.step}; the run has ended. Last good checkpoint: {self.checkpoints.last()}. A device or "
                 f"link that computes wrongly is the likely cause: look at its error counters before continuing."
@@ -389,7 +389,7 @@ class Trainer:
     def _check_checkpoint_round_trip(self) -> None:
         """A checkpoint that cannot be written or read back should be known now and not after hours."""
         self._save()
-        problem = self.world.from_main(self.saver.wait())
+        problem = self._settle()
         if problem:
             raise ValueError(f"{problem}. Make room in {self.checkpoints.folder} or name another run.folder.")
         demand_equal(self.train_step, self.checkpoints.last())
@@ -448,8 +448,12 @@ class Trainer:
             gc.unfreeze()
             gc.enable()
 
+    def _settle(self) -> str | None:
+        """Until what is being written is on the disk, on every rank: a launcher that sees one rank leave may kill the one that writes."""
+        return self.world.from_main(self.saver.wait())
+
     def _interrupt(self) -> None:
-        problem = self.saver.wait()
+        problem = self._settle()
         saved = f"{problem}; the last good one is {self.checkpoints.last()}." if problem else "A checkpoint was written."
         raise Interrupted(f"Ended by {self.stop.name} after step {self.step}. {saved} The same command continues from it.")
 
@@ -513,12 +517,11 @@ class Trainer:
         return True
 
     def _finish(self) -> dict[str, Any]:
-        self._tell_unwritten(self.saver.wait())
+        self._tell_unwritten(self._settle())
         if self.step < self.total_steps:
             self.telemetry.say(
                 f"Stopped at step {self.step} of {self.total_steps}, as train.stop_at_step asks; the same command without it continues."
             )
-            self.world.barrier()
             return {}
         self._doing("writing the report")
         summary = {
