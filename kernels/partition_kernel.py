@@ -30,7 +30,7 @@ def _state(state, seed_low, seed_high, step_low, step_high):
     return _mix(_mix(_mix(_mix(state ^ seed_low) ^ seed_high) ^ step_low) ^ step_high)
 
 
-@triton.jit(do_not_specialize=["seed_low", "seed_high", "step_low", "step_high"])
+@triton.jit(do_not_specialize=["entries", "seed_low", "seed_high", "step_low", "step_high"])
 def _partition_kernel(
     indices_ptr,  # [entries] int32
     entries,
