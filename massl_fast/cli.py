@@ -18,8 +18,11 @@ COMMANDS = {
     "inspect": ("massl_fast.kernels.machine_code", "kernel resources, compiled here, no GPU needed"),
     "bench kernels": ("massl_fast.benchmarks.kernels", "time loss, readout, enqueue and partition beside their peers"),
     "bench loader": ("massl_fast.benchmarks.loader", "time the loaders alone"),
+    "bench step": ("massl_fast.benchmarks.step", "time a training step on random crops, part by part"),
+    "bench train": ("massl_fast.benchmarks.train", "time loader and model together and alone, and say what bounds the run"),
     "bench compare": ("massl_fast.benchmarks.compare", "what differs between two records beyond the noise"),
     "profile memory": ("massl_fast.profiling.memory", "whose every byte of a step is, estimated and measured"),
+    "profile trace": ("massl_fast.profiling.trace", "trace steps: parts, operators, gaps, waits for the device"),
 }
 
 

@@ -94,6 +94,9 @@ def estimate_step(config: Config, *, device_type: str, device_batch: int, accumu
 def _bring_optimizer_state(run: SyntheticRun) -> None:
     """The moments that an optimizer makes in its first step, without the rest of that step."""
     optimizer, parameters = run.train_step.optimizer, [p for _, p in run.train_step.parameters]
+    if hasattr(optimizer, "update_"):  # takes its arguments from the step
+        run.step()
+        return
     for parameter in parameters:
         parameter.grad = torch.empty_like(parameter)
     optimizer.found_inf = torch.zeros(())

@@ -8,9 +8,7 @@ are therefore taken apart, where their implementation is plain PyTorch.
 from __future__ import annotations
 
 import contextlib
-import os
 import re
-import sys
 import time
 import weakref
 from collections import defaultdict
@@ -25,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from massl_fast.kernels import cross_entropy
 from massl_fast.profiling import sections
+from massl_fast.profiling.places import calling_line
 
 WEIGHTS, TEACHER, OPTIMIZER, MEMORY, CROPS, GRADIENTS, ACTIVATIONS, LOSS, WORKSPACE = (
     "student weights",
@@ -38,9 +37,6 @@ WEIGHTS, TEACHER, OPTIMIZER, MEMORY, CROPS, GRADIENTS, ACTIVATIONS, LOSS, WORKSP
     "workspace",
 )
 CATEGORIES = (WEIGHTS, TEACHER, OPTIMIZER, MEMORY, CROPS, GRADIENTS, ACTIVATIONS, LOSS, WORKSPACE)
-_PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-_KERNELS = os.path.dirname(os.path.abspath(cross_entropy.__file__))
-_IN_PROFILING = os.path.dirname(os.path.abspath(__file__))
 
 
 @dataclass
@@ -53,7 +49,7 @@ class Piece:
     """Part of the network: block 3, head, …; empty outside a network."""
     operator: str
     line: str
-    """File and line, in this program, that made it; empty while autograd runs."""
+    """File and line that made it (while autograd runs, those that called it); empty for what was there before."""
     shape: tuple[int, ...]
     role: str = ""
     """A category known otherwise than from its section."""
@@ -151,7 +147,7 @@ class Ledger(TorchDispatchMode):
             if isinstance(leaf, Tensor):
                 self._see(leaf, operator)
         if self.hidden is not None and (size := self.hidden(operator, args)):
-            inside = Piece(size, self.section, self.part, f"inside {operator}", _line(), ())
+            inside = Piece(size, self.section, self.part, f"inside {operator}", calling_line(), ())
             self._note(inside, 1)
             self._note(inside, -1)
         return out
@@ -185,7 +181,7 @@ class Ledger(TorchDispatchMode):
         size = -(-storage.nbytes() // self.rounding) * self.rounding
         if size == 0:
             return
-        line = "" if role else _line()
+        line = "" if role else calling_line()
         piece = Piece(size, self.section, self.part, operator, line, tuple(tensor.shape), role, born=self.number)
         self._pieces[key] = piece
         self._references[key] = weakref.ref(storage, lambda _: self._forget(key))
@@ -280,15 +276,3 @@ def _implementation(func):
     name = func._schema.name.split("::")[1]
     definition = {"memory_cross_entropy": cross_entropy._memory_cross_entropy, "memory_readout": cross_entropy._memory_readout}.get(name)
     return definition._init_fn if definition is not None else None
-
-
-def _line() -> str:
-    """The innermost line of this program, profiling left out, that led to an operator."""
-    frame = sys._getframe(2)
-    while frame is not None:
-        file = frame.f_code.co_filename
-        if file.startswith((_PACKAGE, _KERNELS)) and not file.startswith(_IN_PROFILING):
-            root = _KERNELS if file.startswith(_KERNELS) else _PACKAGE
-            return f"{os.path.basename(root)}/{os.path.relpath(file, root)}:{frame.f_lineno}"
-        frame = frame.f_back
-    return ""

@@ -50,6 +50,8 @@ class Sections:
         behind = step.optimizer.register_step_post_hook(lambda *_: self.observe(REST))
         self._undo.callback(before.remove)
         self._undo.callback(behind.remove)
+        if hasattr(step.optimizer, "update_"):  # one that moves the teacher, too
+            self._wrap(step.optimizer, "update_", OPTIMIZER)
         for owner, method, name in ((step, "_update", CLIP), (pair, "update_teacher_", EMA), (objective, "enqueue_", ENQUEUE)):
             self._wrap(owner, method, name)
         return self

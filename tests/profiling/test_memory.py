@@ -17,6 +17,15 @@ VIT = ["--model.architecture", "vit_tiny_patch16_224", "--model.model_args", "{p
 SMALL = ["--objective.memory_size", "512", "--objective.block_size", "128", "--train.global_batch", "8", "--model.head_hidden_dim", "64"]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Beside other processes two threads spend most of their time waiting for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def settings(*more: str) -> Config:
     return load_config("demo", [*VIT, *SMALL, *more])
 

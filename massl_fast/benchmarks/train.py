@@ -1,0 +1,263 @@
+"""``massl-fast bench train``: the loader alone, the model alone, and both together; then in words what bounds the run and what to try.
+
+Loader and step are those of ``massl-fast train`` with the same settings. The three are measured one after the other in one process, each in
+windows whose rates are the samples of the record. ``data wait`` is the share of the time of both together in which the host waited for
+images.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from massl_fast.benchmarks import records
+from massl_fast.benchmarks.rates import synchronize
+from massl_fast.benchmarks.step import case_of, describe
+from massl_fast.config import Config, load_config, recipe_names
+from massl_fast.data.loaders import build_loader, open_data, views_of
+from massl_fast.engine.parallel import World, join_world
+from massl_fast.engine.precision import choose_precision
+from massl_fast.engine.telemetry import WindowClock
+from massl_fast.profiling.estimate import explain_out_of_memory
+from massl_fast.profiling.synthetic import micro_batches_of, synthetic_run
+
+TAKES_SETTINGS = True
+WINDOWS = 10
+KINDS = {"loader": "loader alone", "model": "model alone", "together": "together"}
+WAITING = 0.10
+"""Share of waiting from which on the loader is said to bound a run."""
+TOGETHER = 0.85
+"""Below this share of the slower of the two alone, they are said to get in each other's way."""
+FAR_AHEAD = 3
+"""A loader that many times faster than the model takes too little of shared cores to matter."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "massl-fast bench train [--recipe NAME|FILE] [--seconds S] [--output FILE] [--section.key VALUE ...]"
+    parser.add_argument("--recipe", default="demo", help=f"one of {', '.join(recipe_names())}, or the path of a YAML file (default: demo)")
+    parser.add_argument("--seconds", type=float, default=10.0, help="length of each of the three measurements (default: 10)")
+    parser.add_argument("--output", default="", help="file to which the record is appended, a JSON object on a line")
+    parser.epilog = "Every setting of a run can be given; massl-fast train --help lists them."
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.seconds <= 0:
+        raise ValueError("--seconds takes more than 0.")
+    config = load_config(args.recipe, args.settings)
+    world = join_world(config.train.device)
+    precision = choose_precision(config.train.precision, world.device)
+    accumulation, batch = micro_batches_of(config)
+    config.train.global_batch = accumulation * batch
+    print(describe(config, precision, world))
+    source = open_data(config.data.train, "data.train", "train")
+    with tempfile.TemporaryDirectory(prefix="massl_fast_bench_") as folder:
+        loader = build_loader(
+            config,
+            source,
+            views_of(config.crops),
+            device_batch=batch,
+            accumulation=accumulation,
+            world=world,
+            bad_files_path=Path(folder, "bad_files.txt"),
+        )
+        try:
+            print(f"Loader {loader.name} ({loader.reason}), {loader.num_workers} workers; {len(source)} images of {source.path}")
+            found = measure(config, world, precision, loader, args.seconds)
+        except torch.OutOfMemoryError:
+            raise ValueError(explain_out_of_memory(config, world)) from None
+        finally:
+            loader.close()
+    situation = Situation(
+        loader=median(found["loader"]),
+        model=median(found["model"]),
+        together=median(found["together"]),
+        waited=median(found["waited"]),
+        on_gpu=world.device.type == "cuda",
+        loader_name=loader.name,
+        workers=loader.num_workers,
+        cores=len(os.sched_getaffinity(0)),
+        compiled=config.model.compile,
+        precision=precision.name,
+        decode=config.data.decode,
+        augment=config.data.augment,
+    )
+    for name in ("loader", "model", "together"):
+        rates = found[name]
+        print(
+            f"{name + ' alone' if name != 'together' else name:<14}{median(rates):>10.1f} images/s  ({min(rates):.1f} to {max(rates):.1f})"
+        )
+    print(f"{'data wait':<14}{100 * situation.waited:>10.1f} % of the time of both together")
+    sentences = verdict(situation)
+    print("\n".join(sentences))
+    if args.output:
+        case = case_of(config, args.recipe, precision, batch, accumulation, world.device)
+        case |= {"loader": loader.name, "workers": loader.num_workers, "images": config.data.train}
+        figures = {
+            f"{name}_images_per_second": records.figure(found[name], "images/s", "higher") for name in ("loader", "model", "together")
+        }
+        figures["data_wait"] = records.figure([100 * share for share in found["waited"]], "%")
+        records.append(args.output, [records.record("train", case, figures, {"verdict": sentences})])
+        print(f"Record appended to {args.output}")
+    return 0
+
+
+def measure(config: Config, world: World, precision, loader, seconds: float) -> dict[str, list[float]]:
+    """Images a second of each window of loader, model and both together; shares of time spent waiting for images."""
+    device = world.device
+    accumulation, batch = micro_batches_of(config)
+    step_images = accumulation * batch
+    synthetic = synthetic_run(config, world, precision, device_batch=batch, accumulation=accumulation)
+    batches = loader.batches(0)
+    clock = WindowClock()
+    waited: list[float] = []
+
+    def load() -> None:
+        for _ in range(accumulation):
+            next(batches)
+
+    def together() -> None:
+        micro_batches = [clock.fetch(batches).crops for _ in range(accumulation)]
+        synthetic.train_step(micro_batches, synthetic.settings, synthetic.count)
+        synthetic.count += 1
+
+    def end_of_window() -> None:
+        waited.append(clock.read()[1])
+        clock.restart()
+
+    # What lies ready before the clock starts would be counted as made: with workers, some batches.
+    for _ in range(2 * loader.num_workers + 2):
+        next(batches)
+    loaded = rates(load, step_images, seconds, device)
+    for _ in range(2):
+        synthetic.step()
+    trained = rates(synthetic.step, step_images, seconds, device)
+    for _ in range(loader.num_workers + 2):  # what lay ready while the model ran alone
+        together()
+    synchronize(device)
+    clock.restart()
+    both = rates(together, step_images, seconds, device, end_of_window)
+    return {"loader": loaded, "model": trained, "together": both, "waited": waited}
+
+
+def rates(
+    work: Callable[[], Any], images: int, seconds: float, device: torch.device, end_of_window: Callable[[], None] = lambda: None
+) -> list[float]:
+    """Images a second of windows of at least a tenth of ``seconds`` each, in which ``work`` deals with ``images`` at a time."""
+    found: list[float] = []
+    synchronize(device)
+    begin = time.perf_counter()
+    while not found or time.perf_counter() - begin < seconds:
+        start, count = time.perf_counter(), 0
+        while not count or time.perf_counter() - start < seconds / WINDOWS:
+            work()
+            count += 1
+        synchronize(device)
+        found.append(images * count / (time.perf_counter() - start))
+        end_of_window()
+    return found
+
+
+@dataclass(frozen=True)
+class Situation:
+    """What a verdict rests on; rates in images a second."""
+
+    loader: float
+    model: float
+    together: float
+    waited: float
+    on_gpu: bool
+    loader_name: str
+    workers: int
+    cores: int
+    compiled: bool
+    precision: str
+    decode: str
+    augment: str
+
+
+def verdict(s: Situation) -> list[str]:
+    """What bounds the run, as a sentence, and what to try, one line each."""
+    slower = min(s.loader, s.model)
+    if not s.on_gpu and s.together < TOGETHER * slower and s.loader < FAR_AHEAD * s.model:
+        head = (
+            f"Loader and model share {s.cores} core{'s' if s.cores > 1 else ''}: together they make {s.together:.0f} images/s, less than "
+            f"either alone ({s.loader:.0f} and {s.model:.0f})."
+        )
+        return [head, *_more_from_shared_cores(s)]
+    if s.waited >= WAITING:
+        reach = f"alone it makes {s.loader:.0f} images/s, the model could take {s.model:.0f}"
+        return [f"The loader bounds this run: steps wait for images {100 * s.waited:.0f} % of the time; {reach}.", *_more_from_loader(s)]
+    if s.on_gpu and s.together < TOGETHER * slower:
+        head = (
+            f"Together they make {s.together:.0f} images/s, less than either alone ({s.loader:.0f} and {s.model:.0f}), though steps hardly "
+            f"wait for images: they get in each other's way on the GPU or its host."
+        )
+        return [head, *_less_interference(s)]
+    spare = s.loader / s.model
+    return [
+        f"The model bounds this run: {s.model:.0f} images/s alone, {s.together:.0f} with the loader, which could make {spare:.1f} times as "
+        f"many.",
+        *_more_from_model(s),
+    ]
+
+
+def _more_from_loader(s: Situation) -> list[str]:
+    tries = []
+    if s.loader_name == "torchvision":
+        if s.workers < s.cores - 1:
+            tries.append(f"Try --data.num_workers {s.cores - 1}: {s.workers} of {s.cores} cores load images.")
+        if s.on_gpu:
+            if importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None:
+                tries.append("Try --data.loader dali: it decodes and augments on the GPU.")
+            else:
+                tries.append("Try DALI (the package nvidia-dali-cuda130 or the one for your CUDA): it decodes and augments on the GPU.")
+    else:
+        if s.decode == "cpu":
+            tries.append("Try --data.decode mixed: JPEGs are decoded on the GPU.")
+        if s.augment == "cpu":
+            tries.append("Try --data.augment gpu.")
+        if s.workers < s.cores - 1:
+            tries.append(f"Try --data.num_workers {s.cores - 1}: DALI has {s.workers} threads on {s.cores} cores.")
+    tries.append("Try smaller files: images scaled once to about 1.5 times the global crop decode in a fraction of the time.")
+    return tries
+
+
+def _more_from_model(s: Situation) -> list[str]:
+    tries = []
+    if not s.compiled:
+        tries.append("Try --model.compile true.")
+    if s.precision == "fp32" and s.on_gpu:
+        tries.append("Try --train.precision bf16.")
+    tries.append("Try another batch: massl-fast bench step --search-batch; where its time goes: massl-fast bench step, profile trace.")
+    if s.on_gpu and s.loader > 2 * s.model and s.loader_name == "dali" and s.augment == "gpu":
+        tries.append("Try --data.augment cpu, if cores are idle: the loader has time to spare, the GPU has none.")
+    return tries
+
+
+def _more_from_shared_cores(s: Situation) -> list[str]:
+    tries = []
+    if s.workers > 1:
+        tries.append(f"Try --data.num_workers {max(1, s.workers // 2)}: fewer of the cores taken from the model.")
+    tries.append("Try smaller files: images scaled once to about 1.5 times the global crop decode in a fraction of the time.")
+    tries.append("On a GPU the loader would have the cores to itself.")
+    return tries
+
+
+def _less_interference(s: Situation) -> list[str]:
+    tries = []
+    if s.loader_name == "dali" and s.augment == "gpu":
+        tries.append("Try --data.augment cpu, or --data.decode cpu: both take time of the GPU from the model.")
+    if s.workers >= s.cores:
+        tries.append(f"Try --data.num_workers {max(1, s.cores - 1)}: the step's own thread needs a core.")
+    tries.append("massl-fast profile trace shows where the device idles.")
+    return tries

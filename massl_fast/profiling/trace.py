@@ -1,0 +1,333 @@
+"""``massl-fast profile trace``: steps under PyTorch's profiler, with the parts of a step as named ranges.
+
+Written are ``trace.json.gz`` (for Perfetto, ui.perfetto.dev, or chrome://tracing) and ``trace.jsonl``, the record of what is printed: the
+operators that take most time, for a GPU the gaps in which it idles and what the host did meanwhile, and every line of the program that
+makes the host wait for the device. Lines that wait are found in a further step, without the profiler, by watching its operators; on a CPU
+nothing waits, but the lines that read a value are the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile, record_function
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from massl_fast.benchmarks import records
+from massl_fast.benchmarks.rates import synchronize
+from massl_fast.benchmarks.step import case_of, describe
+from massl_fast.config import load_config, recipe_names
+from massl_fast.engine.parallel import join_world
+from massl_fast.engine.precision import choose_precision
+from massl_fast.profiling import profiler as quiet_profiler  # noqa: F401  sets the profiler's log level
+from massl_fast.profiling.estimate import explain_out_of_memory
+from massl_fast.profiling.places import calling_line
+from massl_fast.profiling.sections import END, NAMES, Sections
+from massl_fast.profiling.synthetic import SyntheticRun, micro_batches_of, synthetic_run
+
+TAKES_SETTINGS = True
+WARM_UP = 3
+STEP = "step"
+MIN_GAP = 10e-6  # seconds
+# Operators after which the host knows a value, or a shape, that only the device knew.
+WAITING_OPERATORS = {
+    "_local_scalar_dense",
+    "nonzero",
+    "masked_select",
+    "_unique2",
+    "unique_consecutive",
+    "unique_dim",
+    "equal",
+    "is_nonzero",
+    "bincount",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "massl-fast profile trace [--recipe NAME|FILE] [--steps N] [--to FOLDER] [--section.key VALUE ...]"
+    parser.add_argument("--recipe", default="demo", help=f"one of {', '.join(recipe_names())}, or the path of a YAML file (default: demo)")
+    parser.add_argument("--steps", type=int, default=3, help=f"steps to trace, after {WARM_UP} to warm up (default: 3)")
+    parser.add_argument("--to", default="", help="folder for the trace and the record (default: runs/RECIPE/trace)")
+    parser.add_argument("--top", type=int, default=12, help="operators in the table (default: 12)")
+    parser.epilog = "Every setting of a run can be given; massl-fast train --help lists them."
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.steps < 1 or args.top < 1:
+        raise ValueError("--steps and --top take at least 1.")
+    config = load_config(args.recipe, args.settings)
+    folder = Path(args.to or f"runs/{Path(args.recipe).stem}/trace")
+    make_writable(folder)
+    world = join_world(config.train.device)
+    precision = choose_precision(config.train.precision, world.device)
+    accumulation, batch = micro_batches_of(config)
+    print(describe(config, precision, world))
+    try:
+        synthetic = synthetic_run(config, world, precision, device_batch=batch, accumulation=accumulation)
+        for _ in range(WARM_UP):
+            synthetic.step()
+        found = trace_steps(synthetic, args.steps, folder / "trace.json.gz")
+        waits = find_waits(synthetic)
+    except torch.OutOfMemoryError:
+        raise ValueError(explain_out_of_memory(config, world)) from None
+    print("\n".join(tell(found, waits, args.top)))
+    details = {
+        "operators": [vars(row) for row in found.operators[: args.top]],
+        "parts": found.parts,
+        "gaps": found.gaps.as_details() if found.gaps else None,
+        "waits": [vars(wait) for wait in waits],
+        "steps": args.steps,
+    }
+    figures = {"waits_per_step": records.figure(sum(wait.count for wait in waits), "1", "lower", exact=True)}
+    if found.gaps:
+        figures["device_idle"] = records.figure(100 * found.gaps.idle_share, "%")
+    case = case_of(config, args.recipe, precision, batch, accumulation, world.device)
+    records.append(folder / "trace.jsonl", [records.record("trace", case, figures, details)])
+    print(f"Trace: {folder / 'trace.json.gz'} (ui.perfetto.dev opens it); record: {folder / 'trace.jsonl'}")
+    return 0
+
+
+def make_writable(folder: Path) -> None:
+    """Make the folder before minutes are spent on what could not be written to it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"Nothing can be written to the folder {folder}: {error.strerror}. Name another with --to.") from None
+
+
+# Under the profiler
+
+
+@dataclass(frozen=True)
+class Operator:
+    """An operator or a kernel over all traced steps; seconds a step, that of its parts not counted in."""
+
+    name: str
+    seconds: float
+    calls: float
+    """A step."""
+    share_percent: float
+
+
+@dataclass(frozen=True)
+class Gap:
+    """A time in which the device had nothing to do."""
+
+    seconds: float
+    part: str
+    """Of the step, on the host."""
+    meanwhile: str
+    """The outermost operator in which the host was then; empty: in none, that is in Python."""
+
+
+@dataclass(frozen=True)
+class Gaps:
+    idle_share: float
+    largest: list[Gap]
+    by_part: dict[str, float]
+    """Idle seconds by part of the step."""
+
+    def as_details(self) -> dict[str, Any]:
+        return {"idle_share": self.idle_share, "largest": [vars(gap) for gap in self.largest], "by_part": self.by_part}
+
+
+@dataclass(frozen=True)
+class Traced:
+    operators: list[Operator]
+    """Those of the device where there is one, else of the host; most time first."""
+    parts: dict[str, float]
+    """Seconds of the host in each part, a step."""
+    gaps: Gaps | None
+    """None on a CPU: what computes there is what gives the orders."""
+
+
+class Ranges:
+    """An observer that opens a named range in the trace for each part of a step."""
+
+    def __init__(self):
+        self.open: list[record_function] = []
+
+    def __call__(self, name: str) -> None:
+        while self.open:
+            self.open.pop().__exit__(None, None, None)
+        if name != END:
+            self.open.append(record_function(name))
+            self.open[-1].__enter__()
+
+
+def trace_steps(run: SyntheticRun, steps: int, path: Path | None = None) -> Traced:
+    """Trace some steps, write the trace to ``path`` and sum it up."""
+    device = run.train_step.world.device
+    on_gpu = device.type == "cuda"
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if on_gpu else [])
+    ranges = Ranges()
+    with Sections(run.train_step, ranges) as marks, profile(activities=activities) as profiler:
+        for _ in range(steps):
+            with record_function(STEP):
+                run.step(marks.step)
+        synchronize(device)
+    if path is not None:
+        profiler.export_chrome_trace(str(path))
+    events = profiler.profiler.kineto_results.events()
+    host, kernels = split_events(events)
+    parts = {name: sum(stop - start for start, stop, label in host if label == name) / steps for name in NAMES}
+    return Traced(top_operators(profiler, on_gpu, steps), parts, find_gaps(kernels, host) if on_gpu else None)
+
+
+Interval = tuple[float, float, str]
+"""Begin and end in seconds, name."""
+
+
+def split_events(events: Iterable[Any]) -> tuple[list[Interval], list[Interval]]:
+    """(what the host did, what the device did), each in order of its begin. Ranges that the profiler mirrors on the device are left out."""
+    host: list[Interval] = []
+    kernels: list[Interval] = []
+    for event in events:
+        interval = (event.start_ns() / 1e9, (event.start_ns() + event.duration_ns()) / 1e9, event.name())
+        if event.device_type() == DeviceType.CPU:
+            if event.name() != "[memory]":
+                host.append(interval)
+        elif event.name() not in NAMES and event.name() != STEP:
+            kernels.append(interval)
+    return sorted(host), sorted(kernels)
+
+
+def top_operators(profiler: profile, on_gpu: bool, steps: int) -> list[Operator]:
+    """Kernels of the device, or operators of the host, by the time spent in themselves."""
+    rows = [row for row in profiler.key_averages() if row.key not in NAMES and row.key not in (STEP, "[memory]")]
+    if on_gpu:
+        rows = [row for row in rows if row.device_type != DeviceType.CPU]
+    micros = {row.key: (row.self_device_time_total if on_gpu else row.self_cpu_time_total) for row in rows}
+    total = sum(micros.values()) or 1
+    ordered = sorted(rows, key=lambda row: -micros[row.key])
+    return [
+        Operator(row.key, micros[row.key] / 1e6 / steps, row.count / steps, 100 * micros[row.key] / total)
+        for row in ordered
+        if micros[row.key] > 0
+    ]
+
+
+def find_gaps(kernels: Sequence[Interval], host: Sequence[Interval], smallest: float = MIN_GAP, most: int = 10) -> Gaps:
+    """Times between the first and the last kernel in which none runs, with what the host did when each began.
+
+    Kernels may overlap; gaps below ``smallest`` seconds are what lies between any two kernels and are counted as work.
+    """
+    if not kernels:
+        return Gaps(1.0, [], {})
+    begin, busy_until = kernels[0][0], kernels[0][1]
+    gaps: list[tuple[float, float]] = []
+    for start, stop, _ in kernels:
+        if start - busy_until >= smallest:
+            gaps.append((busy_until, start))
+        busy_until = max(busy_until, stop)
+    parts = [interval for interval in host if interval[2] in NAMES]
+    others = [interval for interval in host if interval[2] not in NAMES and interval[2] != STEP]
+    found = [Gap(stop - start, _innermost(parts, stop) or "between steps", _outermost(others, start, stop)) for start, stop in gaps]
+    by_part: dict[str, float] = defaultdict(float)
+    for gap in found:
+        by_part[gap.part] += gap.seconds
+    span = busy_until - begin
+    return Gaps(
+        sum(by_part.values()) / span if span else 0.0,
+        sorted(found, key=lambda gap: -gap.seconds)[:most],
+        dict(sorted(by_part.items(), key=lambda item: -item[1])),
+    )
+
+
+def _innermost(intervals: Sequence[Interval], at: float) -> str:
+    """The part that the host was in: it orders the kernel that ends a gap at or before the gap's end."""
+    return next((name for start, stop, name in reversed(intervals) if start <= at <= stop), "")
+
+
+def _outermost(intervals: Sequence[Interval], start: float, stop: float) -> str:
+    """What took the host longest between ``start`` and ``stop``; of equals the one that began first."""
+    best, longest = "", 0.0
+    for begin, end, name in intervals:
+        if begin >= stop:
+            break
+        overlap = min(end, stop) - max(begin, start)
+        if overlap > longest:
+            best, longest = name, overlap
+    return best
+
+
+# What makes the host wait
+
+
+@dataclass(frozen=True)
+class Wait:
+    """A place in the program where the host needs a value from the device."""
+
+    operator: str
+    line: str
+    count: int
+    """A step."""
+
+
+class _WaitFinder(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.counts: Counter[tuple[str, str]] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = func._schema.name.removeprefix("aten::")
+        out = func(*args, **kwargs)
+        if name in WAITING_OPERATORS or (name in ("_to_copy", "copy_") and _waits_for_copy(args, kwargs, out)):
+            self.counts[name, calling_line()] += 1
+        return out
+
+
+def find_waits(run: SyntheticRun) -> list[Wait]:
+    """One step, every operator of it watched; most frequent places first."""
+    with _WaitFinder() as finder:
+        run.step()
+    return [Wait(operator, line, count) for (operator, line), count in finder.counts.most_common()]
+
+
+def _waits_for_copy(args: tuple, kwargs: dict[str, Any], out: Any) -> bool:
+    """A copy between host and device that is not asked to run on its own, or that comes from or goes to ordinary (not pinned) memory."""
+    tensors = [leaf for leaf in tree_leaves((args, out)) if isinstance(leaf, torch.Tensor)]
+    kinds = {tensor.device.type for tensor in tensors}
+    if kinds != {"cpu", "cuda"}:
+        return False
+    alone = kwargs.get("non_blocking") or (len(args) > 2 and args[2] is True)
+    pinned = all(tensor.is_pinned() for tensor in tensors if tensor.device.type == "cpu")
+    return not (alone and pinned)
+
+
+# Telling
+
+
+def tell(found: Traced, waits: list[Wait], top: int) -> list[str]:
+    total = sum(found.parts.values())
+    lines = ["Parts of a step, time of the host:"]
+    lines += [f"  {name:<20}{1000 * s:>9.2f} ms {100 * s / total if total else 0:>5.1f} %" for name, s in found.parts.items()]
+    lines.append(f"{'Kernels of the device' if found.gaps else 'Operators'}, own time a step:")
+    for row in found.operators[:top]:
+        lines.append(f"  {1000 * row.seconds:>9.3f} ms {row.share_percent:>5.1f} %  {row.calls:>6.0f} ×  {row.name[:90]}")
+    if found.gaps:
+        gaps = found.gaps
+        lines.append(f"The device idles {100 * gaps.idle_share:.1f} % of the time (gaps of at least {1e6 * MIN_GAP:.0f} µs).")
+        for gap in gaps.largest[:5]:
+            doing = f"in {gap.meanwhile}" if gap.meanwhile else "in Python"
+            lines.append(f"  {1e6 * gap.seconds:>9.0f} µs  in '{gap.part}', the host {doing}")
+    else:
+        lines.append("Gaps: a CPU has none, it computes where it gives the orders.")
+    if not waits:
+        lines.append("Nothing in a step makes the host wait for the device.")
+    else:
+        lines.append("The host waits for the device (or would, on a GPU) at:")
+        lines += [f"  {wait.count:>4} × a step  {wait.operator:<22}{wait.line}" for wait in waits[:10]]
+    return lines
