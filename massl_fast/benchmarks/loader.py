@@ -9,26 +9,25 @@ device is short of beyond PyTorch's own.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import importlib.util
 import io
 import json
 import os
-import platform
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
 from multiprocessing import get_context
 from pathlib import Path
+from statistics import median
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageFilter
 
+from massl_fast.benchmarks import records
 from massl_fast.data.crops import View, published_views
 from massl_fast.data.sources import Source, open_source
 from massl_fast.data.torch_loader import TorchLoader
@@ -36,7 +35,15 @@ from massl_fast.data.torch_loader import TorchLoader
 GENERATED = 256  # images
 WIDTH, HEIGHT, QUALITY = 500, 375, 87
 PLACES = (("cpu", "cpu"), ("cpu", "gpu"), ("mixed", "gpu"))  # decode, augment
-PACKAGES = ("torch", "torchvision", "pillow", "numpy", "nvidia-dali-cuda130", "nvidia-dali-cuda120")
+WINDOWS = 10
+SHORTEST_PROCESSOR_TIME = 0.2  # seconds
+FIGURES = {
+    "images_per_second": ("images/s", "higher"),
+    "images_per_core_second": ("images/s", "higher"),
+    "host_memory_mib": ("MiB", ""),
+    "torch_gpu_memory_mib": ("MiB", ""),
+    "dali_gpu_memory_mib": ("MiB", ""),
+}
 
 
 @dataclass(frozen=True)
@@ -118,16 +125,15 @@ def run(args: argparse.Namespace) -> int:
                         except OSError as error:  # the published path takes no unreadable image
                             print(f"{row}  ended by an image: {str(error).splitlines()[-1]}")
                             continue
-                    row += (
-                        f"{result['images_per_second']:>10.1f}{result['images_per_core_second']:>10.1f}{result['host_memory_mib']:>10.0f}"
-                    )
+                    found = {name: median(samples) for name, samples in result.items()}
+                    row += f"{found['images_per_second']:>10.1f}{found['images_per_core_second']:>10.1f}{found['host_memory_mib']:>10.0f}"
                     if device == "cuda":
-                        row += f"{result['dali_gpu_memory_mib']:>14.0f}{result['torch_gpu_memory_mib']:>15.0f}"
+                        row += f"{found['dali_gpu_memory_mib']:>14.0f}{found['torch_gpu_memory_mib']:>15.0f}"
                     if step_rate:
-                        row += f"{100 * result['images_per_second'] / step_rate:>14.0f} %"
+                        row += f"{100 * found['images_per_second'] / step_rate:>14.0f} %"
                     print(row, flush=True)
                     if args.output:
-                        record(Path(args.output), setup, result, args.images or "generated", step_rate)
+                        records.append(args.output, [as_record(setup, result, args.images or "generated", step_rate)])
     return 0
 
 
@@ -188,8 +194,8 @@ def describe(source: Source, given: bool) -> str:
 # One measurement, in a process of its own
 
 
-def measure(setup: Setup) -> dict[str, float]:
-    """Warm-up, then at least ``seconds``: images and processor seconds counted over the same span."""
+def measure(setup: Setup) -> dict[str, list[float]]:
+    """Warm-up, then at least ``seconds`` in windows, of which each gives a sample: images and processor seconds over the same span."""
     torch.set_num_threads(1)
     on_gpu = setup.device == "cuda"
     free_before = torch.cuda.mem_get_info()[0] if on_gpu else 0
@@ -200,19 +206,23 @@ def measure(setup: Setup) -> dict[str, float]:
     for _ in range(2 * setup.workers + 2 if setup.loader != "dali" else 4):
         next(batches)
     synchronize(on_gpu)
-    images, start, processor = 0, time.perf_counter(), processor_seconds()
-    while (elapsed := time.perf_counter() - start) < setup.seconds:
-        images += len(next(batches).indices)
-        synchronize(on_gpu)
-    result = {
-        "images_per_second": images / elapsed,
-        "images_per_core_second": images / (processor_seconds() - processor),
-        "host_memory_mib": (sum(map(proportional_bytes, process_tree())) - memory_before) / 2**20,
-    }
+    result: dict[str, list[float]] = {"images_per_second": [], "images_per_core_second": []}
+    begin = time.perf_counter()
+    while time.perf_counter() - begin < setup.seconds:
+        images, start, processor = 0, time.perf_counter(), processor_seconds()
+        while (elapsed := time.perf_counter() - start) < setup.seconds / WINDOWS:
+            images += len(next(batches).indices)
+            synchronize(on_gpu)
+        result["images_per_second"].append(images / elapsed)
+        # Processor time comes in ticks of 10 ms: a window shorter than some of them has no sample of its own.
+        if (spent := processor_seconds() - processor) >= SHORTEST_PROCESSOR_TIME or not result["images_per_core_second"]:
+            result["images_per_core_second"].append(images / max(spent, 1 / os.sysconf("SC_CLK_TCK")))
+    result["host_memory_mib"] = [(sum(map(proportional_bytes, process_tree())) - memory_before) / 2**20]
     if on_gpu:
         reserved = torch.cuda.memory_reserved()
-        result["torch_gpu_memory_mib"] = reserved / 2**20
-        result["dali_gpu_memory_mib"] = (free_before - torch.cuda.mem_get_info()[0] - reserved) / 2**20 if setup.loader == "dali" else 0
+        beside = free_before - torch.cuda.mem_get_info()[0] - reserved
+        result["torch_gpu_memory_mib"] = [reserved / 2**20]
+        result["dali_gpu_memory_mib"] = [beside / 2**20 if setup.loader == "dali" else 0.0]
     loader.close()
     return result
 
@@ -347,39 +357,8 @@ def proportional_bytes(pid: int) -> int:
 # Record
 
 
-def record(path: Path, setup: Setup, result: dict[str, float], images: str, step_rate: float | None) -> None:
-    row = {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": "massl-fast " + " ".join(sys.argv[1:]),
-        "hardware": {"processor": processor_name(), "cores": os.cpu_count(), "gpu": gpu_name()},
-        "versions": {"python": platform.python_version(), **versions()},
-        **asdict(setup),
-        "images": images,
-        "step_rate": step_rate,
-        **{key: round(value, 2) for key, value in result.items()},
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
-
-
-def versions() -> dict[str, str]:
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def gpu_name() -> str | None:
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
-
-
-def processor_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
+def as_record(setup: Setup, result: dict[str, list[float]], images: str, step_rate: float | None) -> dict[str, Any]:
+    case = asdict(setup) | {"images": images}
+    del case["seconds"]  # how long was measured is no part of what was measured
+    figures = {name: records.figure(result[name], unit, better) for name, (unit, better) in FIGURES.items() if name in result}
+    return records.record("loader", case, figures, {"step_rate": step_rate, "seconds": setup.seconds})
