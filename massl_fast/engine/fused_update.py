@@ -58,7 +58,7 @@ class AdamWWithTeacher(Optimizer):
                 state["exp_avg"] = torch.zeros_like(student)
                 state["exp_avg_sq"] = torch.zeros_like(student)
         steps, firsts, seconds = ([self.state[student][name] for student in students] for name in ("step", "exp_avg", "exp_avg_sq"))
-        torch._foreach_add_(steps, finite.to(torch.float32))
+        torch._foreach_add_(steps, finite.to(torch.float32), alpha=1)  # without alpha PyTorch takes the tensor for a number, and reads it
         # A step that was skipped before any other leaves the count at 0, where the correction would be 0 as well.
         counts = torch.stack(steps).double().clamp(min=1)
         corrections = 1 - self.betas ** counts[:, None]  # [number of weights, 2]

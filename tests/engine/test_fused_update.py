@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_no_sync import NothingIsRead
 from torch import nn
 
 from massl_fast.config import OptimizerSection
@@ -95,6 +96,18 @@ def test_settings_may_be_tensors():
     expected = by_number.tensors(one)
     for name, tensor in by_tensor.tensors(other).items():
         assert torch.equal(tensor, expected[name]), name
+
+
+def test_no_tensor_is_read():
+    pair = Pair()
+    optimizer = optimizer_of(pair, "adamw_with_teacher")
+    take_step(pair, optimizer, 0)
+    pair.student(torch.randn(5, 3, 3, 3, dtype=torch.float64)).sum().backward()
+    gradients = [parameter.grad for parameter in pair.student.parameters()]
+    with NothingIsRead():
+        norms = torch.stack(torch._foreach_norm(gradients))
+        finite = norms.isfinite().all()
+        update_weights_(pair, optimizer, gradients, norms, finite, settings_of(1), clip=0.5, clip_mode="parameter", loss_scale=norms[0])
 
 
 @pytest.mark.parametrize("steps_before", [0, 2])
