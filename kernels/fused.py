@@ -85,6 +85,7 @@ def _read_kernel(
 
     PART: tl.constexpr = PADDED_WIDTH // PARTS
     EVEN_WIDTH: tl.constexpr = WIDTH == PADDED_WIDTH
+    ROUNDS_WEIGHTS: tl.constexpr = memory_ptr.dtype.element_ty != tl.float32
     o_row = tl.arange(0, BLOCK_ROWS)
     o_entry = tl.arange(0, BLOCK_ENTRIES)
     o_column = tl.arange(0, PART)
@@ -113,6 +114,7 @@ def _read_kernel(
             b_x = b_x + (tl.load(p_x + part * PART, mask=m_part, other=0.0),)
             b_values = b_values + (tl.zeros([BLOCK_ROWS, PART], tl.float32),)
         b_total = tl.zeros([BLOCK_ROWS], tl.float32)
+        b_rounded = tl.zeros([BLOCK_ROWS], tl.float32)  # Σ of the weights as the second product has them
         b_pivot = tl.full([BLOCK_ROWS], scale if CONSTANT_PIVOT else float("-inf"), tl.float32)
 
         p_index = partition_ptr + i_block.to(tl.int64) * block_size + o_entry
@@ -158,6 +160,7 @@ def _read_kernel(
                 b_pivot = b_new
                 b_weights = tl.exp2(b_logits * scale - b_pivot[:, None])
                 b_total = b_total * b_rescale
+                b_rounded = b_rounded * b_rescale
                 b_old = b_values
                 b_values = ()
                 for part in tl.static_range(PARTS):
@@ -166,6 +169,8 @@ def _read_kernel(
                 b_weights = tl.where(m_entry[None, :], b_weights, 0.0)
             b_total += tl.sum(b_weights, 1)
             b_operand = b_weights.to(memory_ptr.dtype.element_ty)
+            if ROUNDS_WEIGHTS:
+                b_rounded += tl.sum(b_operand.to(tl.float32), 1)
             b_old = b_values
             b_values = ()
             for part in tl.static_range(PARTS):
@@ -173,16 +178,18 @@ def _read_kernel(
 
         # Of two pieces of work that follow each other the second has a later program or a later item: the sum tells them apart.
         slot = (i_program + item).to(tl.int64)
+        # Makes the read-out a mean of entries however the weights were rounded; their exact sum stays the softmax's.
+        b_correction = (b_total / b_rounded)[:, None] if ROUNDS_WEIGHTS else 1.0
         tl.store(totals_ptr + slot * BLOCK_ROWS + o_row, b_total)
         if not CONSTANT_PIVOT:
             tl.store(pivots_ptr + slot * BLOCK_ROWS + o_row, b_pivot)
         p_values = values_ptr + slot * BLOCK_ROWS * WIDTH + o_cell
         for part in tl.static_range(PARTS):
             if EVEN_WIDTH and not MASK_STORES:
-                tl.store(p_values + part * PART, b_values[part])
+                tl.store(p_values + part * PART, b_values[part] * b_correction)
             else:
                 m_part = m_x if EVEN_WIDTH else m_x & (part * PART + o_column < WIDTH)[None, :]
-                tl.store(p_values + part * PART, b_values[part], mask=m_part)
+                tl.store(p_values + part * PART, b_values[part] * b_correction, mask=m_part)
 
 
 @triton.jit
@@ -281,7 +288,7 @@ def _assemble_kernel(
     student_tau = tl.load(student_temp) if TEMPS_ON_DEVICE else student_temp
     teacher_tau = tl.load(teacher_temp) if TEMPS_ON_DEVICE else teacher_temp
     shared = tl.minimum(student_views, teacher_views)
-    scale = 1.0 / (pairs.to(tl.float32) * images * blocks)
+    scale = 1.0 / (pairs * 1.0 * images * blocks)
 
     b_target = tl.zeros([PADDED_WIDTH], tl.float32)  # Σ over teacher views
     teacher_entropy = 0.0
@@ -311,8 +318,8 @@ def _assemble_kernel(
         b_gradient = (targets * b_readout - b_target_i) * (scale / student_tau)
         tl.store(gradient_ptr + row * WIDTH + o_column, b_gradient, mask=m_column)
     tl.store(statistics_ptr + image, loss * scale)
-    tl.store(statistics_ptr + images + image, student_entropy / (student_views.to(tl.float32) * images * blocks))
-    tl.store(statistics_ptr + 2 * images + image, teacher_entropy / (teacher_views.to(tl.float32) * images * blocks))
+    tl.store(statistics_ptr + images + image, student_entropy / (student_views * 1.0 * images * blocks))
+    tl.store(statistics_ptr + 2 * images + image, teacher_entropy / (teacher_views * 1.0 * images * blocks))
     tl.store(statistics_ptr + 3 * images + image, (loss - paired_entropy) * scale)
 
 

@@ -29,7 +29,8 @@ def _write_kernel(
     if GUARDED:
         m_written = o_column < tl.where(tl.load(enabled_ptr) != 0, WIDTH, 0)
     b_row = tl.load(rows_ptr + row * WIDTH + o_column, mask=m_column, other=0.0).to(tl.float32)
-    norm = tl.maximum(tl.sqrt(tl.sum(b_row * b_row)), EPS)
+    norm = tl.sqrt(tl.sum(b_row * b_row))
+    norm = tl.where(norm < EPS, EPS, norm)  # a row that holds NaN stays NaN
     position = (tl.load(pointer_ptr) + row) % entries
     b_unit = (b_row / norm).to(memory_ptr.dtype.element_ty)
     tl.store(memory_ptr + position * stride + o_column, b_unit, mask=m_written)
