@@ -7,6 +7,8 @@ dense peak of the device in the step's precision).
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import math
 import os
@@ -93,6 +95,7 @@ class Telemetry:
         self.config, self.tensorboard, self.wandb_project = config, tensorboard, wandb_project
         self.warnings: list[str] = []
         self.metrics = self.events = self.wandb_run = self.progress = None
+        self.unwritten = b""
 
     def say(self, sentence: str) -> None:
         self.console.print(sentence, markup=False, soft_wrap=True)
@@ -111,7 +114,7 @@ class Telemetry:
         temporary = path.with_suffix(".partial")
         temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
         os.replace(temporary, path)
-        self.metrics = path.open("a", encoding="utf-8")
+        self.metrics = path.open("ab", buffering=0)
         if self.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -141,12 +144,12 @@ class Telemetry:
         if not self.active:
             return
         row = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
-        self.metrics.write(json.dumps(row) + "\n")
-        self.metrics.flush()
+        self._write(json.dumps(row) + "\n")
         if self.events:
-            for key, value in row.items():
-                if key != "step" and value is not None:
-                    self.events.add_scalar(key, value, row["step"])
+            with contextlib.suppress(OSError):  # of a full disk, which the metrics file has told
+                for key, value in row.items():
+                    if key != "step" and value is not None:
+                        self.events.add_scalar(key, value, row["step"])
         if self.wandb_run:
             self.wandb_run.log({key: value for key, value in row.items() if value is not None}, step=row["step"])
         if self.progress and "loss" in row:
@@ -154,13 +157,29 @@ class Telemetry:
         elif not self.progress:
             self.say(line_of(row, self.total_steps))
 
+    def _write(self, line: str) -> None:
+        """Append to metrics.jsonl. What a full disk refuses waits for the next line; nothing is left half written."""
+        self.unwritten += line.encode()
+        end = os.fstat(self.metrics.fileno()).st_size
+        try:
+            if self.metrics.write(self.unwritten) < len(self.unwritten):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self.unwritten = b""
+        except OSError as error:
+            self.metrics.truncate(end)
+            sentence = f"{self.metrics.name} could not be written ({error.strerror}); its rows wait in memory."
+            if sentence not in self.warnings:
+                self.warn(sentence)
+
     def close(self) -> None:
         if self.progress:
             self.progress.stop()
         if self.metrics:
+            self._write("")
             self.metrics.close()
         if self.events:
-            self.events.close()
+            with contextlib.suppress(OSError):
+                self.events.close()
         if self.wandb_run:
             self.wandb_run.finish()
 

@@ -10,6 +10,7 @@ import torch
 from massl_fast.engine.checkpoint import CheckpointFolder, read_checkpoint, read_into, shapes_of
 from massl_fast.engine.parallel import World
 from massl_fast.engine.saving import BackgroundSaver
+from massl_fast.engine.telemetry import Telemetry, rows_up_to
 
 ONE = World(0, 1, 0, torch.device("cpu"))
 
@@ -86,3 +87,21 @@ def test_the_newest_are_kept(folder, tensors):
     assert sorted(path.name for path in folder.folder.glob("step_*")) == ["step_00000003", "step_00000004"]
     shutil.rmtree(folder.last())
     assert json.loads((folder.last() / "state.json").read_text())["step"] == 3
+
+
+def test_rows_that_a_full_disk_refuses_are_written_later(tmp_path, capsys):
+    telemetry = Telemetry(tmp_path, total_steps=9, tensorboard=False, wandb_project="", config={}, active=True)
+    telemetry.start(0)
+    telemetry.log({"step": 1})
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (18, before[1]))  # room for a row and a half
+    try:
+        telemetry.log({"step": 2})
+        assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n'
+        telemetry.log({"step": 3})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    telemetry.log({"step": 4})
+    telemetry.close()
+    assert [row["step"] for row in rows_up_to(tmp_path / "metrics.jsonl", 9)] == [1, 2, 3, 4]
+    assert capsys.readouterr().out.count("could not be written") == 1
