@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
@@ -58,11 +60,7 @@ def curve_figure(
     wide: bool = False,
 ) -> str:
     """An SVG of curves over steps. At most 300 points a curve: longer ones are averaged over equal runs of points."""
-    settings = {"svg.fonttype": "none", "svg.hashsalt": "massl-fast", "font.size": 9, "axes.unicode_minus": True}
-    with matplotlib.rc_context(settings):
-        figure = Figure(figsize=(11.4 if wide else 5.6, 2.7), layout="constrained")
-        FigureCanvasSVG(figure)
-        axes = figure.add_subplot()
+    with drawing(wide=wide) as (axes, finish):
         for curve in curves:
             _draw(axes, curve)
         for level in levels:
@@ -70,9 +68,23 @@ def curve_figure(
         # A logarithmic axis needs something to show.
         logarithmic = logarithmic and any(value > 0 for curve in curves for value in curve.values)
         _dress(axes, unit, logarithmic, from_zero, several=len(curves) + len(levels) > 1)
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    return _inline(buffer.getvalue())
+        return finish()
+
+
+@contextlib.contextmanager
+def drawing(*, wide: bool = False, height: float = 2.7) -> Iterator[tuple[Axes, Callable[[], str]]]:
+    """Axes to draw on in the colours of ``STAND_INS``, and a function that gives the SVG; equal drawings give equal text."""
+    settings = {"svg.fonttype": "none", "svg.hashsalt": "massl-fast", "font.size": 9, "axes.unicode_minus": True}
+    with matplotlib.rc_context(settings):
+        figure = Figure(figsize=(11.4 if wide else 5.6, height), layout="constrained")
+        FigureCanvasSVG(figure)
+
+        def finish() -> str:
+            buffer = io.StringIO()
+            figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+            return _inline(buffer.getvalue())
+
+        yield figure.add_subplot(), finish
 
 
 def binned(steps: np.ndarray, values: np.ndarray, most: int = MAX_POINTS) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

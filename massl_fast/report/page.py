@@ -6,7 +6,7 @@ import base64
 import io
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from statistics import median
@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from massl_fast.data.sources import Source
 from massl_fast.report.figures import Curve, Level, curve_figure, is_number
+from massl_fast.report.html import document, figure, flat, grid, section, table
 from massl_fast.report.pictures import Pictures, pictures_of_run
 from massl_fast.report.run_folder import RunFolder, read_run
-from massl_fast.report.style import STYLE
 
 HEADLINE_K = 20
 MAX_BAD_FILES_SHOWN = 20
@@ -83,13 +83,7 @@ def page_of(run: RunFolder, pictures: Pictures) -> str:
         _what_ran(run),
         _settings(run),
     ]
-    title = escape(f"{_name(run)} · massl-fast")
-    body = "\n".join(section for section in sections if section)
-    return (
-        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{title}</title>\n'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<style>{STYLE}</style>\n</head>\n'
-        f"<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
-    )
+    return document(f"{_name(run)} · massl-fast", sections)
 
 
 def _name(run: RunFolder) -> str:
@@ -153,7 +147,7 @@ def _notices(run: RunFolder) -> str:
 def _knn(run: RunFolder) -> str:
     knn = run.knn()
     if not knn:
-        return _section("k-NN accuracy", "<p>This run has not been evaluated.</p>")
+        return section("k-NN accuracy", "<p>This run has not been evaluated.</p>")
     ks = sorted({k for by_k in knn.values() for k in by_k})
     k = _headline_k(knn.get("teacher") or next(iter(knn.values())))
     untrained = {k: values[0] for k, (_, values) in knn.get("untrained", {}).items()}
@@ -164,7 +158,7 @@ def _knn(run: RunFolder) -> str:
         if k in knn.get(name, {})
     ]
     levels = [Level("untrained", untrained[k])] if k in untrained else []
-    drawn = _figure(f"Over training, k = {k}", curve_figure(curves, unit="%", levels=levels)) if curves else ""
+    drawn = figure(f"Over training, k = {k}", curve_figure(curves, unit="%", levels=levels)) if curves else ""
 
     def last(name: str, k: int) -> float | None:
         return knn[name][k][1][-1] if k in knn.get(name, {}) else None
@@ -181,7 +175,7 @@ def _knn(run: RunFolder) -> str:
         if all(sets)
         else "</div>"
     )
-    return _section(
+    return section(
         "k-NN accuracy",
         f'<div class="grid">{drawn}{table}</div>',
         "Held-out images take the class that their k nearest training images vote for, by cosine similarity of frozen features.",
@@ -224,7 +218,7 @@ def _learning(run: RunFolder) -> str:
             from_zero=True,
         ),
     ]
-    return _section("Learning", _grid(figures)) if any(figures) else ""
+    return section("Learning", grid(figures)) if any(figures) else ""
 
 
 def _schedules(run: RunFolder) -> str:
@@ -235,7 +229,7 @@ def _schedules(run: RunFolder) -> str:
         _chart(run, "Teacher temperature", {"temperature": "teacher_temperature"}, ""),
         _chart(run, "Loss scale", {"loss scale": "loss_scale"}, "", "fp16: halved when gradients overflow.", logarithmic=True),
     ]
-    return _section("Schedules", _grid(figures)) if any(figures) else ""
+    return section("Schedules", grid(figures)) if any(figures) else ""
 
 
 def _speed(run: RunFolder) -> str:
@@ -256,13 +250,13 @@ def _speed(run: RunFolder) -> str:
         ),
         _chart(run, "Peak memory", peaks, "GiB", "Allocated and reserved: on the GPU, by PyTorch. Host: this process.", from_zero=True),
     ]
-    return _section("Speed and memory", _grid(figures)) if any(figures) else ""
+    return section("Speed and memory", grid(figures)) if any(figures) else ""
 
 
 def _attention(pictures: Pictures) -> str:
     title = "Attention of the [CLS] token"
     if pictures.attention is None:
-        return _section(title, f"<p>{escape(pictures.attention_note)}</p>")
+        return section(title, f"<p>{escape(pictures.attention_note)}</p>")
     heads = pictures.attention.shape[1]
     head = "".join(f"<th>{name}</th>" for name in ("image", "mean", *(f"head {i + 1}" for i in range(heads))))
     rows = []
@@ -272,14 +266,14 @@ def _attention(pictures: Pictures) -> str:
         cells += [_picture(_heat(m.numpy()), f"attention, {n}", smooth=True) for n, m in zip(names, [maps.mean(0), *maps])]
         rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
     body = f'<div class="card scroll fit"><table class="pictures"><tr>{head}</tr>{"".join(rows)}</table></div>'
-    return _section(title, body, "Last block, held-out images; each map from 0 (dark) to its own largest value (bright).")
+    return section(title, body, "Last block, held-out images; each map from 0 (dark) to its own largest value (bright).")
 
 
 def _neighbours(pictures: Pictures) -> str:
     title = "Nearest neighbours of held-out images"
     sheet = pictures.neighbours
     if sheet is None:
-        return _section(title, f"<p>{escape(pictures.neighbours_note)}</p>")
+        return section(title, f"<p>{escape(pictures.neighbours_note)}</p>")
     rows, correct, total = [], 0, 0
     for q, name in enumerate(sheet.query_classes):
         cells = [f'<td class="query">{_labelled(sheet.queries[q], name, "", "held-out image")}</td>']
@@ -291,7 +285,7 @@ def _neighbours(pictures: Pictures) -> str:
     columns = max(len(row) for row in sheet.neighbour_classes)
     head = "<th>held out</th>" + "".join(f"<th>{i + 1}</th>" for i in range(columns))
     body = f'<div class="card scroll fit"><table class="pictures sheet"><tr>{head}</tr>{"".join(rows)}</table></div>'
-    return _section(
+    return section(
         title,
         body,
         f"Random held-out images, one a class in turn, and the nearest of {sheet.gallery}. "
@@ -301,25 +295,16 @@ def _neighbours(pictures: Pictures) -> str:
 
 def _what_ran(run: RunFolder) -> str:
     shown = {key: value for key, value in run.summary.items() if key != "warnings"}
-    rows = [(key.replace("_", " "), value) for key, value in _flat(shown)]
-    return _section("What ran", f'<div class="card two">{_table(rows)}</div>') if shown else ""
+    rows = [(key.replace("_", " "), value) for key, value in flat(shown)]
+    return section("What ran", f'<div class="card two">{table(rows)}</div>') if shown else ""
 
 
 def _settings(run: RunFolder) -> str:
     groups = [
-        f'<div class="card"><h3>{escape(str(section))}</h3>{_table(_flat(values) if isinstance(values, dict) else [("", values)])}</div>'
+        f'<div class="card"><h3>{escape(str(section))}</h3>{table(flat(values) if isinstance(values, dict) else [("", values)])}</div>'
         for section, values in run.settings.items()
     ]
-    return _section("Settings", f'<div class="columns">{"".join(groups)}</div>') if groups else ""
-
-
-def _section(title: str, body: str, note: str = "") -> str:
-    note = f'<p class="note">{escape(note)}</p>' if note else ""
-    return f"<section><h2>{escape(title)}</h2>{note}{body}</section>"
-
-
-def _grid(figures: Iterable[str]) -> str:
-    return f'<div class="grid">{"".join(figures)}</div>'
+    return section("Settings", f'<div class="columns">{"".join(groups)}</div>') if groups else ""
 
 
 def _chart(run: RunFolder, title: str, keys: dict[str, str], unit: str, note: str = "", levels: Sequence[Level] = (), **style: bool) -> str:
@@ -327,37 +312,7 @@ def _chart(run: RunFolder, title: str, keys: dict[str, str], unit: str, note: st
     colours = ("--blue", "--orange", "--green")
     series = [(label, *run.series(key), colour) for (label, key), colour in zip(keys.items(), colours)]
     curves = [Curve(label, steps, values, colour) for label, steps, values, colour in series if values]
-    return _figure(title, curve_figure(curves, unit=unit, levels=levels, **style), note) if curves else ""
-
-
-def _figure(title: str, svg: str, note: str = "") -> str:
-    svg = svg.replace("<svg", f'<svg role="img" aria-label="{escape(title)}"', 1)
-    return (
-        f'<figure class="card"><h3>{escape(title)}</h3>{svg}' + (f"<figcaption>{escape(note)}</figcaption>" if note else "") + "</figure>"
-    )
-
-
-def _table(rows: Iterable[tuple[str, Any]]) -> str:
-    cells = "".join(f"<tr><th>{escape(key).replace('_', '_<wbr>')}</th><td>{_value(value)}</td></tr>" for key, value in rows)
-    return f'<table class="pairs">{cells}</table>'
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    rows: list[tuple[str, Any]] = []
-    for key, value in values.items():
-        name = f"{prefix}{key}"
-        rows += _flat(value, f"{name} · ") if isinstance(value, dict) and value else [(name, value)]
-    return rows
-
-
-def _value(value: Any) -> str:
-    if value is None or value == "" or value == [] or value == {}:
-        return '<span class="none">–</span>'
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, list | tuple):
-        return escape(", ".join(f"{v:.6g}" if isinstance(v, float) else str(v) for v in value))
-    return escape(f"{value:.6g}" if isinstance(value, float) else str(value))
+    return figure(title, curve_figure(curves, unit=unit, levels=levels, **style), note) if curves else ""
 
 
 def _labelled(image: Tensor, name: str, verdict: str, alt: str) -> str:
