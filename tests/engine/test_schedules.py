@@ -24,7 +24,7 @@ def test_learning_rate_warms_up_to_the_scaled_peak_and_ends_near_the_minimum():
     assert rates[0] == 0
     assert rates[19] == pytest.approx(5e-4 * 2)
     assert max(rates) == pytest.approx(5e-4 * 2)
-    assert all(a >= b for a, b in itertools.pairwise(rates))
+    assert all(a >= b for a, b in itertools.pairwise(rates[20:]))
     assert 1e-6 < rates[-1] < 2e-6
 
 
