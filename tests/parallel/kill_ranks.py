@@ -67,10 +67,10 @@ def kill_once(arguments: list[str], folder: Path, step: int, victims) -> tuple[i
     with log.open("w") as stderr:
         launcher = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=stderr, start_new_session=True)
     try:
-        wait_until(lambda: last_step(folder) >= step, launcher)
-        # A step that an earlier attempt had logged already is a kill while the run starts: those count, too.
         wait_until(lambda: len(rank_processes(launcher.pid)) == 2, launcher)
         processes = rank_processes(launcher.pid)
+        # A step that an earlier attempt had logged already is a kill while the run starts: those count, too.
+        wait_until(lambda: last_step(folder) >= step, launcher)
         if victims == "saving":
             wait_until(lambda: any((folder / "checkpoints").glob(".step_*.partial")) or last_step(folder) >= 19, launcher)
             victims = [0]
