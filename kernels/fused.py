@@ -345,7 +345,7 @@ class Configuration:
 # (docs/kernels.md) for tensor cores, asynchronous copies, more than one tile in flight and no spill; a test holds them to it.
 _SMALL = {  # 99 KiB of shared memory: compute capability 8.6, 8.9, 12.0 and whatever is not known
     2: {
-        32: Configuration(128, 64, 1, 8, 4, programs=2),
+        32: Configuration(128, 64, 1, 4, 3, programs=2),
         64: Configuration(128, 64, 1, 8, 4),
         128: Configuration(128, 32, 1, 8, 4),
         256: Configuration(64, 32, 2, 4, 3),
@@ -360,7 +360,7 @@ _SMALL = {  # 99 KiB of shared memory: compute capability 8.6, 8.9, 12.0 and wha
 }
 _AMPERE = {  # 163 KiB: A100
     2: {
-        32: Configuration(128, 64, 1, 8, 4, programs=2),
+        32: Configuration(128, 64, 1, 4, 3, programs=2),
         64: Configuration(128, 64, 1, 8, 4),
         128: Configuration(128, 64, 1, 8, 4),
         256: Configuration(128, 32, 2, 8, 4, mask_stores=True),
@@ -392,7 +392,7 @@ _HOPPER = {  # 227 KiB: H100, H200
 }
 _BLACKWELL = {  # 227 KiB: B200
     2: {
-        32: Configuration(128, 64, 1, 8, 3, programs=2),
+        32: Configuration(128, 64, 1, 4, 3, programs=2),
         64: Configuration(128, 64, 1, 8, 3),
         128: Configuration(128, 64, 1, 8, 3),
         256: Configuration(128, 64, 2, 8, 3),
