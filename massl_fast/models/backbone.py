@@ -137,9 +137,12 @@ class Encoder(nn.Module):
     ``crops_pass``: "packed" takes the tokens of all crops of a step through the blocks together (ValueError where the
     backbone does not allow it), "separate" gives each crop size a pass of its own, "auto" packs where that is possible.
     ``pass_name`` and ``pass_reason`` say which was taken and why.
+
+    ``recompute``: what a packed pass computes again in its backward pass instead of keeping it, nothing, pointwise or blocks (see
+    ``packed.PackedPass``). A separate pass takes blocks, by timm's own means (ValueError where the network has none), but not pointwise.
     """
 
-    def __init__(self, backbone: nn.Module, head: ProjectionHead, *, crops_pass: str = "auto") -> None:
+    def __init__(self, backbone: nn.Module, head: ProjectionHead, *, crops_pass: str = "auto", recompute: str = "nothing") -> None:
         super().__init__()
         if crops_pass not in ("auto", "packed", "separate"):
             raise ValueError(f"model.crops_pass is {crops_pass!r}; it can be auto, packed or separate.")
@@ -150,9 +153,21 @@ class Encoder(nn.Module):
             raise ValueError(f"model.crops_pass is packed, which this network does not allow: {reason}.")
         if crops_pass == "separate":
             supported, reason = False, "model.crops_pass asks for it"
-        self.packed = packed.PackedPass(backbone) if supported else None
+        self.packed = packed.PackedPass(backbone, recompute) if supported else None
+        if not supported and recompute != "nothing":
+            self._recompute_separately(recompute, reason)
         self.pass_name = "packed" if supported else "separate"
         self.pass_reason = reason
+
+    def _recompute_separately(self, recompute: str, reason: str) -> None:
+        if recompute != "blocks":
+            raise ValueError(
+                f"model.recompute is {recompute}, which needs the packed pass, and that is not taken: {reason}. Choose blocks."
+            )
+        try:
+            self.backbone.set_grad_checkpointing(True)
+        except (AttributeError, AssertionError):
+            raise ValueError(f"model.recompute is blocks, which {type(self.backbone).__name__} does not offer. Choose nothing.") from None
 
     @property
     def timm_args(self) -> dict[str, Any]:

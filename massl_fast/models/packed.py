@@ -25,6 +25,9 @@ from torch.utils.checkpoint import checkpoint
 Shapes = tuple[tuple[int, int], ...]
 """(B, L) of each group: crops, tokens a crop."""
 
+RECOMPUTE = ("nothing", "pointwise", "blocks")
+"""What the backward pass computes again instead of keeping it; see ``PackedPass``."""
+
 
 def supports(backbone: nn.Module) -> tuple[bool, str]:
     """Whether ``PackedPass`` computes what ``backbone`` computes, and why (or why not)."""
@@ -53,19 +56,28 @@ def supports(backbone: nn.Module) -> tuple[bool, str]:
 
 
 class PackedPass(nn.Module):
-    """The pass itself, with what it needs beside the backbone's weights (no parameters, nothing in the state dict)."""
+    """The pass itself, with what it needs beside the backbone's weights (no parameters, nothing in the state dict).
 
-    def __init__(self, backbone: VisionTransformer) -> None:
+    ``recompute``: "pointwise" keeps the outputs of matrix products and attention and computes norms, activation and concatenation again in
+    the backward pass; "blocks" keeps the input of each block alone. Compiled blocks do the former by themselves.
+    """
+
+    def __init__(self, backbone: VisionTransformer, recompute: str = "nothing") -> None:
         super().__init__()
+        if recompute not in RECOMPUTE:
+            raise ValueError(f"model.recompute is {recompute!r}; it can be {', '.join(RECOMPUTE[:-1])} or {RECOMPUTE[-1]}.")
+        self.recompute = recompute
         rates = [_drop_rate(path) for block in backbone.blocks for path in (block.drop_path1, block.drop_path2)]
         keep = 1 - torch.tensor(rates, dtype=torch.float32)[:, None] if any(rates) else None
         self.register_buffer("keep", keep, persistent=False)
         self.run_block: Callable[..., Tensor] = packed_block
+        self.compiled = False
         self._resampling: dict[tuple[Any, ...], Tensor] = {}
 
     def compile_blocks(self, **options: Any) -> None:
         """Compile the block; its weights are inputs of the graph, so that one graph serves all blocks."""
         self.run_block = torch.compile(packed_block, **options)
+        self.compiled = True
 
     def forward(self, backbone: VisionTransformer, groups: Sequence[Sequence[Tensor]]) -> Tensor:
         """Groups of crops [N_i, 3, H, W] of one size each → pooled features [ΣN_i, C], in the order given."""
@@ -76,8 +88,9 @@ class PackedPass(nn.Module):
         for index, block in enumerate(blocks):
             last = class_token_only and index == len(blocks) - 1
             scale1, scale2 = (None, None) if scales is None else (scales[2 * index], scales[2 * index + 1])
-            run = partial(self.run_block, block, shapes=shapes, first_only=last)
-            if backbone.grad_checkpointing and torch.is_grad_enabled():
+            pointwise = self.recompute == "pointwise" and not self.compiled and torch.is_grad_enabled()
+            run = partial(self.run_block, block, shapes=shapes, first_only=last, **({"part": _recomputed} if pointwise else {}))
+            if (backbone.grad_checkpointing or self.recompute == "blocks") and torch.is_grad_enabled():
                 # Drop path was drawn above; only dropout would need its random state replayed.
                 dropout = any(isinstance(m, nn.Dropout) and m.p > 0 for m in block.modules())
                 tokens = checkpoint(run, tokens, scale1, scale2, use_reentrant=False, preserve_rng_state=dropout)
@@ -158,6 +171,19 @@ class PackedPass(nn.Module):
         return torch.cat(rows, dim=1)[:, :, None]
 
 
+Part = Callable[..., Tensor]
+"""Calls a function of tensors."""
+
+
+def _kept(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    return function(*tensors)
+
+
+def _recomputed(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """Keep the arguments alone. What comes again ends where the last product has its operands; the product itself does not."""
+    return checkpoint(function, *tensors, use_reentrant=False, preserve_rng_state=False)
+
+
 def packed_block(
     block: Block,
     tokens: Tensor,
@@ -166,26 +192,41 @@ def packed_block(
     *,
     shapes: Shapes,
     first_only: bool,
+    part: Part = _kept,
 ) -> Tensor:
-    """One transformer block on packed tokens [Σ B·L, C]; with ``first_only`` it returns each crop's first token, [Σ B, C]."""
-    attended = _attention(block.attn, block.norm1(tokens), shapes, first_only)
+    """One transformer block on packed tokens [Σ B·L, C]; with ``first_only`` it returns each crop's first token, [Σ B, C].
+
+    ``part`` calls each piece that ends in a matrix product.
+    """
+    attended = _attention(block.attn, block.norm1, tokens, shapes, first_only, part)
     if first_only:
         tokens = _first_rows(tokens, shapes)
         if scale1 is not None:
             scale1, scale2 = _first_rows(scale1, shapes), _first_rows(scale2, shapes)
     tokens = _add(tokens, block.ls1(attended), scale1)
-    return _add(tokens, block.ls2(block.mlp(block.norm2(tokens))), scale2)
+    return _add(tokens, block.ls2(_mlp(block.mlp, block.norm2, tokens, part)), scale2)
 
 
 def _add(tokens: Tensor, branch: Tensor, scale: Tensor | None) -> Tensor:
     return tokens + branch if scale is None else torch.addcmul(tokens, branch, scale)
 
 
-def _attention(attn: Attention, tokens: Tensor, shapes: Shapes, first_only: bool) -> Tensor:
-    """timm's ``Attention`` with one product for all groups before and after, and attention itself per group."""
+def _mlp(mlp: nn.Module, norm: nn.Module, tokens: Tensor, part: Part) -> Tensor:
+    if part is _kept or type(mlp) is not Mlp or mlp.drop1.p or mlp.drop2.p:
+        return mlp(norm(tokens))
+    hidden = part(lambda tokens: mlp.fc1(norm(tokens)), tokens)
+    return part(lambda hidden: mlp.fc2(mlp.norm(mlp.act(hidden))), hidden)
+
+
+def _attention(attn: Attention, norm: nn.Module, tokens: Tensor, shapes: Shapes, first_only: bool, part: Part) -> Tensor:
+    """timm's ``Attention`` of normed tokens, with one product for all groups before and after, and attention itself per group."""
     heads, width = attn.num_heads, attn.head_dim
     rows = [crops * length for crops, length in shapes]
     dropout = attn.attn_drop.p if attn.training else 0.0
+    gate = getattr(attn, "gate", None)
+    if first_only or gate is not None:
+        tokens = norm(tokens)
+        norm = nn.Identity()
     queries_from = _first_rows(tokens, shapes) if first_only else tokens
     if first_only:
         size, bias = heads * width, attn.qkv.bias
@@ -197,19 +238,23 @@ def _attention(attn: Attention, tokens: Tensor, shapes: Shapes, first_only: bool
         ]
         parts = [(*q.unbind(2), *kv.unbind(2)) for q, kv in parts]
     else:
-        qkv = attn.qkv(tokens).split(rows)
+        qkv = part(lambda tokens: attn.qkv(norm(tokens)), tokens).split(rows)
         parts = [part.view(crops, length, 3, heads, width).unbind(2) for part, (crops, length) in zip(qkv, shapes)]
     outputs = []
     for query, key, value in parts:
         query, key = attn.q_norm(query.transpose(1, 2)), attn.k_norm(key.transpose(1, 2))
         output = _attend(query, key, value.transpose(1, 2), dropout)
         outputs.append(output.transpose(1, 2).reshape(-1, heads * width))
-    output = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
-    if hasattr(attn, "norm"):
-        output = attn.norm(output)
-    if getattr(attn, "gate", None) is not None:
-        output = output * attn.gate(queries_from).sigmoid()
-    return attn.proj_drop(attn.proj(output))
+
+    def project(*outputs: Tensor) -> Tensor:
+        output = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+        if hasattr(attn, "norm"):
+            output = attn.norm(output)
+        if gate is not None:
+            output = output * attn.gate(queries_from).sigmoid()
+        return attn.proj(output)
+
+    return attn.proj_drop(part(project, *outputs) if gate is None else project(*outputs))
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
