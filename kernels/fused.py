@@ -392,7 +392,7 @@ _HOPPER = {  # 227 KiB: H100, H200
 }
 _BLACKWELL = {  # 227 KiB: B200
     2: {
-        32: Configuration(128, 64, 1, 4, 3, programs=2),
+        32: Configuration(128, 64, 1, 8, 3),
         64: Configuration(128, 64, 1, 8, 3),
         128: Configuration(128, 64, 1, 8, 3),
         256: Configuration(128, 64, 2, 8, 3),

@@ -72,9 +72,11 @@ def shuffle(positions: Tensor, num_entries: int, reflections: list, keys: list) 
     """Where the bijection sends int64 positions of [0, num_entries)."""
     for reflection, key in zip(reflections, keys):
         partner = reflection - positions
-        partner = torch.where(partner < 0, partner + num_entries, partner)
-        swap = _mix(torch.maximum(positions, partner) ^ key) >= 2**31
-        positions = torch.where(swap, partner, positions)
+        partner = partner + (partner >> 63 & num_entries)
+        hashed = torch.maximum(positions, partner) ^ key
+        hashed = (hashed >> 16 ^ hashed) * MULTIPLIER & MASK
+        hashed = (hashed >> 16 ^ hashed) * MULTIPLIER  # the rest of _mix leaves bit 31 as it is
+        positions = torch.where((hashed & 2**31).bool(), partner, positions)
     return positions
 
 
