@@ -622,9 +622,13 @@ _TUNED: dict[tuple, Configuration] = {}
 
 
 @torch.compiler.assume_constant_result
-@functools.lru_cache
 def _device_limits(index: int) -> tuple[tuple[int, int], int, int, str]:
-    """Compute capability, shared memory of a program in bytes, multiprocessors, name."""
+    """Compute capability, shared memory of a program in bytes, multiprocessors, name; compiled code takes them as constants."""
+    return _cached_limits(index)
+
+
+@functools.lru_cache
+def _cached_limits(index: int) -> tuple[tuple[int, int], int, int, str]:
     found = torch.cuda.get_device_properties(index)
     return (found.major, found.minor), found.shared_memory_per_block_optin, found.multi_processor_count, found.name
 
