@@ -59,7 +59,7 @@ class PackedPass(nn.Module):
     """The pass itself, with what it needs beside the backbone's weights (no parameters, nothing in the state dict).
 
     ``recompute``: "pointwise" keeps the outputs of matrix products and attention and computes norms, activation and concatenation again in
-    the backward pass; "blocks" keeps the input of each block alone. Compiled blocks do the former by themselves.
+    the backward pass, eager or compiled; "blocks" keeps the input of each block alone.
     """
 
     def __init__(self, backbone: VisionTransformer, recompute: str = "nothing") -> None:
@@ -71,13 +71,11 @@ class PackedPass(nn.Module):
         keep = 1 - torch.tensor(rates, dtype=torch.float32)[:, None] if any(rates) else None
         self.register_buffer("keep", keep, persistent=False)
         self.run_block: Callable[..., Tensor] = packed_block
-        self.compiled = False
         self._resampling: dict[tuple[Any, ...], Tensor] = {}
 
     def compile_blocks(self, **options: Any) -> None:
         """Compile the block; its weights are inputs of the graph, so that one graph serves all blocks."""
         self.run_block = torch.compile(packed_block, **options)
-        self.compiled = True
 
     def forward(self, backbone: VisionTransformer, groups: Sequence[Sequence[Tensor]]) -> Tensor:
         """Groups of crops [N_i, 3, H, W] of one size each → pooled features [ΣN_i, C], in the order given."""
@@ -88,7 +86,7 @@ class PackedPass(nn.Module):
         for index, block in enumerate(blocks):
             last = class_token_only and index == len(blocks) - 1
             scale1, scale2 = (None, None) if scales is None else (scales[2 * index], scales[2 * index + 1])
-            pointwise = self.recompute == "pointwise" and not self.compiled and torch.is_grad_enabled()
+            pointwise = self.recompute == "pointwise" and torch.is_grad_enabled()
             run = partial(self.run_block, block, shapes=shapes, first_only=last, **({"part": _recomputed} if pointwise else {}))
             if (backbone.grad_checkpointing or self.recompute == "blocks") and torch.is_grad_enabled():
                 # Drop path was drawn above; only dropout would need its random state replayed.
