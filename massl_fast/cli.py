@@ -20,7 +20,10 @@ COMMANDS = {
     "bench loader": ("massl_fast.benchmarks.loader", "time the loaders alone"),
     "bench step": ("massl_fast.benchmarks.step", "time a training step on random crops, part by part"),
     "bench train": ("massl_fast.benchmarks.train", "time loader and model together and alone, and say what bounds the run"),
+    "bench correctness": ("massl_fast.benchmarks.correctness", "the kernels on this device against float64"),
     "bench compare": ("massl_fast.benchmarks.compare", "what differs between two records beyond the noise"),
+    "bench page": ("massl_fast.benchmarks.page", "draw records as one HTML page"),
+    "bench everything": ("massl_fast.benchmarks.everything", "correctness, then every benchmark and profile, in minutes"),
     "profile memory": ("massl_fast.profiling.memory", "whose every byte of a step is, estimated and measured"),
     "profile trace": ("massl_fast.profiling.trace", "trace steps: parts, operators, gaps, waits for the device"),
 }

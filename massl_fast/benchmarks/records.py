@@ -122,7 +122,7 @@ def _short(value: Any) -> str:
 def command() -> str:
     """The command line as a user would type it."""
     program = Path(sys.argv[0]).name
-    words = ["massl-fast" if program in ("__main__.py", "massl-fast", "cli.py") else program, *sys.argv[1:]]
+    words = ["massl-fast" if program in ("__main__.py", "massl-fast", "massl_fast_here.py") else program, *sys.argv[1:]]
     return " ".join(words)
 
 

@@ -32,7 +32,8 @@ from massl_fast.profiling.synthetic import SyntheticRun, micro_batches_of, synth
 TAKES_SETTINGS = True
 WARM_UP = 3
 ROUND_SECONDS = 0.3
-MOST_ROUNDS = 40
+FEWEST_ROUNDS, MOST_ROUNDS = 3, 40
+OVERTIME = 3
 SEARCH_SECONDS = 2.0
 
 
@@ -134,7 +135,8 @@ def measure(config: Config, recipe: str, world: World, precision: Precision, sec
 def rounds_of(run: SyntheticRun, seconds: float) -> tuple[list[float], list[float], list[float], list[dict[str, float]]]:
     """Seconds a step of each round without and with marks, processor seconds a step without (on a CPU), and the parts of each round.
 
-    Rounds of several steps each, without and with marks in turn, whichever first changing; garbage is collected between rounds only.
+    Rounds of several steps each, without and with marks in turn, whichever first changing; garbage is collected between rounds only. At
+    least 8 rounds are planned, so that their median has an interval.
     """
     device = run.train_step.world.device
     clock = SectionClock(device)
@@ -165,7 +167,10 @@ def rounds_of(run: SyntheticRun, seconds: float) -> tuple[list[float], list[floa
     gc.collect()
     gc.disable()
     try:
+        begin = time.perf_counter()
         for number in range(rounds):
+            if number >= FEWEST_ROUNDS and time.perf_counter() - begin > OVERTIME * seconds:
+                break  # the machine got busier than it was when the rounds were counted
             for take in (without, with_marks) if number % 2 == 0 else (with_marks, without):
                 take()
             gc.collect()

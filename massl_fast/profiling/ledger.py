@@ -97,6 +97,8 @@ class Ledger(TorchDispatchMode):
         super().__init__()
         self.rounding, self.hidden = rounding, hidden
         self.changes: list[Change] = []
+        self.ends: list[int] = []
+        """How many changes there were at the end of each step."""
         self.section, self.part, self.number = sections.REST, "", 0
         self._pieces: dict[int, Piece] = {}  # of living storages, by the address of their implementation
         self._references: dict[int, weakref.ref] = {}
@@ -131,6 +133,7 @@ class Ledger(TorchDispatchMode):
             self.part = ""
         if section == sections.END:
             self.number += 1
+            self.ends.append(len(self.changes))
         self.section = section or sections.REST
 
     def living(self) -> list[Piece]:

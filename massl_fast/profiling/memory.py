@@ -59,6 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--recipe", default="demo", help=f"one of {', '.join(recipe_names())}, or the path of a YAML file (default: demo)")
     parser.add_argument("--estimate", action="store_true", help="only estimate; with --train.device cuda also where there is no GPU")
     parser.add_argument("--device-gib", type=float, default=0, help="memory of the device to predict the largest batch for (default: this)")
+    parser.add_argument("--no-largest", action="store_true", help="do not predict the largest batch, which takes several estimates")
     parser.add_argument("--loader", action="store_true", help="also start the run's loader and count what it takes")
     parser.add_argument("--output", default="", help="file to which the record is appended, a JSON object on a line")
     parser.epilog = "Every setting of a run can be given; massl-fast train --help lists them."
@@ -91,10 +92,10 @@ def run(args: argparse.Namespace) -> int:
         print(f"Shown are {passes} micro-batches; the other {accumulation - passes} of a step add {gib(more)} of crops.")
     total = int(args.device_gib * GIB) if args.device_gib else capacity(torch.device(device_type))[0] if here else 0
     prediction = None
-    if total:
+    if total and not args.no_largest:
         prediction = predict(config, device_type, total, estimate, measured)
         print(prediction["sentence"])
-    else:
+    elif not total:
         print("The largest batch is predicted for a device whose memory is known: --device-gib 80, say.")
     if args.output:
         row = as_record(config, args.recipe, device_type, estimate, measured, prediction)
@@ -110,7 +111,7 @@ class Measured:
     peak_bytes: int
     """What the allocator says."""
     changes: list[Change]
-    """The book of some steps."""
+    """The book of one step."""
     rest: dict[str, int] = field(default_factory=dict)
     """Beside the step's own bytes: allocator slack, the rest of the device or process, the loader."""
     growth: list[int] = field(default_factory=list)
@@ -174,7 +175,7 @@ def _measure_gpu(run: SyntheticRun, with_loader: bool) -> Measured:
 
     book = Ledger(run.train_step.student, rounding=CUDA_ROUNDING)
     record_step(run, book, LEAK_STEPS, around)
-    return Measured(peak_bytes, book.changes, rest | _loader_bytes(run, with_loader), growth, find_leaks(book))
+    return Measured(peak_bytes, book.changes[: book.ends[0]], rest | _loader_bytes(run, with_loader), growth, find_leaks(book))
 
 
 def _measure_host(run: SyntheticRun, with_loader: bool) -> Measured:
@@ -197,7 +198,7 @@ def _measure_host(run: SyntheticRun, with_loader: bool) -> Measured:
     book = Ledger(step.student)
     record_step(run, book, LEAK_STEPS, around)
     rest = {"rest of the process (Python, PyTorch, allocator slack)": max(0, host_peak_bytes() - peak_bytes)}
-    return Measured(peak_bytes, book.changes, rest | _loader_bytes(run, with_loader), growth, find_leaks(book))
+    return Measured(peak_bytes, book.changes[: book.ends[0]], rest | _loader_bytes(run, with_loader), growth, find_leaks(book))
 
 
 def host_peak_bytes() -> int:
@@ -260,7 +261,7 @@ def find_leaks(book: Ledger) -> list[Leak]:
 def report(estimate: Estimate, measured: Measured | None) -> list[str]:
     """The book as lines of text."""
     guessed, found = estimate.by_owner, measured.peak.by_owner if measured else {}
-    names = sorted(guessed.keys() | found.keys(), key=lambda name: (_rank(name), natural(name)))
+    names = in_order(guessed | found)
     width = max(map(len, names)) + 2
     lines = [f"{'At the peak, MiB':<{width}}{'estimated':>12}" + (f"{'measured':>12}" if measured else "")]
     for name in names:
@@ -339,13 +340,13 @@ def as_record(
         "device": device_type,
     }
     figures = {"estimated_peak": records.figure(estimate.bytes / MIB, "MiB", exact=True)}
-    details: dict[str, Any] = {"estimated": estimate.by_owner, "estimated_timeline": timeline(estimate.changes)}
+    details: dict[str, Any] = {"estimated": in_order(estimate.by_owner), "estimated_timeline": timeline(estimate.changes)}
     details["estimated_peak_section"] = estimate.peak.section
     if measured:
         figures["measured_peak"] = records.figure(measured.peak_bytes / MIB, "MiB", "lower", exact=True)
         figures["estimate_error"] = records.figure(100 * (estimate.bytes / measured.peak_bytes - 1), "%", exact=True)
         details |= {
-            "measured": measured.peak.by_owner | {"inside operators": max(0, measured.peak_bytes - measured.peak.bytes)},
+            "measured": in_order(measured.peak.by_owner) | {"inside operators": max(0, measured.peak_bytes - measured.peak.bytes)},
             "measured_timeline": timeline(measured.changes),
             "peak_section": measured.peak.section,
             "largest": largest_pieces(measured.peak.pieces, 10),
@@ -358,8 +359,13 @@ def as_record(
     return records.record("memory", case, figures, details)
 
 
-def _rank(name: str) -> int:
-    return next((rank for rank, category in enumerate(ledger.CATEGORIES) if name.startswith(category)), len(ledger.CATEGORIES))
+def in_order(sizes: dict[str, int]) -> dict[str, int]:
+    """By category as in the ledger, and activations by the way through the network."""
+
+    def rank(name: str) -> int:
+        return next((rank for rank, category in enumerate(ledger.CATEGORIES) if name.startswith(category)), len(ledger.CATEGORIES))
+
+    return dict(sorted(sizes.items(), key=lambda item: (rank(item[0]), natural(item[0]))))
 
 
 def natural(name: str) -> list[Any]:

@@ -16,17 +16,27 @@ _NOT_CALLERS = (os.path.dirname(os.path.abspath(torch.__file__)), _PROFILING, "<
 
 
 def calling_line() -> str:
-    """File and line of the innermost caller outside PyTorch and profiling: folder/file:line in this program, the whole path elsewhere.
+    """File and line of the innermost caller outside PyTorch and profiling, such as massl_fast/engine/step.py:92 or timm/layers/mlp.py:48.
 
-    While autograd runs, that is the line that called ``backward``.
+    While autograd runs, that is the line that called ``backward``. Paths are relative to where packages lie or to the current folder, so
+    that records tell nothing of the machine.
     """
     frame = sys._getframe(1)
     while frame is not None:
         file = frame.f_code.co_filename
         if not file.startswith(_NOT_CALLERS):
-            for folder in (_PACKAGE, _KERNELS):
-                if file.startswith(folder + os.sep):
-                    return f"{os.path.relpath(file, os.path.dirname(folder))}:{frame.f_lineno}"
-            return f"{file}:{frame.f_lineno}"
+            return f"{_shortened(file)}:{frame.f_lineno}"
         frame = frame.f_back
     return "inside PyTorch"
+
+
+def _shortened(file: str) -> str:
+    for folder in (_PACKAGE, _KERNELS):
+        if file.startswith(folder + os.sep):
+            return os.path.relpath(file, os.path.dirname(folder))
+    for folder in ("site-packages", "dist-packages"):
+        _, found, rest = file.rpartition(f"{os.sep}{folder}{os.sep}")
+        if found:
+            return rest
+    inside = os.path.relpath(file)
+    return os.path.basename(file) if inside.startswith(os.pardir) else inside

@@ -25,6 +25,7 @@ aside { border-left: 3px solid var(--caution); padding: 2px 0 2px 14px; margin: 
 aside ul { margin: 0; padding-left: 18px; } aside summary { cursor: pointer; }
 code { font: 12px ui-monospace, SFMono-Regular, Menlo, monospace; overflow-wrap: anywhere; }
 .grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(440px, 100%), 1fr)); gap: 12px; }
+section > .card, section > .grid { margin-top: 12px; }
 figure svg { display: block; width: 100%; height: auto; font-family: inherit; }
 figcaption, .card p { color: var(--muted); font-size: 12.5px; margin: 6px 0 0; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }

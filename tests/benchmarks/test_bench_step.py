@@ -19,6 +19,7 @@ def short(monkeypatch):
     torch.set_num_threads(1)
     monkeypatch.setattr(step, "ROUND_SECONDS", 1e-6)
     monkeypatch.setattr(step, "SEARCH_SECONDS", 1e-6)
+    monkeypatch.setattr(step, "OVERTIME", 1e9)
     monkeypatch.setattr(step, "matrix_rate", lambda device, dtype: 1e11)
     yield
     torch.set_num_threads(threads)

@@ -1,0 +1,258 @@
+"""Drawings of benchmark records, as SVG in the colours of the page they stand on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from statistics import median
+from typing import Any
+
+from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
+
+from massl_fast.benchmarks.intervals import median_interval
+from massl_fast.report.figures import STAND_INS, drawing
+
+COLOURS = ("--blue", "--orange", "--green", "--violet", "--muted")
+MIB = 2**20
+# Of memory: a colour and how opaque it is, for each category of profiling.ledger.
+MEMORY_COLOURS = {
+    "student weights": ("--blue", 1.0),
+    "teacher weights": ("--blue", 0.55),
+    "optimizer state": ("--violet", 1.0),
+    "memory (ring)": ("--violet", 0.5),
+    "crops": ("--muted", 0.9),
+    "gradients": ("--orange", 1.0),
+    "activations": ("--green", 0.85),
+    "loss": ("--orange", 0.5),
+    "workspace": ("--muted", 0.45),
+}
+
+
+@dataclass(frozen=True)
+class Bar:
+    label: str
+    samples: Sequence[float]
+    """Their median is the bar's length, the 99% interval of the median its whisker."""
+    colour: str = "--blue"
+    note: str = ""
+    """Behind the number."""
+
+
+def bars(items: Sequence[Bar], unit: str, *, wide: bool = False) -> str:
+    """Horizontal bars, the first on top, each with its number."""
+    with drawing(wide=wide, height=0.5 + 0.3 * len(items)) as (axes, finish):
+        medians = [median(item.samples) for item in items]
+        longest = max([*medians, 1e-12])
+        for row, (item, value) in enumerate(zip(items, medians)):
+            axes.barh(row, value, height=0.62, color=STAND_INS[item.colour], linewidth=0)
+            if interval := median_interval(item.samples):
+                axes.plot(interval, [row, row], color=STAND_INS["--ink"], linewidth=1)
+            text = f"{_number(value)} {unit}" + (f" · {item.note}" if item.note else "")
+            axes.text(1.01, row, text, transform=axes.get_yaxis_transform(), va="center", color=STAND_INS["--ink"], fontsize=8.5)
+        axes.set_yticks(range(len(items)), [item.label for item in items])
+        axes.invert_yaxis()
+        axes.set_xlim(0, longest * 1.1)
+        _plain(axes)
+        axes.tick_params(axis="y", colors=STAND_INS["--ink"])
+        axes.xaxis.set_major_locator(NullLocator())
+        axes.spines["bottom"].set_visible(False)
+        return finish()
+
+
+@dataclass(frozen=True)
+class Dot:
+    """A kernel on a roofline: operations a byte of least traffic, operations a second."""
+
+    label: str
+    intensity: float
+    rate: float
+    colour: str
+    hollow: bool = False
+
+
+def roofline(dots: Sequence[Dot], matrix_rate: float, bandwidth: float) -> str:
+    """Kernels under the two roofs that were measured in the same run: bandwidth × intensity, and the rate of a large matrix product."""
+    with drawing(wide=True, height=3.6) as (axes, finish):
+        ridge = matrix_rate / bandwidth
+        left = min([ridge / 8, *(dot.intensity / 3 for dot in dots)])
+        right = max([ridge * 8, *(dot.intensity * 3 for dot in dots)])
+        axes.plot([left, ridge, right], [left * bandwidth, matrix_rate, matrix_rate], color=STAND_INS["--ink"], linewidth=1.4, zorder=2)
+        axes.text(right, matrix_rate * 1.12, f"matrix product {_number(matrix_rate / 1e12)} TFLOP/s", ha="right", color=STAND_INS["--ink"])
+        axes.text(left * 1.1, left * bandwidth * 1.6, f"copy {_number(bandwidth / 1e9)} GB/s", color=STAND_INS["--ink"])
+        named: set[str] = set()
+        for dot in dots:
+            colour = STAND_INS[dot.colour]
+            label = dot.label if dot.label not in named else None
+            named.add(dot.label)
+            face = "none" if dot.hollow else colour
+            axes.plot(
+                dot.intensity, dot.rate, "o", color=colour, markerfacecolor=face, markersize=6, label=label, linestyle="none", zorder=3
+            )
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_xlim(left, right)
+        axes.set_ylim(min([left * bandwidth, *(dot.rate / 2 for dot in dots)]), matrix_rate * 2.2)
+        _plain(axes, grid=True)
+        _powers(axes.xaxis, "")
+        _powers(axes.yaxis, "FLOP/s")
+        axes.set_xlabel("operations a byte of least traffic", color=STAND_INS["--muted"], loc="right")
+        axes.set_ylabel("FLOP/s", color=STAND_INS["--muted"])
+        _legend(axes)
+        return finish()
+
+
+@dataclass(frozen=True)
+class Line:
+    label: str
+    points: Sequence[tuple[float, float]]
+    """(size, value)"""
+    colour: str
+    dashed: bool = False
+
+
+def over_sizes(lines: Sequence[Line], x_label: str, unit: str) -> str:
+    """A line a variant over a size, both axes logarithmic."""
+    with drawing(height=3.2) as (axes, finish):
+        for line in lines:
+            xs, ys = zip(*sorted(line.points))
+            look = dict(color=STAND_INS[line.colour], linestyle="--" if line.dashed else "-", linewidth=1.5, marker="o", markersize=4)
+            axes.plot(xs, ys, label=line.label, **look)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        sizes = sorted({x for line in lines for x, _ in line.points})
+        axes.set_xticks(sizes, [f"{size:g}" for size in sizes])
+        axes.xaxis.set_minor_locator(NullLocator())
+        _plain(axes, grid=True)
+        low, high = axes.get_ylim()
+        axes.yaxis.set_major_locator(LogLocator(subs=(1,)) if high > 30 * low else LogLocator(subs=(1, 2, 5), numticks=12))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.set_xlabel(x_label, color=STAND_INS["--muted"], loc="right")
+        axes.set_ylabel(unit, color=STAND_INS["--muted"])
+        _legend(axes, columns=2)
+        return finish()
+
+
+def split(parts: dict[str, float], unit: str) -> str:
+    """One whole as a bar of its parts, in order, those of at least 4% with their share inside."""
+    total = sum(parts.values()) or 1.0
+    with drawing(wide=True, height=1.25) as (axes, finish):
+        left = 0.0
+        for number, (label, value) in enumerate(parts.items()):
+            colour, alpha = COLOURS[number % len(COLOURS)], (0.9, 0.5)[number // len(COLOURS) % 2]
+            axes.barh(0, value, left=left, height=0.7, color=STAND_INS[colour], alpha=alpha, label=label, linewidth=0)
+            if value / total >= 0.04:
+                axes.text(
+                    left + value / 2, 0, f"{100 * value / total:.0f} %", ha="center", va="center", color=STAND_INS["--ink"], fontsize=8.5
+                )
+            left += value
+        axes.set_xlim(0, total)
+        _plain(axes)
+        axes.yaxis.set_major_locator(NullLocator())
+        axes.set_xlabel(unit, color=STAND_INS["--muted"], loc="right")
+        _legend(axes, columns=9)
+        return finish()
+
+
+def waterfall(estimated: dict[str, int], measured: dict[str, int] | None) -> str:
+    """What the peak consists of, a step a category, MiB: measured as bars, estimated as outlines (as bars where nothing was measured)."""
+    filled = measured if measured is not None else estimated
+    names = [name for name in {**filled, **estimated} if max(filled.get(name, 0), estimated.get(name, 0)) >= 0.05 * MIB]
+    with drawing(wide=True, height=0.5 + 0.27 * (len(names) + 1)) as (axes, finish):
+        total = max(sum(filled.values()), sum(estimated.values())) / MIB
+        left = left_estimated = 0.0
+        for row, name in enumerate(names):
+            size, guess = filled.get(name, 0) / MIB, estimated.get(name, 0) / MIB
+            colour, alpha = MEMORY_COLOURS.get(name.split(":")[0], ("--muted", 0.7))
+            axes.barh(row, size, left=left, height=0.6, color=STAND_INS[colour], alpha=alpha, linewidth=0)
+            if measured is not None:
+                axes.barh(row, guess, left=left_estimated, height=0.82, fill=False, edgecolor=STAND_INS["--ink"], linewidth=0.7)
+            left, left_estimated = left + size, left_estimated + guess
+            axes.text(
+                max(left, left_estimated) + 0.008 * total, row, f"{_number(size)}", va="center", color=STAND_INS["--ink"], fontsize=8.5
+            )
+        axes.barh(len(names), left, height=0.6, color=STAND_INS["--ink"], alpha=0.8, linewidth=0)
+        axes.text(left + 0.008 * total, len(names), f"{_number(left)}", va="center", color=STAND_INS["--ink"], fontsize=8.5)
+        axes.set_yticks(range(len(names) + 1), [*names, "peak"])
+        axes.invert_yaxis()
+        axes.set_xlim(0, total * 1.09)
+        _plain(axes)
+        axes.tick_params(axis="y", colors=STAND_INS["--ink"])
+        axes.xaxis.set_major_locator(MaxNLocator(6))
+        axes.set_xlabel("MiB", color=STAND_INS["--muted"], loc="right")
+        return finish()
+
+
+def memory_timeline(line: dict[str, Any], by_moment: bool) -> str:
+    """Memory by category over a step, parts of the step below. ``by_moment``: over the order of events, because shapes take no time."""
+    count = len(line["seconds"])
+    xs = list(range(count)) if by_moment else [1000 * second for second in line["seconds"]]
+    with drawing(wide=True, height=3.3) as (axes, finish):
+        base = [0.0] * count
+        for name, sizes in line["bytes"].items():
+            if not any(sizes):
+                continue
+            colour, alpha = MEMORY_COLOURS.get(name, ("--muted", 0.7))
+            top = [low + size / MIB for low, size in zip(base, sizes)]
+            axes.fill_between(xs, base, top, step="post", color=STAND_INS[colour], alpha=alpha, linewidth=0, label=name)
+            base = top
+        highest = max(base, default=0.0)
+        if base:
+            at = base.index(highest)
+            axes.plot(xs[at], highest, "v", color=STAND_INS["--ink"], markersize=5, clip_on=False, zorder=4)
+        edges = [0] + [i for i in range(1, count) if line["sections"][i] != line["sections"][i - 1]] + [count - 1]
+        for begin, end in pairwise(edges):
+            if begin:
+                axes.axvline(xs[begin], color=STAND_INS["--muted"], linewidth=0.5, linestyle=(0, (2, 3)), zorder=5)
+            if count and (xs[end] - xs[begin]) > 0.07 * (xs[-1] - xs[0]):
+                middle = (xs[begin] + xs[end]) / 2
+                axes.text(middle, highest * 1.05, line["sections"][begin], ha="center", color=STAND_INS["--muted"], fontsize=8)
+        axes.set_xlim(xs[0] if xs else 0, xs[-1] if xs else 1)
+        axes.set_ylim(0, highest * 1.13 or 1)
+        _plain(axes, grid=True)
+        axes.yaxis.set_major_locator(MaxNLocator(5))
+        axes.set_ylabel("MiB", color=STAND_INS["--muted"])
+        x_label = "allocations and releases, in order" if by_moment else "ms, while every operator is watched"
+        axes.set_xlabel(x_label, color=STAND_INS["--muted"], loc="right")
+        _legend(axes, columns=9)
+        return finish()
+
+
+def _plain(axes, grid: bool = False) -> None:
+    if grid:
+        axes.grid(axis="y", color=STAND_INS["--grid"], linewidth=0.8)
+        axes.set_axisbelow(True)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    axes.spines["bottom"].set_color(STAND_INS["--grid"])
+    axes.tick_params(length=0, colors=STAND_INS["--muted"], which="both")
+
+
+def _legend(axes, columns: int = 5) -> None:
+    axes.legend(
+        loc="lower left",
+        bbox_to_anchor=(0, 1),
+        ncols=columns,
+        frameon=False,
+        borderaxespad=0.1,
+        handlelength=1.2,
+        columnspacing=1.2,
+        labelcolor=STAND_INS["--ink"],
+        fontsize=8.5,
+    )
+
+
+def _powers(axis, unit: str) -> None:
+    axis.set_major_locator(LogLocator(numticks=10))
+    axis.set_major_formatter(EngFormatter(unit=unit, sep="" if not unit else " "))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _number(value: float) -> str:
+    """Three significant digits, never in powers of ten."""
+    if value == 0:
+        return "0"
+    digits = max(0, 2 - math.floor(math.log10(abs(value))))
+    return f"{value:,.{min(digits, 6)}f}".replace(",", "\u202f")

@@ -1,0 +1,80 @@
+"""``massl-fast bench correctness``: the kernels on this device against float64, before anything is timed.
+
+The cases are those that a kernel gets wrong when it is wrong: few and odd numbers of images, widths that no tile divides, memories that the
+block does not divide, blocks of odd length, every dtype, and the sizes of a training run. A result may err twice as much as the published
+computation in the same precision does (benchmarks.kernels.excess). Exit code 1: something is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+
+import torch
+
+from massl_fast.benchmarks import records
+from massl_fast.benchmarks.kernels import DTYPES, OURS, Case, errors, excess, variants
+
+CHECKED = ("reference", *OURS)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--quick", action="store_true", help="small cases alone")
+    parser.add_argument("--device", default="", help="device (default: the GPU, else the CPU)")
+    parser.add_argument("--output", default="", help="file to which records are appended, a JSON object on a line")
+
+
+def run(args: argparse.Namespace) -> int:
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device is {args.device}, and torch finds no GPU here.")
+    rows, mistakes, checked, absent = [], 0, 0, {}
+    for case in cases(device, args.quick):
+        calls, missing = variants(case, device, compiled=False)
+        if case.operation in ("loss", "readout"):
+            calls = {name: call for name, call in calls.items() if name in CHECKED}
+        found, failed = errors(case, calls, device)
+        wrong = excess(case, found)
+        name = ", ".join(f"{key} {value}" for key, value in asdict(case).items())
+        for variant, why in wrong.items():
+            print(f"WRONG  {variant}: {name}: {why}", flush=True)
+        for variant, why in failed.items():
+            print(f"FAILED {variant}: {name}: {why}", flush=True)
+        absent |= {variant: why for variant, why in missing.items() if variant in OURS}
+        broken = [variant for variant in failed if variant not in ("reference", "randperm")]
+        mistakes += len(wrong) + len(broken)
+        checked += len([variant for variant in found if variant not in ("reference", "randperm", "plain PyTorch")])
+        for variant, values in found.items():
+            figures = {"error": records.figure(values[-1], "relative" if case.flops else "absolute", exact=True)}
+            rows.append(records.record("correctness", asdict(case) | {"variant": variant, "device": device.type}, figures))
+    for variant, why in absent.items():
+        print(f"Not checked: {variant}, {why}.")
+    print(f"{checked} results checked against float64 on {device}, {mistakes} wrong.")
+    if args.output:
+        records.append(args.output, rows)
+    return int(mistakes > 0)
+
+
+def cases(device: torch.device, quick: bool) -> list[Case]:
+    """Case(operation, V, T, N, D, K, block, dtype): odd ones for every dtype, then those of a run."""
+    dtypes = list(DTYPES) if device.type == "cuda" else ["float32", "bfloat16"]
+    found = []
+    for dtype in dtypes:
+        for shape in (
+            (4, 2, 3, 32, 96, 32),  # less than any tile
+            (3, 2, 7, 100, 1000, 250),  # a width between two powers of two, blocks of no multiple of 16
+            (12, 2, 5, 256, 4099, 1024),  # a remainder of three entries sits out
+            (2, 1, 1, 512, 640, 640),  # one block, one image, the widest rows
+            (12, 2, 33, 192, 6144, 2048),
+        ):
+            found.append(Case("loss", *shape, dtype))
+            found.append(Case("readout", *shape, dtype))
+    found += [Case("enqueue", 12, 2, images, 256, 1000, 250, dtypes[-1]) for images in (1, 64, 999)]
+    found += [Case("partition", 12, 2, 1, 32, entries, 1, "float32") for entries in (1, 2, 1000, 65536)]
+    if not quick and device.type == "cuda":
+        for dtype in ("bfloat16", "float16", "float32"):
+            found.append(Case("loss", 12, 2, 64, 256, 65536, 16384, dtype))
+        found.append(Case("loss", 12, 2, 64, 256, 131072, 16384, "bfloat16"))
+        found.append(Case("readout", 12, 2, 256, 256, 65536, 16384, "bfloat16"))
+        found.append(Case("partition", 12, 2, 1, 256, 131072, 16384, "bfloat16"))
+    return found

@@ -1,0 +1,127 @@
+"""Parts of bench everything are kept apart: what one loses, the others keep."""
+
+import json
+import sys
+import time
+
+import pytest
+
+from massl_fast.benchmarks import everything, records
+from massl_fast.benchmarks.everything import Outcome, Part, headlines, launcher, published_record, run_part, run_parts
+from massl_fast.cli import main
+
+FINE = ("-c", "print('fine')")
+
+
+def part(name: str, code: str, seconds: float = 30.0, timing: bool = True) -> Part:
+    return Part(name, (), seconds, timing, program=("-c", code))
+
+
+@pytest.fixture(autouse=True)
+def any_program(monkeypatch):
+    """Programs of these tests are given as code, not as files."""
+    monkeypatch.setattr(everything.Path, "is_file", lambda path: True)
+
+
+def test_a_part_that_fails_or_hangs_loses_no_other(tmp_path):
+    hanging = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(600)'])"
+    parts = [part("breaks", "raise SystemExit('it broke')"), part("hangs", hanging, seconds=3.0), part("works", "print('fine')")]
+    start = time.monotonic()
+    outcomes = run_parts(parts, tmp_path, time.monotonic() + 600, keep_going=False, on_gpu=False)
+    assert [outcome.status for outcome in outcomes] == ["failed", "too long", "done"]
+    assert outcomes[0].words == "it broke"
+    assert time.monotonic() - start < 120
+    assert "fine" in (tmp_path / "log.txt").read_text()
+
+
+@pytest.mark.parametrize(("keep_going", "statuses"), [(False, ["failed", "left out"]), (True, ["failed", "done"])])
+def test_nothing_is_timed_where_kernels_are_wrong(tmp_path, keep_going, statuses):
+    parts = [part("correctness", "raise SystemExit(1)", timing=False), part("kernels", "print('fine')")]
+    outcomes = run_parts(parts, tmp_path, time.monotonic() + 600, keep_going=keep_going, on_gpu=False)
+    assert [outcome.status for outcome in outcomes] == statuses
+
+
+def test_what_there_is_no_time_for_is_named(tmp_path):
+    (outcome,) = run_parts([part("late", "print('fine')")], tmp_path, time.monotonic() + 1, keep_going=False, on_gpu=False)
+    assert outcome.status == "left out" and "--minutes" in outcome.words
+
+
+def test_the_gpu_is_hidden_from_parts_of_a_cpu(tmp_path):
+    outcome = run_part(part("looks", "import os, sys; sys.exit(os.environ['CUDA_VISIBLE_DEVICES'] or 0)"), tmp_path, 30, on_gpu=False)
+    assert outcome.status == "done"
+
+
+def test_every_command_of_both_lists_parses(tmp_path):
+    """Each part's arguments are those of its command, settings included."""
+    import argparse
+    import importlib
+
+    from massl_fast.cli import COMMANDS
+    from massl_fast.config import load_config
+
+    for listed in (everything.gpu_parts(tmp_path, "images"), everything.cpu_parts(tmp_path, "images")):
+        assert not listed[0].timing and all(other.timing for other in listed[1:])
+        assert len({other.name for other in listed}) == len(listed)
+        for each in listed:
+            if each.program:
+                continue
+            module = importlib.import_module(COMMANDS[" ".join(each.arguments[:2])][0])
+            parser = argparse.ArgumentParser()
+            module.add_arguments(parser)
+            args, settings = parser.parse_known_args(each.arguments[2:])
+            if getattr(module, "TAKES_SETTINGS", False):
+                load_config(args.recipe, settings)
+            else:
+                assert not settings, each.name
+
+
+def test_records_of_the_published_comparison_take_the_common_form(tmp_path):
+    side = {"images_per_second": 3.0, "step_seconds_median": 0.3, "times_the_first_side": 1.5, "peak_mib": 10.0}
+    found = {"case": {"architecture": "vit", "batch": 64, "model_args": {}}, "precision": "bf16", "sides": {"ours": side}, "rounds": 3}
+    (tmp_path / "published.tmp").write_text(json.dumps(found) + "\n")
+    (row,) = everything.gather(tmp_path)
+    assert row["kind"] == "published step" and row["figures"]["ours: images_per_second"]["median"] == 3.0
+    assert not (tmp_path / "published.tmp").exists()
+    assert published_record(found)["case"] == {"architecture": "vit", "batch": 64, "precision": "bf16"}
+    assert headlines([row]) == ["step beside the published way, vit, 64 images: ours 3 images/s"]
+
+
+def test_headlines_of_every_kind_can_be_told():
+    from test_page import everything as every_record
+
+    lines = headlines(every_record())
+    assert any(line.startswith("loss, N 8") for line in lines) and any("images/s" in line for line in lines)
+
+
+def test_a_table_names_every_part():
+    outcomes = [Outcome(part("a", ""), "done", 3.0), Outcome(part("b", ""), "left out", words="it needs a GPU")]
+    lines = everything.table(outcomes, [])
+    assert lines[1].startswith("a") and "done" in lines[1] and "it needs a GPU" in lines[2]
+
+
+def test_the_program_starts_itself_again(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/somewhere/massl-fast"])
+    assert launcher() == ["/somewhere/massl-fast"]
+    monkeypatch.setattr(sys, "argv", ["/somewhere/massl_fast/__main__.py"])
+    assert launcher() == ["-m", "massl_fast"]
+
+
+def test_the_command_runs_chosen_parts_and_leaves_a_page(tmp_path, capsys, monkeypatch):
+    def two_parts(folder, images):
+        row = records.record("trace", {"architecture": "x", "batch": 1}, {"waits_per_step": records.figure(0, "1", exact=True)})
+        records.append(folder / "records.jsonl", [row])
+        return [part("correctness", "print()", timing=False), part("kernels", "print()"), part("loaders", "print()")]
+
+    monkeypatch.setattr(everything, "cpu_parts", two_parts)
+    monkeypatch.setattr(everything, "page_of", lambda rows: f"{len(rows)} records")
+    assert main(["bench", "everything", "--device", "cpu", "--to", str(tmp_path), "--parts", "kernels"]) == 0
+    told = capsys.readouterr().out
+    assert "correctness" in told and "kernels" in told and "loaders" not in told
+    assert "triton kernels" in told and "it needs a GPU" in told
+    assert (tmp_path / "benchmarks.html").read_text() == "1 records"
+
+
+def test_a_folder_that_cannot_be_written_gets_a_sentence(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert main(["bench", "everything", "--device", "cpu", "--to", str(tmp_path / "file" / "x")]) == 2
+    assert "Nothing can be written" in capsys.readouterr().err
