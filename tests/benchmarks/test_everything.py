@@ -10,22 +10,22 @@ from massl_fast.benchmarks import everything, records
 from massl_fast.benchmarks.everything import Outcome, Part, headlines, launcher, published_record, run_part, run_parts
 from massl_fast.cli import main
 
-FINE = ("-c", "print('fine')")
+
+@pytest.fixture
+def part(tmp_path):
+    """Makes a part that runs some code."""
+
+    def make(name: str, code: str, seconds: float = 30.0, timing: bool = True) -> Part:
+        script = tmp_path / f"{name.replace(' ', '_')}.py"
+        script.write_text(code)
+        return Part(name, (), seconds, timing, program=(str(script),))
+
+    return make
 
 
-def part(name: str, code: str, seconds: float = 30.0, timing: bool = True) -> Part:
-    return Part(name, (), seconds, timing, program=("-c", code))
-
-
-@pytest.fixture(autouse=True)
-def any_program(monkeypatch):
-    """Programs of these tests are given as code, not as files."""
-    monkeypatch.setattr(everything.Path, "is_file", lambda path: True)
-
-
-def test_a_part_that_fails_or_hangs_loses_no_other(tmp_path):
+def test_a_part_that_fails_or_hangs_loses_no_other(tmp_path, part):
     hanging = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(600)'])"
-    parts = [part("breaks", "raise SystemExit('it broke')"), part("hangs", hanging, seconds=3.0), part("works", "print('fine')")]
+    parts = [part("breaks", "import sys; sys.exit('it broke')"), part("hangs", hanging, seconds=3.0), part("works", "print('fine')")]
     start = time.monotonic()
     outcomes = run_parts(parts, tmp_path, time.monotonic() + 600, keep_going=False, on_gpu=False)
     assert [outcome.status for outcome in outcomes] == ["failed", "too long", "done"]
@@ -35,18 +35,18 @@ def test_a_part_that_fails_or_hangs_loses_no_other(tmp_path):
 
 
 @pytest.mark.parametrize(("keep_going", "statuses"), [(False, ["failed", "left out"]), (True, ["failed", "done"])])
-def test_nothing_is_timed_where_kernels_are_wrong(tmp_path, keep_going, statuses):
+def test_nothing_is_timed_where_kernels_are_wrong(tmp_path, part, keep_going, statuses):
     parts = [part("correctness", "raise SystemExit(1)", timing=False), part("kernels", "print('fine')")]
     outcomes = run_parts(parts, tmp_path, time.monotonic() + 600, keep_going=keep_going, on_gpu=False)
     assert [outcome.status for outcome in outcomes] == statuses
 
 
-def test_what_there_is_no_time_for_is_named(tmp_path):
+def test_what_there_is_no_time_for_is_named(tmp_path, part):
     (outcome,) = run_parts([part("late", "print('fine')")], tmp_path, time.monotonic() + 1, keep_going=False, on_gpu=False)
     assert outcome.status == "left out" and "--minutes" in outcome.words
 
 
-def test_the_gpu_is_hidden_from_parts_of_a_cpu(tmp_path):
+def test_the_gpu_is_hidden_from_parts_of_a_cpu(tmp_path, part):
     outcome = run_part(part("looks", "import os, sys; sys.exit(os.environ['CUDA_VISIBLE_DEVICES'] or 0)"), tmp_path, 30, on_gpu=False)
     assert outcome.status == "done"
 
@@ -93,7 +93,7 @@ def test_headlines_of_every_kind_can_be_told():
     assert any(line.startswith("loss, N 8") for line in lines) and any("images/s" in line for line in lines)
 
 
-def test_a_table_names_every_part():
+def test_a_table_names_every_part(part):
     outcomes = [Outcome(part("a", ""), "done", 3.0), Outcome(part("b", ""), "left out", words="it needs a GPU")]
     lines = everything.table(outcomes, [])
     assert lines[1].startswith("a") and "done" in lines[1] and "it needs a GPU" in lines[2]
@@ -106,7 +106,7 @@ def test_the_program_starts_itself_again(monkeypatch):
     assert launcher() == ["-m", "massl_fast"]
 
 
-def test_the_command_runs_chosen_parts_and_leaves_a_page(tmp_path, capsys, monkeypatch):
+def test_the_command_runs_chosen_parts_and_leaves_a_page(tmp_path, part, capsys, monkeypatch):
     def two_parts(folder, images):
         row = records.record("trace", {"architecture": "x", "batch": 1}, {"waits_per_step": records.figure(0, "1", exact=True)})
         records.append(folder / "records.jsonl", [row])
