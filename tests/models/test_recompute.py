@@ -26,6 +26,9 @@ def encoders(variant: str, *recompute: str) -> list[Encoder]:
     torch.manual_seed(0)
     backbone = build_backbone(arch, image_size=56, other_sizes=[28], drop_path=0.3, model_args={**arguments, "patch_size": 14})
     head = ProjectionHead(backbone.feature_dim, hidden_dim=16, out_dim=8)
+    with torch.no_grad():
+        for parameter in [*backbone.parameters(), *head.parameters()]:
+            parameter.add_(0.1 * torch.randn_like(parameter))  # nothing starts at zero or near it
     return [Encoder(copy.deepcopy(backbone), copy.deepcopy(head), recompute=choice) for choice in recompute]
 
 
@@ -49,7 +52,7 @@ def backward(encoder: Encoder, autocast: bool = False) -> None:
     torch.manual_seed(2)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         embeddings = encoder(crops())
-    embeddings.square().sum(1).sin().sum().backward()
+    (embeddings * torch.linspace(-1, 1, embeddings.numel()).view_as(embeddings)).sum().backward()
 
 
 def count_products(encoder: Encoder) -> int:
@@ -74,6 +77,7 @@ def test_gradients_are_those_of_a_pass_that_keeps_everything(variant, autocast):
     plain, pointwise, blocks = encoders(variant, "nothing", "pointwise", "blocks")
     for encoder in (plain, pointwise, blocks):
         backward(encoder, autocast)
+    assert plain.backbone.blocks[0].mlp.fc1.weight.grad.norm().item() > 0.01
     for name, parameter in plain.named_parameters():
         for encoder in (pointwise, blocks):
             assert torch.equal(encoder.get_parameter(name).grad, parameter.grad), name
@@ -93,7 +97,7 @@ def test_compiled_blocks_keep_less_as_well():
     for encoder in (eager, plain, pointwise):
         backward(encoder)
     for name, parameter in eager.named_parameters():
-        torch.testing.assert_close(pointwise.get_parameter(name).grad, parameter.grad, rtol=1e-4, atol=1e-6, msg=name)
+        torch.testing.assert_close(pointwise.get_parameter(name).grad, parameter.grad, rtol=1e-3, atol=1e-4, msg=name)
     assert 0 < kept_bytes(pointwise) < 0.8 * kept_bytes(plain)
     torch._dynamo.reset()
 
