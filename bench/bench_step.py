@@ -17,22 +17,18 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import os
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from datetime import datetime, timezone
 from pathlib import Path
 
 import pytest
-import timm
 import torch
 
+from massl_fast.benchmarks import records
 from massl_fast.config import OptimizerSection
 from massl_fast.engine.optimizer import build_optimizer
 from massl_fast.engine.parallel import World
@@ -218,6 +214,7 @@ def compare(case: Case, sides: list[str], device: torch.device, precision: str, 
         median = statistics.median(times)
         results[side] = {
             "images_per_second": round(case.batch / median, 2),
+            "step_seconds": [round(value, 5) for value in times],
             "step_seconds_median": round(median, 5),
             "step_seconds_quartiles": [round(q, 5) for q in statistics.quantiles(times, n=4)[::2]],
             "times_the_first_side": round(statistics.median(theirs / ours for theirs, ours in zip(first, times)), 3),
@@ -241,23 +238,20 @@ def compare(case: Case, sides: list[str], device: torch.device, precision: str, 
     }
 
 
-def environment(device: torch.device) -> dict:
-    """Where and with what a record was made."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
-    return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
-        "threads": torch.get_num_threads(),
-        "versions": {"torch": torch.__version__, "timm": timm.__version__, "python": platform.python_version()},
-        "git_commit": commit.stdout.strip() or None,
-        "command": "python bench/bench_step.py " + " ".join(sys.argv[1:]),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }
-
-
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    name = next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.processor())
-    return f"{name}, {os.cpu_count()} cores"
+def as_record(found: dict) -> dict:
+    """What was found for a case in the common form of records, all of it as details."""
+    case = {name: value for name, value in found["case"].items() if name != "model_args"} | {"precision": found["precision"]}
+    if "largest_batch" in found:
+        figures = {
+            f"{side}: largest batch": records.figure(size, "images", "higher", exact=True) for side, size in found["largest_batch"].items()
+        }
+        return records.record("largest batches", case, figures, found)
+    figures = {}
+    for side, result in found["sides"].items():
+        figures[f"{side}: step_seconds"] = records.figure(result["step_seconds"], "s", "lower")
+        figures[f"{side}: times the first"] = records.figure(result["times_the_first_side"], "×")
+        figures[f"{side}: peak_memory"] = records.figure(result["peak_mib"], "MiB", "lower", exact=True)
+    return records.record("published step", case, figures, found)
 
 
 def table(record: dict) -> str:
@@ -287,7 +281,7 @@ def main() -> None:
     parser.add_argument("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto")
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--largest", action="store_true", help="find the largest batch that fits the GPU instead of timing")
-    parser.add_argument("--output", default="", help="file to which a JSON object a case is appended (default: none)")
+    parser.add_argument("--output", default="", help="file to which a record a case is appended (default: none)")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if args.largest and device.type == "cpu":
@@ -299,6 +293,7 @@ def main() -> None:
                 if args.largest:
                     record = {
                         "case": asdict(chosen),
+                        "precision": choose_precision(args.precision, device).name,
                         "largest_batch": {s: largest_batch(chosen, s, device, args.precision) for s in args.sides},
                     }
                     print(case.name, record["largest_batch"], flush=True)
@@ -306,8 +301,7 @@ def main() -> None:
                     record = compare(chosen, args.sides, device, args.precision, args.rounds)
                     print(table(record), flush=True)
                 if args.output:
-                    with Path(args.output).open("a", encoding="utf-8") as file:
-                        file.write(json.dumps(record | environment(device)) + "\n")
+                    records.append(args.output, [as_record(record | {"threads": torch.get_num_threads()})])
 
 
 @pytest.mark.parametrize("side", SIDES)

@@ -8,7 +8,6 @@ unless ``--keep-going`` asks for it. On a CPU the shapes are small and what need
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import signal
 import subprocess
@@ -66,8 +65,7 @@ def run(args: argparse.Namespace) -> int:
     on_gpu = args.device != "cpu" and torch.cuda.is_available()
     if args.device == "cuda" and not on_gpu:
         raise ValueError("--device is cuda, and torch finds no GPU here.")
-    device = records.hardware() if on_gpu else {"processor": records.processor_name()}
-    folder = Path(args.to or Path("bench", "results", records.device_slug(device)))
+    folder = Path(args.to or Path("bench", "results", records.device_slug() if on_gpu else "cpu"))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "log.txt").open("a").close()
@@ -81,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
         outcomes = run_parts(chosen, folder, deadline, args.keep_going, on_gpu)
     if not on_gpu:
         outcomes += [Outcome(Part(name, (), 0), "left out", words="it needs a GPU") for name in GPU_ALONE]
-    rows = gather(folder)
+    rows = records.read(folder) if list(folder.glob("*.jsonl")) else []
     if rows:
         (folder / "benchmarks.html").write_text(page_of(rows), encoding="utf-8")
     lines = table(outcomes, rows)
@@ -102,7 +100,7 @@ def gpu_parts(folder: Path, images: str) -> list[Part]:
         Part("kernels", ("bench", "kernels", "--entries", "65536", "131072", "--images", "64", "512", *out), 150),
         Part("step, ViT-S, 64 images", ("bench", "step", *small, "--train.global_batch", "64", "--seconds", "6", *out), 45),
         Part("memory, ViT-S, 64 images", ("profile", "memory", *small, "--train.global_batch", "64", *out), 75),
-        Part("step beside the published way", (*published, "--output", str(folder / "published.tmp")), 90, program=(str(PUBLISHED),)),
+        Part("step beside the published way", (*published, *out), 90, program=(str(PUBLISHED),)),
         Part(
             "step, ViT-S, 256 images, compiled",
             ("bench", "step", *small, "--train.global_batch", "256", "--model.compile", "true", "--seconds", "6", *out),
@@ -203,28 +201,6 @@ def launcher() -> list[str]:
     return [sys.argv[0]] if Path(sys.argv[0]).name in LAUNCHERS else ["-m", "massl_fast"]
 
 
-def gather(folder: Path) -> list[dict[str, Any]]:
-    """All records of the folder, those of bench_step.py brought into the common form first."""
-    foreign = folder / "published.tmp"
-    if foreign.is_file():
-        lines = foreign.read_text(encoding="utf-8").splitlines()
-        records.append(folder / "records.jsonl", [published_record(json.loads(line)) for line in lines])
-        foreign.unlink()
-    return records.read(folder) if list(folder.glob("*.jsonl")) else []
-
-
-def published_record(found: dict[str, Any]) -> dict[str, Any]:
-    """A line of bench_step.py as a record of kind ``published step``."""
-    case = {name: value for name, value in found["case"].items() if name != "model_args"} | {"precision": found["precision"]}
-    figures = {}
-    for side, result in found["sides"].items():
-        figures[f"{side}: step_seconds"] = records.figure(result["step_seconds_median"], "s", "lower")
-        figures[f"{side}: images_per_second"] = records.figure(result["images_per_second"], "images/s")
-        figures[f"{side}: times the first"] = records.figure(result["times_the_first_side"], "×")
-        figures[f"{side}: peak_memory"] = records.figure(result["peak_mib"], "MiB", "lower", exact=True)
-    return records.record("published step", case, figures, found)
-
-
 def table(outcomes: list[Outcome], rows: list[dict[str, Any]]) -> list[str]:
     """What came of each part, then what was found, a line each."""
     lines = [f"{'part':<34}{'':<10}{'s':>6}"]
@@ -250,7 +226,7 @@ def headlines(rows: list[dict[str, Any]]) -> list[str]:
             lines.append(f"step, {case['architecture']}, {case['batch']} images: {figures['images_per_second']:.1f} images/s, {of}")
         elif row["kind"] == "published step":
             sides = [name.removesuffix(": times the first") for name in figures if name.endswith(": times the first")]
-            rates = ", ".join(f"{side} {figures[f'{side}: images_per_second']:.0f} images/s" for side in sides)
+            rates = ", ".join(f"{side} {case['batch'] / figures[f'{side}: step_seconds']:.1f} images/s" for side in sides)
             lines.append(f"step beside the published way, {case['architecture']}, {case['batch']} images: {rates}")
         elif row["kind"] == "memory" and "measured_peak" in figures:
             lines.append(

@@ -193,6 +193,5 @@ def _git(*arguments: str) -> str:
 
 
 def device_slug(found: dict[str, Any] | None = None) -> str:
-    """Name of the folder under bench/results for a device: its GPU, or else its processor."""
-    found = found or hardware()
-    return re.sub(r"[^a-z0-9]+", "-", (found.get("gpu") or found["processor"] or "unknown").lower()).strip("-")
+    """Name of the folder under bench/results for a device: its GPU's, or cpu (records tell which)."""
+    return re.sub(r"[^a-z0-9]+", "-", (found or hardware()).get("gpu", "cpu").lower()).strip("-")
