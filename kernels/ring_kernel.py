@@ -65,5 +65,6 @@ def enqueue_(memory: Tensor, pointer: Tensor, rows: Tensor, eps: float, enabled:
         _write_kernel[(count,)](
             memory, pointer, rows, flag, entries, memory.stride(0),
             WIDTH=width, PADDED_WIDTH=triton.next_power_of_2(width), EPS=eps, GUARDED=guarded, num_warps=1,
+            enable_fp_fusion=True,
         )  # fmt: skip
-        _advance_kernel[(1,)](pointer, flag, entries, count, GUARDED=guarded, num_warps=1)
+        _advance_kernel[(1,)](pointer, flag, entries, count, GUARDED=guarded, num_warps=1, enable_fp_fusion=True)
