@@ -80,7 +80,15 @@ def partition_indices(num_entries: int, seed: int, step: int | Tensor, device: t
     low, high = (0, 0) if on_device else _words(step)
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         _partition_kernel[(triton.cdiv(num_entries, BLOCK),)](
-            indices, num_entries, *_words(seed), low, high, step if on_device else indices, STEP_ON_DEVICE=on_device, BLOCK=BLOCK
+            indices,
+            num_entries,
+            *_words(seed),
+            low,
+            high,
+            step if on_device else indices,
+            STEP_ON_DEVICE=on_device,
+            BLOCK=BLOCK,
+            enable_fp_fusion=True,
         )
     return indices
 
