@@ -164,6 +164,11 @@ def _growth(rows: Sequence[Row], size: str) -> list[str]:
 
 def _shape(case: dict[str, Any], rows: Sequence[Row]) -> str:
     title = f"{case['operation']}: " + ", ".join(f"{name} {value}" for name, value in case.items() if name not in ("operation", "device"))
+    return figure(title, kernel_bars(rows))
+
+
+def kernel_bars(rows: Sequence[Row]) -> str:
+    """Times of the variants of one case, each with its error."""
     items = []
     for row in rows:
         figures, name = row["figures"], row["case"]["variant"]
@@ -173,7 +178,7 @@ def _shape(case: dict[str, Any], rows: Sequence[Row]) -> str:
         if "share of the matrix rate" in figures:
             notes.append(f"{figures['share of the matrix rate']['median']:.0f} % of the matrix rate")
         items.append(Bar(name, figures["time"]["samples"], OURS.get(name.split(",")[0], "--muted"), " · ".join(notes)))
-    return figure(title, bars(items, "ms", wide=True))
+    return bars(items, "ms", wide=True)
 
 
 # Steps
@@ -214,7 +219,7 @@ def published_section(row: Row) -> str:
     sides = row["details"]["sides"]
     colours = dict(zip(sides, ("--muted", "--blue", "--green")))
     rates = [
-        Bar(side, [result["images_per_second"]], colours[side], f"× {result['times_the_first_side']:.2f}") for side, result in sides.items()
+        Bar(side, [result["images_per_second"]], colours[side], f"× {times_the_first(row, side):.2f}") for side, result in sides.items()
     ]
     peaks = [Bar(side, [result["peak_mib"] / 1024], colours[side]) for side, result in sides.items()]
     case = row["case"]
@@ -225,13 +230,32 @@ def published_section(row: Row) -> str:
     return section("A step beside the published way", grid(drawn), words)
 
 
+def times_the_first(row: Row, side: str) -> float:
+    """How many times as fast as the first side, by the medians that stand beside it."""
+    sides = row["details"]["sides"]
+    return next(iter(sides.values()))["step_seconds_median"] / sides[side]["step_seconds_median"]
+
+
 def search_section(row: Row) -> str:
     tried = [(batch, result) for batch, result in row["details"]["tried"] if result]
     lines = [Line("images/s", [(batch, result["images_per_second"]) for batch, result in tried], "--blue")]
     words = [f"Best: {row['details']['best']} images."]
     if "largest" in row["details"]:
         words.append(f"Largest that fits: {row['details']['largest']}; predicted from shapes alone: {row['details']['predicted']}.")
-    return section("Rate against the batch", grid([figure("Images per second", over_sizes(lines, "images", "images/s"), " ".join(words))]))
+    head = "<tr><th>images</th><th>images/s</th><th>ms a step</th><th>peak MiB</th></tr>"
+    body = "".join(
+        f"<tr><th>{batch}</th>"
+        + (
+            f"<td>{result['images_per_second']:.1f}</td><td>{1000 * result['step_seconds']:.1f}</td>"
+            f"<td>{result['peak_bytes'] / MIB:.0f}</td></tr>"
+            if result
+            else '<td colspan="3">out of memory</td></tr>'
+        )
+        for batch, result in row["details"]["tried"]
+    )
+    card = f'<div class="card"><h3>Tried</h3><table class="numbers">{head}{body}</table></div>'
+    drawn = figure("Images per second", over_sizes(lines, "images", "images/s"), " ".join(words))
+    return section("Rate against the batch", grid([drawn, card]), case_words(row["case"]))
 
 
 def train_section(row: Row) -> str:
