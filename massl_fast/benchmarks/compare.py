@@ -1,21 +1,25 @@
 """``massl-fast bench compare A B``: what differs between two records beyond the noise, for pull requests and CI.
 
-A figure counts as changed where two things hold: its medians differ by more than ``--threshold`` percent, and the 99% intervals of the
-medians (intervals.median_interval) do not overlap. A figure whose intervals are too wide to show a change of twice the threshold is
-called too noisy, which is not the same as unchanged. Exact figures (bytes, counts) need no interval. Exit code 1: something got worse.
+A figure counts as changed where two things hold: it shifted by more than ``--threshold`` percent, and the 99.9% interval of the shift
+(intervals.shift) lies on one side of zero. A figure whose interval is too wide to show a change of twice the threshold is called too
+noisy, which is not the same as unchanged. Exact figures (bytes, counts) need no interval. Exit code 1: something got worse.
+
+The interval speaks of what varies within a record. What changed between two records beside the code (clocks, heat, other work) is in none:
+take both in turn, more than once, or judge by the figures that are ratios within a round (``--figures ratio``).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections import Counter
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
 from massl_fast.benchmarks import records
-from massl_fast.benchmarks.intervals import FEWEST_SAMPLES, median_interval
+from massl_fast.benchmarks.intervals import FEWEST_OF_BOTH, shift
 
 WORSE, BETTER, SAME, NOISY, FEW = "worse", "better", "same", "too noisy", "too few samples"
 
@@ -28,20 +32,20 @@ class Difference:
     figure: str
     unit: str
     before: float
+    """Median, as after."""
     after: float
+    percent: float
+    """The shift (intervals.shift) in percent of the median before."""
     verdict: str
     resolution_percent: float | None
     """The smallest change that would have been seen; None where there are too few samples."""
-
-    @property
-    def percent(self) -> float:
-        return 100 * (self.after / self.before - 1) if self.before else 0.0 if self.after == self.before else float("inf")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("before", metavar="A", help="file of records, or a folder of them")
     parser.add_argument("after", metavar="B", help="the same cases, measured later")
     parser.add_argument("--threshold", type=float, default=5.0, help="smallest change that counts, in percent (default: 5)")
+    parser.add_argument("--figures", nargs="+", default=[], help="words of the names of figures to judge (default: all)")
     parser.add_argument("--all", action="store_true", help="list what did not change, too")
 
 
@@ -53,7 +57,12 @@ def run(args: argparse.Namespace) -> int:
         print(sentence)
     differences, only_before, only_after = compare(before, after, args.threshold)
     if not differences:
-        raise ValueError(f"{args.before} and {args.after} have no case in common.")
+        raise ValueError(f"{args.before} and {args.after} have no figure of a case in common that has a better side.")
+    if args.figures:
+        names = sorted({d.figure for d in differences})
+        differences = [d for d in differences if any(word in d.figure for word in args.figures)]
+        if not differences:
+            raise ValueError(f"No figure is named by --figures {' '.join(args.figures)}; there are {', '.join(names)}.")
     for name, cases in ((args.before, only_before), (args.after, only_after)):
         if cases:
             print(f"Only in {name}: {'; '.join(cases[:5])}{f' and {len(cases) - 5} more' if len(cases) > 5 else ''}.")
@@ -72,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
             f"quieter machine, or both sides several times in turn: records of equal cases are put together."
         )
     if counts[FEW]:
-        print(f"An interval of the median needs at least {FEWEST_SAMPLES} samples.")
+        print(f"An interval needs at least {FEWEST_OF_BOTH} samples on both sides.")
     return 1 if counts[WORSE] else 0
 
 
@@ -108,21 +117,24 @@ def by_case(rows: list[dict[str, Any]]) -> dict[str, tuple[str, dict[str, Any]]]
 def judge(case: str, figure: str, before: dict[str, Any], after: dict[str, Any], threshold_percent: float) -> Difference:
     """Whether a figure changed, by the criterion of this module."""
     a, b = median(before["samples"]), median(after["samples"])
-    common = (case, figure, before["unit"], a, b)
-    larger = "worse" if before["better"] == "lower" else "better"
-    smaller = "better" if before["better"] == "lower" else "worse"
-    beyond = abs(b - a) > threshold_percent / 100 * abs(a)
-    if before.get("exact") and after.get("exact"):
-        return Difference(*common, (larger if b > a else smaller) if beyond else SAME, threshold_percent)
-    ours, theirs = median_interval(before["samples"]), median_interval(after["samples"])
-    if ours is None or theirs is None:
+    exact = before.get("exact") and after.get("exact")
+    moved, interval = (b - a, None) if exact else shift(before["samples"], after["samples"])
+    percent = _percent(moved, a)
+    common = (case, figure, before["unit"], a, b, percent)
+    changed = WORSE if (moved > 0) == (before["better"] == "lower") else BETTER
+    if exact:
+        return Difference(*common, changed if abs(percent) > threshold_percent else SAME, threshold_percent)
+    if interval is None:
         return Difference(*common, FEW, None)
-    # With medians this far apart the intervals, as wide as they are, would part.
-    noise = 100 * max(a - ours[0] + theirs[1] - b, ours[1] - a + b - theirs[0]) / abs(a) if a else float("inf")
-    resolution = max(threshold_percent, noise)
-    if beyond and (theirs[0] > ours[1] or theirs[1] < ours[0]):
-        return Difference(*common, larger if b > a else smaller, resolution)
+    low, high = interval
+    resolution = max(threshold_percent, _percent(max(moved - low, high - moved), a))
+    if abs(percent) > threshold_percent and (low > 0 or high < 0):
+        return Difference(*common, changed, resolution)
     return Difference(*common, SAME if resolution <= 2 * threshold_percent else NOISY, resolution)
+
+
+def _percent(amount: float, whole: float) -> float:
+    return 100 * amount / abs(whole) if whole else math.copysign(math.inf, amount) if amount else 0.0
 
 
 def circumstances(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> list[str]:

@@ -1,13 +1,20 @@
-"""How far a median can be trusted: an interval from the samples' own order, whatever their distribution."""
+"""How far a median or the difference of two sets of samples can be trusted: intervals from the samples' own order, whatever their
+distribution."""
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
-from statistics import median
+from statistics import NormalDist, median
 
-CONFIDENCE = 0.99
+import numpy as np
+
+CONFIDENCE = 0.99  # of the interval of a median
 FEWEST_SAMPLES = 8  # smallest and largest of 8 samples enclose the true median in 99.2% of cases
+SHIFT_CONFIDENCE = 0.999  # of the interval of a shift: a comparison of two records judges a hundred figures
+FEWEST_OF_BOTH = 7  # two sets of 7 lie wholly apart by chance in 0.06% of cases
+LARGEST_EXACT = 200_000  # m·n·min(m, n): what counting costs; beyond, the normal approximation gives an interval that is 1% wider
 
 
 def median_interval(samples: Sequence[float]) -> tuple[float, float] | None:
@@ -26,6 +33,47 @@ def median_interval(samples: Sequence[float]) -> tuple[float, float] | None:
         probability *= (n - k + 1) / k
     ordered = sorted(samples)
     return ordered[k - 1], ordered[n - k]
+
+
+def shift(before: Sequence[float], after: Sequence[float]) -> tuple[float, tuple[float, float] | None]:
+    """How far ``after`` lies above ``before``: the median of all differences of one of each (Hodges and Lehmann, 1963), and an interval
+    that holds the true shift with a probability of at least 99.9%; None in its place where a side has fewer than 7 samples.
+
+    Of all m·n differences ordered, the k-th smallest and the k-th largest enclose the shift with probability 1 − 2·P(U ≤ k − 1), U as in
+    the test of Mann and Whitney (Hollander and Wolfe, Nonparametric Statistical Methods, section 4.3). It says more of the same samples
+    than intervals of both medians that must not overlap, and samples that something delayed count for no more than others.
+    """
+    differences = np.sort(np.subtract.outer(np.asarray(after, float), np.asarray(before, float)), axis=None)
+    middle = float(np.median(differences))
+    if min(len(before), len(after)) < FEWEST_OF_BOTH:
+        return middle, None
+    k = _rank(len(before), len(after))
+    return middle, (float(differences[k - 1]), float(differences[-k]))
+
+
+@functools.cache
+def _rank(m: int, n: int) -> int:
+    """The largest k with 2·P(U ≤ k − 1) ≤ 1 − SHIFT_CONFIDENCE."""
+    tail = (1 - SHIFT_CONFIDENCE) / 2
+    if m * n * min(m, n) > LARGEST_EXACT:
+        return max(1, math.floor(m * n / 2 + NormalDist().inv_cdf(tail) * math.sqrt(m * n * (m + n + 1) / 12)))
+    ways = _ways(m, n)
+    allowed, k = tail * math.comb(m + n, n), 0
+    while ways[k] <= allowed:
+        allowed -= ways[k]
+        k += 1
+    return k
+
+
+def _ways(m: int, n: int) -> list[int]:
+    """Orders of m and n samples with U = 0, 1, …, m·n: the coefficients of a Gaussian binomial, Π (1 − q^(m+i)) / (1 − q^i)."""
+    ways = [1] + [0] * (m * n)
+    for i in range(1, min(m, n) + 1):
+        for u in range(m * n, max(m, n) + i - 1, -1):
+            ways[u] -= ways[u - max(m, n) - i]
+        for u in range(i, m * n + 1):
+            ways[u] += ways[u - i]
+    return ways
 
 
 def spread_percent(samples: Sequence[float]) -> float:

@@ -1,14 +1,15 @@
 """Verdicts of bench compare on times that are drawn, never measured."""
 
+import itertools
 import json
 import random
 from collections import Counter
 
 import pytest
 
-from massl_fast.benchmarks import records
+from massl_fast.benchmarks import intervals, records
 from massl_fast.benchmarks.compare import BETTER, FEW, NOISY, SAME, WORSE, compare, judge
-from massl_fast.benchmarks.intervals import median_interval, spread_percent
+from massl_fast.benchmarks.intervals import median_interval, shift, spread_percent
 from massl_fast.cli import main
 
 
@@ -34,6 +35,20 @@ def test_a_change_of_ten_percent_is_found_and_none_is_made_up(slower):
     assert alarms[WORSE] == alarms[BETTER] == 0
 
 
+def test_busy_stretches_neither_hide_a_change_nor_make_one_up():
+    """Samples of both sides taken in turn, a fifth of them in stretches in which the machine did something else, too."""
+    generator = random.Random(3)
+    found, alarms = Counter(), Counter()
+    for _ in range(20):
+        busy = [1.2 if (i // 3 + number) % 5 == 0 else 1.0 for number in [generator.randrange(5)] for i in range(30)]
+        side = lambda middle, busy=busy: row([s * b for s, b in zip(times(generator, middle, spread=0.03), busy)])  # noqa: E731
+        before = side(1.0)
+        found[compare([before], [side(1.1)])[0][0].verdict] += 1
+        alarms[compare([before], [side(1.0)])[0][0].verdict] += 1
+    assert found[WORSE] >= 19
+    assert alarms[WORSE] == alarms[BETTER] == 0
+
+
 def test_noise_is_not_taken_for_sameness():
     generator = random.Random(1)
     noisy = [records.figure(times(generator, 1.0, spread=0.6), "ms", "lower") for _ in range(2)]
@@ -48,7 +63,7 @@ def test_noise_is_not_taken_for_sameness():
         ([1.0] * 10, [1.2] * 10, "lower", False, WORSE),
         ([1.0] * 10, [1.2] * 10, "higher", False, BETTER),
         ([1.0] * 10, [1.04] * 10, "lower", False, SAME),
-        ([1.0] * 7, [2.0] * 7, "lower", False, FEW),
+        ([1.0] * 6, [2.0] * 7, "lower", False, FEW),
         ([100], [106], "lower", True, WORSE),
         ([100], [104], "lower", True, SAME),
         ([0.0], [1.0], "lower", True, WORSE),
@@ -81,6 +96,27 @@ def test_the_interval_holds_the_median_as_often_as_it_says():
     assert median_interval(list(range(8))) == (0, 7)
 
 
+def test_the_shift_is_found_whatever_the_samples_are_like():
+    generator = random.Random(4)
+    held = 0
+    for _ in range(1000):
+        before, after = ([generator.expovariate(1) + more for _ in range(count)] for more, count in ((0, 12), (0.5, 15)))
+        middle, (low, high) = shift(before, after)
+        assert low <= middle <= high
+        held += low <= 0.5 <= high
+    assert held >= 997
+    assert shift([1.0] * 6, [2.0] * 9) == (1.0, None)
+    assert shift(list(range(7)), [10 * i for i in range(7)]) == (27, (-6, 60))
+
+
+def test_the_place_of_a_shift_s_interval_is_the_count_of_orders(monkeypatch):
+    orders = Counter(sum(b < a for a in chosen for b in set(range(9)) - set(chosen)) for chosen in itertools.combinations(range(9), 4))
+    assert intervals._ways(4, 5) == intervals._ways(5, 4) == [orders[u] for u in range(21)]
+    exact = intervals._rank.__wrapped__(58, 59)
+    monkeypatch.setattr(intervals, "LARGEST_EXACT", 0)
+    assert 0.99 * exact <= intervals._rank.__wrapped__(58, 59) <= exact
+
+
 def test_spread_is_the_distance_of_the_quartiles():
     assert spread_percent([1, 2, 3]) == 0
     assert spread_percent([9, 10, 10, 10, 10, 10, 10, 11]) == 0
@@ -104,6 +140,14 @@ def test_the_command_exits_by_its_verdict(files, capsys):
     told = capsys.readouterr().out
     assert "worse             +20.0 %  1 → 1.2 ms  time of kernels: case loss" in told
     assert "Only in" in told and "K 2" in told
+
+
+def test_figures_are_chosen_by_words(files, capsys):
+    both = [files(name, row([time] * 9), row([9.0] * 9, name="time ratio")) for name, time in (("a.jsonl", 1.0), ("b.jsonl", 2.0))]
+    assert main(["bench", "compare", *both]) == 1
+    assert main(["bench", "compare", *both, "--figures", "ratio"]) == 0
+    assert main(["bench", "compare", *both, "--figures", "memory"]) == 2
+    assert "there are time, time ratio" in capsys.readouterr().err
 
 
 def test_other_hardware_and_versions_are_told(files, capsys):
@@ -141,7 +185,7 @@ def test_a_missing_file_and_an_empty_folder_get_a_sentence(tmp_path, capsys):
 
 def test_nothing_in_common_gets_a_sentence(files, capsys):
     assert main(["bench", "compare", files("a.jsonl", row([1.0] * 9, K=1)), files("b.jsonl", row([1.0] * 9, K=2))]) == 2
-    assert "no case in common" in capsys.readouterr().err
+    assert "no figure of a case in common" in capsys.readouterr().err
 
 
 def test_a_record_says_how_it_came_about():
