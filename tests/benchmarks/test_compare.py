@@ -36,11 +36,11 @@ def test_a_change_of_ten_percent_is_found_and_none_is_made_up(slower):
 
 
 def test_busy_stretches_neither_hide_a_change_nor_make_one_up():
-    """Samples of both sides taken in turn, a fifth of them in stretches in which the machine did something else, too."""
+    """Samples of both sides taken in turn, an eighth of them in stretches in which the machine did something else, too."""
     generator = random.Random(3)
     found, alarms = Counter(), Counter()
     for _ in range(20):
-        busy = [1.2 if (i // 3 + number) % 5 == 0 else 1.0 for number in [generator.randrange(5)] for i in range(30)]
+        busy = [1.2 if (i // 3 + number) % 8 == 0 else 1.0 for number in [generator.randrange(8)] for i in range(30)]
         side = lambda middle, busy=busy: row([s * b for s, b in zip(times(generator, middle, spread=0.03), busy)])  # noqa: E731
         before = side(1.0)
         found[compare([before], [side(1.1)])[0][0].verdict] += 1
