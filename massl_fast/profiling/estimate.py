@@ -1,27 +1,36 @@
 """The memory that a training step will take, from shapes alone: the trainer's own step, run on tensors without contents.
 
 What shapes do not tell is added for a GPU: allocations come in multiples of 512 bytes, cuBLAS keeps workspaces, and the Triton kernels
-keep partial results. Not in the estimate: the allocator's slack, DALI's pool, the CUDA context, NCCL's buffers, and what operators take
-and give back inside themselves (attention's backward pass, convolutions). ``massl-fast profile memory`` measures how far that leads off.
+keep partial results. Beside the step's own bytes stand what PyTorch's allocator would reserve in vain (simulated), DALI's queue (from
+shapes) and the CUDA context (assumed). Not in the estimate: NCCL's buffers, shards of fsdp2, compiled blocks (eager ones stand for them)
+and what convolutions take and give back inside themselves. ``massl-fast profile memory`` measures how far that leads off.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from massl_fast.config import Config
+from massl_fast.data.loaders import views_of
+from massl_fast.engine.build import build_pair
 from massl_fast.engine.parallel import World
 from massl_fast.engine.precision import Precision, choose_precision
 from massl_fast.engine.step import NUM_TEACHER_VIEWS
 from massl_fast.kernels import streaming
+from massl_fast.models import packed
 from massl_fast.profiling import ledger, sections
+from massl_fast.profiling.allocator import reserved_bytes
+from massl_fast.profiling.flops import backbone_flops, step_flops
 from massl_fast.profiling.ledger import Change, Ledger, Peak, find_peak
 from massl_fast.profiling.synthetic import SyntheticRun, micro_batches_of, synthetic_run
 
@@ -32,19 +41,26 @@ CUDA_ROUNDING = 512
 CUBLAS_WORKSPACE = {False: 2 * 8519680, True: 2 * 32 * MIB}
 MULTIPROCESSORS = 132  # of an H100 or H200, where no device is at hand to be asked
 PROGRAM_ROWS = 128
+CUDA_CONTEXT = 512 * MIB
+"""Assumed, not measured: what the driver keeps for a process on a GPU, kernels loaded."""
+LOADER_AHEAD = 2  # micro-batches that DALI's pipeline works ahead
 RESERVE = 0.06
 """Share of a device left free when a batch is predicted: slack of the allocator and what the estimate does not see."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Memory of one step on one device; ``extras`` (bytes) are there at any moment."""
+    """Memory of one step on one device; ``extras`` (bytes) are there at any moment.
+
+    ``beside`` (bytes) is what the device holds besides: not what ``torch.cuda.max_memory_allocated`` would say, hence not in ``bytes``.
+    """
 
     peak: Peak
     changes: list[Change]
     extras: dict[str, int]
     device_batch: int
     accumulation: int
+    beside: dict[str, int]
 
     @property
     def bytes(self) -> int:
@@ -65,6 +81,7 @@ def estimate_step(config: Config, *, device_type: str, device_batch: int, accumu
     if backend == "auto":
         backend = "triton" if device_type == "cuda" else "streaming"
     simulated = config.model_copy(deep=True)
+    simulated.run.init_from = ""  # values make no difference, and a file may be gone
     simulated.objective.backend = "reference" if backend == "reference" else "streaming"
     # Further micro-batches add crops and nothing else.
     passes = min(accumulation, 2)
@@ -77,7 +94,7 @@ def estimate_step(config: Config, *, device_type: str, device_batch: int, accumu
             return args[1].numel() * 4  # the gradient of the queries is summed in float32
         return 0
 
-    with FakeTensorMode():
+    with FakeTensorMode(), _attention_of(device_type):
         run = synthetic_run(simulated, World(0, 1, 0, torch.device("cpu")), precision, device_batch=device_batch, accumulation=passes)
         _bring_optimizer_state(run)
         book = Ledger(run.train_step.student, rounding=CUDA_ROUNDING if device_type == "cuda" else 1, hidden=hidden)
@@ -88,7 +105,37 @@ def estimate_step(config: Config, *, device_type: str, device_batch: int, accumu
         extras["crops of further micro-batches"] = (accumulation - passes) * peak.by_category[ledger.CROPS] // passes
     if device_type == "cuda":
         extras["cuBLAS workspace"] = CUBLAS_WORKSPACE[not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] >= 9]
-    return Estimate(peak, book.changes, extras, device_batch, accumulation)
+    beside = {}
+    if device_type == "cuda":
+        beside["allocator slack (simulated)"] = max(0, reserved_bytes(book.changes) - peak.bytes)
+        beside["DALI's queue of crops, without its pool for decoding"] = loader_queue(config, device_batch)
+        beside["rest of the device: CUDA context (assumed)"] = CUDA_CONTEXT
+    return Estimate(peak, book.changes, extras, device_batch, accumulation, beside)
+
+
+@contextlib.contextmanager
+def _attention_of(device_type: str) -> Iterator[None]:
+    """Attention as a GPU computes it, by a fused kernel in any format; a CPU keeps the probabilities in 16 bits."""
+    if device_type != "cuda":
+        yield
+        return
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
+        return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
+
+    own, packed._attend = packed._attend, attend
+    try:
+        yield
+    finally:
+        packed._attend = own
+
+
+def loader_queue(config: Config, device_batch: int) -> int:
+    """Bytes of crops that DALI holds ready on a GPU; 0 with the torchvision loader, whose crops come from the host's memory."""
+    if config.data.loader == "torchvision":
+        return 0
+    width = 4 if config.train.precision == "fp32" else 2
+    return LOADER_AHEAD * device_batch * sum(3 * view.size**2 for view in views_of(config.crops)) * width
 
 
 def _bring_optimizer_state(run: SyntheticRun) -> None:
@@ -190,29 +237,39 @@ class WayOut:
     """A change that lowers the peak."""
 
     settings: str
-    cost: str
+    effect: str
+    """On the training."""
+    time: str
+    """What it costs."""
     bytes: int
+    """The peak then, estimated."""
+    saved: int
 
 
 def ways_out(config: Config, *, device_type: str, world_size: int, budget: int, most: int = 3) -> list[WayOut]:
-    """Changes that lower the estimated peak, cheapest first: what changes no number of the training before what changes some."""
+    """Changes that lower the estimated peak, cheapest first: what changes no number of the training before what changes some, and of
+    these what computes nothing twice before what does."""
     accumulation, batch = micro_batches_of(config, world_size)
     now = estimate_step(config, device_type=device_type, device_batch=batch, accumulation=accumulation)
     ways: list[WayOut] = []
 
-    def attempt(settings: str, cost: str, batch: int = batch, accumulation: int = accumulation, **changes: object) -> None:
+    def attempt(settings: str, effect: str, time: str, batch: int = batch, accumulation: int = accumulation, **changes: object) -> None:
         if len(ways) == most:
             return
         changed = config.model_copy(deep=True)
         for key, value in changes.items():
             section, name = key.split("__")
             setattr(getattr(changed, section), name, value)
-        estimate = estimate_step(changed, device_type=device_type, device_batch=batch, accumulation=accumulation)
+        try:
+            estimate = estimate_step(changed, device_type=device_type, device_batch=batch, accumulation=accumulation)
+        except ValueError:  # a setting that this network does not allow
+            return
         if estimate.bytes < 0.98 * now.bytes:
-            ways.append(WayOut(settings, cost, estimate.bytes))
+            ways.append(WayOut(settings, effect, time, estimate.bytes, now.bytes - estimate.bytes))
 
     if config.objective.backend == "reference":
-        attempt("--objective.backend auto", "the same numbers without logits of every view against every entry", objective__backend="auto")
+        attempt("--objective.backend auto", "the same training", "less: no logits are written", objective__backend="auto")
+    works = Operations(config)
     divisors = [n for n in range(accumulation + 1, accumulation * batch + 1) if (accumulation * batch) % n == 0]
     if divisors:
         # The peak is a line over the batch: one estimate more tells which micro-batch fits, or that none does.
@@ -222,41 +279,86 @@ def ways_out(config: Config, *, device_type: str, world_size: int, budget: int, 
         more = fitting[0] if fitting else divisors[-1]
         attempt(
             f"--train.device_batch {accumulation * batch // more}",
-            f"the same training in {more} micro-batches a step instead of {accumulation}; smaller products, somewhat slower",
+            "batch norms see fewer images, otherwise the same training" if works.batch_norm else "the same training",
+            f"as many operations, in {more} micro-batches a step instead of {accumulation}: smaller products, more launches",
             batch=accumulation * batch // more,
             accumulation=more,
         )
+    if config.model.recompute == "nothing":
+        attempt("--model.recompute pointwise", "the same training", "norms and activations twice, no product", model__recompute="pointwise")
+    if config.model.recompute != "blocks":
+        more_work = f"{100 * works.recomputed / works.of_an_image():.0f} % more operations"
+        attempt("--model.recompute blocks", "the same training", more_work, model__recompute="blocks")
     precision = precision_on(config, device_type)
     if precision.name == "fp32" and (device_type == "cpu" or not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] >= 8):
-        attempt("--train.precision bf16", "activations in 16 bits; other rounding, faster on a GPU", train__precision="bf16")
+        attempt("--train.precision bf16", "other rounding", "less on a GPU", train__precision="bf16")
     if len(ways) < most and world_size > 1 and config.parallel.strategy != "fsdp2":
         kept = now.peak.by_category
         shared = sum(kept[name] for name in (ledger.WEIGHTS, ledger.TEACHER, ledger.GRADIENTS, ledger.OPTIMIZER))
-        ways.append(
-            WayOut(
-                "--parallel.strategy fsdp2", "the same training, more communication", now.bytes - shared + math.ceil(shared / world_size)
-            )
-        )
+        saved = shared - math.ceil(shared / world_size)
+        if saved > 0.02 * now.bytes:
+            ways.append(WayOut("--parallel.strategy fsdp2", "the same training", "more communication", now.bytes - saved, saved))
     if config.crops.num_local > 2:
         fewer = config.crops.num_local // 2
         attempt(
             f"--crops.num_local {fewer}",
             f"another training: {fewer} local crops an image instead of {config.crops.num_local}",
+            f"{100 - 100 * works.of_an_image(fewer) / works.of_an_image():.0f} % fewer operations",
             crops__num_local=fewer,
         )
     attempt(
         f"--train.global_batch {max(1, config.train.global_batch // 2)}",
         "another training: half the images a step (the learning rate follows)",
+        "as many operations an image, twice the updates",
         batch=max(1, batch // 2),
         accumulation=accumulation,
     )
     if config.objective.memory_size > config.objective.block_size:
         half = max(config.objective.block_size, config.objective.memory_size // 2)
-        attempt(f"--objective.memory_size {half}", "another training: a memory half as long", objective__memory_size=half)
+        attempt(f"--objective.memory_size {half}", "another training: a memory half as long", "less", objective__memory_size=half)
     return ways
 
 
-def explain_out_of_memory(config: Config, world: World) -> str:
+class Operations:
+    """Operations of a step for one image, and of what ``model.recompute blocks`` computes twice."""
+
+    def __init__(self, config: Config):
+        simulated = config.model_copy(deep=True)
+        simulated.run.init_from = ""
+        with torch.device("meta"):
+            pair, _ = build_pair(simulated)
+        self.config, self.student = config, pair.student
+        self.batch_norm = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in pair.student.modules())
+
+    @property
+    def recomputed(self) -> float:
+        """The student's forward pass."""
+        return sum(backbone_flops(self.student.backbone, view.size)[0] for view in views_of(self.config.crops))
+
+    def of_an_image(self, num_local: int | None = None) -> float:
+        crops = self.config.crops.model_copy(update={} if num_local is None else {"num_local": num_local})
+        return step_flops(
+            self.student,
+            crop_sizes=[view.size for view in views_of(crops)],
+            num_teacher_views=NUM_TEACHER_VIEWS,
+            batch=1,
+            memory_size=self.config.objective.memory_size,
+        )
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Why a step does not fit."""
+
+    estimate: Estimate
+    ways: list[WayOut]
+    short: str
+    """One sentence or two."""
+    text: str
+    """The same with all ways out."""
+
+
+def explain(config: Config, world: World) -> Explanation:
     """Why a step of this run does not fit this rank's device, and the three cheapest ways out, from shapes alone.
 
     Takes seconds and no memory of the device, so that it may be called where an allocation has just failed.
@@ -265,21 +367,29 @@ def explain_out_of_memory(config: Config, world: World) -> str:
     accumulation, batch = micro_batches_of(config, world.size)
     estimate = estimate_step(config, device_type=device_type, device_batch=batch, accumulation=accumulation)
     total, free_now = capacity(world.device)
-    lines = [
-        f"Out of memory: a step with micro-batches of {batch} images needs about {gib(estimate.bytes)} by its shapes, its peak in "
-        f"'{estimate.peak.section}'; the {'device' if device_type == 'cuda' else 'host'} has {gib(total)}.",
-        "  " + ", ".join(f"{name} {gib(size)}" for name, size in largest_first(estimate.by_owner, most=7)),
-    ]
-    if device_type == "cuda":
-        others = total - free_now - torch.cuda.memory_reserved(world.device)
-        lines.append(f"  Beside PyTorch, {gib(max(others, 0))} of the device are taken (CUDA context, DALI's pool, other programs).")
-    budget = int(total * (1 - RESERVE))
+    others = max(0, total - free_now - torch.cuda.memory_reserved(world.device)) if device_type == "cuda" else 0
+    budget = int(total * (1 - RESERVE)) - others
     ways = ways_out(config, device_type=device_type, world_size=world.size, budget=budget)
-    lines.append("What would lower it, cheapest first:" if ways else "No setting lowers it by more than 2%: a smaller network is needed.")
-    for way in ways:
-        lines.append(f"  {way.settings:<32} about {gib(way.bytes)}: {way.cost}.")
+    reason = (
+        f"Out of memory: a step with micro-batches of {batch} images needs about {gib(estimate.bytes)} by its shapes, its peak in "
+        f"'{estimate.peak.section}'; the {'device' if device_type == 'cuda' else 'host'} has {gib(total)}."
+    )
+    lines = [reason, "  " + ", ".join(f"{name} {gib(size)}" for name, size in largest_first(estimate.by_owner, most=7))]
+    if device_type == "cuda":
+        lines.append(f"  Beside PyTorch, {gib(others)} of the device are taken (CUDA context, DALI's pool, other programs).")
+    lines.append("What would lower it, cheapest first:" if ways else "No setting lowers it by more than 2 %: a smaller network is needed.")
+    for number, way in enumerate(ways, 1):
+        fits = "fits" if way.bytes <= budget else "not enough alone"
+        lines.append(f"  {number}. {way.settings:<29} saves {gib(way.saved)}, to {gib(way.bytes)} ({fits}): {way.effect}.")
+        lines.append(f"     {'':<29} Time: {way.time}.")
     lines.append("massl-fast profile memory shows the whole book, measured, too.")
-    return "\n".join(lines)
+    first = f" Cheapest way out: {ways[0].settings}, which saves {gib(ways[0].saved)}." if ways else f" {lines[-2]}"
+    return Explanation(estimate, ways, reason + first, "\n".join(lines))
+
+
+def explain_out_of_memory(config: Config, world: World) -> str:
+    """``explain``, as lines for a terminal."""
+    return explain(config, world).text
 
 
 def capacity(device: torch.device) -> tuple[int, int]:
@@ -292,7 +402,12 @@ def capacity(device: torch.device) -> tuple[int, int]:
         for line in file:
             name, _, value = line.partition(":")
             fields[name] = int(value.split()[0]) * 1024
-    return fields["MemTotal"], fields["MemAvailable"]
+    total, free = fields["MemTotal"], fields["MemAvailable"]
+    limit, used = (Path("/sys/fs/cgroup", name) for name in ("memory.max", "memory.current"))
+    if limit.is_file() and used.is_file() and (most := limit.read_text().strip()).isdigit():  # of a container
+        total = min(total, int(most))
+        free = min(free, max(0, int(most) - int(used.read_text())))
+    return total, free
 
 
 def largest_first(sizes: dict[str, int], most: int) -> list[tuple[str, int]]:

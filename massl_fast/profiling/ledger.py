@@ -127,6 +127,10 @@ class Ledger(TorchDispatchMode):
     def observe(self, section: str) -> None:
         if section == sections.CLIP:
             self.on_backward_end()
+        if section == sections.BACKWARD:
+            # Also what a recomputed part keeps as its argument, which autograd's hooks do not see.
+            for piece in self.living():
+                piece.saved |= piece.section == sections.STUDENT
         if section == sections.TEACHER or section == sections.STUDENT:
             self.part = "embedding"
         elif section in (sections.LOSS, sections.CLIP):
@@ -208,6 +212,8 @@ class Peak:
     by_owner: dict[str, int]
     pieces: list[Piece]
     """Largest first."""
+    last: Piece | None
+    """The storage whose coming makes the peak."""
 
     @property
     def by_category(self) -> dict[str, int]:
@@ -234,7 +240,17 @@ def find_peak(changes: list[Change]) -> Peak:
     for piece in pieces:
         by_owner[piece.owner] += piece.bytes
     at = changes[position] if changes else None
-    return Peak(highest, at.section if at else "", at.seconds if at else 0.0, dict(by_owner), pieces)
+    return Peak(highest, at.section if at else "", at.seconds if at else 0.0, dict(by_owner), pieces, at.piece if at else None)
+
+
+def highest_by_section(changes: list[Change]) -> dict[str, int]:
+    """Most bytes at any moment of each part of a step, in the order in which the parts come."""
+    highest: dict[str, int] = {}
+    total = 0
+    for change in changes:
+        before, total = total, total + change.sign * change.piece.bytes
+        highest[change.section] = max(highest.get(change.section, 0), before, total)
+    return highest
 
 
 def timeline(changes: list[Change], points: int = 400) -> dict[str, Any]:

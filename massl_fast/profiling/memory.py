@@ -14,7 +14,6 @@ import contextlib
 import functools
 import gc
 import itertools
-import re
 import resource
 import tempfile
 from collections import defaultdict
@@ -44,9 +43,11 @@ from massl_fast.profiling.estimate import (
     precision_on,
     record_step,
 )
-from massl_fast.profiling.ledger import Change, Ledger, Peak, Piece, find_peak, timeline
+from massl_fast.profiling.ledger import Change, Ledger, Peak, find_peak, timeline
+from massl_fast.profiling.out_of_memory import is_out_of_memory
 from massl_fast.profiling.profiler import host_allocations
 from massl_fast.profiling.synthetic import SyntheticRun, micro_batches_of, synthetic_run
+from massl_fast.profiling.telling import estimate_lines, in_order, largest_pieces, peak_sentence, table, way_through
 
 TAKES_SETTINGS = True
 WARM_UP = 2
@@ -141,7 +142,9 @@ def measure(config: Config, world: World, *, device_batch: int, accumulation: in
         run = synthetic_run(config, world, precision, device_batch=device_batch, accumulation=accumulation)
         run.crop_sets = run.crop_sets[:1]  # a second set would be counted, too
         return measure_run(run, with_loader=with_loader)
-    except torch.OutOfMemoryError:
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
         raise ValueError(explain_out_of_memory(config, world)) from None
 
 
@@ -260,42 +263,17 @@ def find_leaks(book: Ledger) -> list[Leak]:
 
 def report(estimate: Estimate, measured: Measured | None) -> list[str]:
     """The book as lines of text."""
-    guessed, found = estimate.by_owner, measured.peak.by_owner if measured else {}
-    names = in_order(guessed | found)
-    width = max(map(len, names)) + 2
-    lines = [f"{'At the peak, MiB':<{width}}{'estimated':>12}" + (f"{'measured':>12}" if measured else "")]
-    for name in names:
-        values = [guessed.get(name, 0)] + ([found.get(name, 0)] if measured else [])
-        if max(values) >= 0.05 * MIB:
-            lines.append(f"{name:<{width}}" + "".join(f"{value / MIB:>12.1f}" for value in values))
-    if measured:
-        inside = max(0, measured.peak_bytes - measured.peak.bytes)
-        lines.append(f"{'inside operators':<{width}}{'':>12}{inside / MIB:>12.1f}")
-    peaks = [estimate.bytes] + ([measured.peak_bytes] if measured else [])
-    lines.append(f"{'peak':<{width}}" + "".join(f"{value / MIB:>12.1f}" for value in peaks))
-    if measured:
-        lines.append(f"The estimate is {100 * (estimate.bytes / measured.peak_bytes - 1):+.1f} % off the measured peak.")
-    peak = measured.peak if measured else estimate.peak
-    lines.append(f"The peak comes in '{peak.section}'. Largest storages at that moment:")
-    lines += [f"  {line}" for line in largest_pieces(peak.pieces)]
-    if measured:
-        lines += [f"Beside the step: {name} {gib(size)}" for name, size in measured.rest.items()]
-        lines += leak_sentences(measured)
-    return lines
-
-
-def largest_pieces(pieces: list[Piece], most: int = 6) -> list[str]:
-    """Storages of equal shape, operator and owner taken together."""
-    groups: dict[tuple, list[Piece]] = defaultdict(list)
-    for piece in pieces:
-        groups[piece.owner.split(":")[0], piece.operator, piece.shape, piece.line].append(piece)
-    ordered = sorted(groups.items(), key=lambda item: -sum(piece.bytes for piece in item[1]))
-    lines = []
-    for (owner, operator, shape, line), members in ordered[:most]:
-        made = " ".join(part for part in (operator, f"at {line}" if line else "") if part)
-        size = sum(piece.bytes for piece in members)
-        lines.append(f"{size / MIB:8.1f} MiB  {owner}, {len(members)} × {list(shape)}" + (f", by {made}" if made else ""))
-    return lines
+    if measured is None:
+        return estimate_lines(estimate)
+    inside = max(0, measured.peak_bytes - measured.peak.bytes)
+    columns = {"estimated": estimate.by_owner, "measured": measured.peak.by_owner | {"inside operators": inside}}
+    lines = table(columns, {"estimated": estimate.bytes, "measured": measured.peak_bytes}, "At the peak, MiB")
+    lines.append(f"The estimate is {100 * (estimate.bytes / measured.peak_bytes - 1):+.1f} % off the measured peak.")
+    lines += [peak_sentence(measured.peak), "Largest storages at that moment:", *largest_pieces(measured.peak.pieces)]
+    lines += ["Highest in each part of a step, measured:", *way_through(measured.changes)]
+    lines.append("Beside the step's own bytes, not in the peak above:")
+    lines += [f"{size / MIB:>9,.1f} MiB  {name}" for name, size in measured.rest.items()]
+    return lines + leak_sentences(measured)
 
 
 def leak_sentences(measured: Measured) -> list[str]:
@@ -357,19 +335,3 @@ def as_record(
     if prediction:
         details["prediction"] = prediction
     return records.record("memory", case, figures, details)
-
-
-def in_order(sizes: dict[str, int]) -> dict[str, int]:
-    """By category as in the ledger, and activations by the way through the network."""
-
-    def rank(name: str) -> int:
-        return next((rank for rank, category in enumerate(ledger.CATEGORIES) if name.startswith(category)), len(ledger.CATEGORIES))
-
-    return dict(sorted(sizes.items(), key=lambda item: (rank(item[0]), natural(item[0]))))
-
-
-def natural(name: str) -> list[Any]:
-    """A sort key that puts block 10 after block 9, the embedding before the blocks and the head last."""
-    part = name.partition(": ")[2]
-    place = 0 if part == "embedding" else 2 if part in ("pooling", "head") else 1
-    return [place, part == "head", [(int(word), "") if word.isdigit() else (-1, word) for word in re.split(r"(\d+)", name)]]

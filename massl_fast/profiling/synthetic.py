@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from massl_fast.config import Config
 from massl_fast.data.loaders import views_of
 from massl_fast.engine.build import build_objective, build_pair
+from massl_fast.engine.graphed_step import GraphedStep
 from massl_fast.engine.optimizer import build_optimizer
 from massl_fast.engine.parallel import World
 from massl_fast.engine.precision import Precision
@@ -30,6 +31,8 @@ class SyntheticRun:
 
     config: Config
     train_step: TrainStep
+    take_step: Callable[..., StepResult]
+    """``train_step``, or its recording where the run is to be one CUDA graph a step."""
     crop_sets: list[list[list[Tensor]]]
     settings: StepSettings
     batch: int
@@ -37,9 +40,9 @@ class SyntheticRun:
     count: int = 0
 
     def step(self, call: Callable[..., StepResult] | None = None) -> StepResult:
-        """The next step, by ``call`` (such as ``Sections.step``) or the trainer's step itself."""
+        """The next step, by ``call`` (such as ``Sections.step``) or as the trainer takes it."""
         crops = self.crop_sets[self.count % len(self.crop_sets)]
-        result = (call or self.train_step)(crops, self.settings, self.count)
+        result = (call or self.take_step)(crops, self.settings, self.count)
         self.count += 1
         return result
 
@@ -94,7 +97,8 @@ def synthetic_run(config: Config, world: World, precision: Precision, *, device_
     crop_sets = [[crops() for _ in range(accumulation)] for _ in range(1 if fake else NUM_CROP_SETS)]
     # Settings of the middle of a long run.
     settings = Schedules(config, 10**6, 10**3).at(500_000)
-    return SyntheticRun(config, train_step, crop_sets, settings, device_batch * accumulation)
+    take_step = GraphedStep(train_step) if config.train.cuda_graph and not fake else train_step
+    return SyntheticRun(config, train_step, take_step, crop_sets, settings, device_batch * accumulation)
 
 
 def _in_shapes_(module: nn.Module) -> None:

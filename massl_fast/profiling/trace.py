@@ -29,6 +29,7 @@ from massl_fast.engine.parallel import join_world
 from massl_fast.engine.precision import choose_precision
 from massl_fast.profiling import profiler as quiet_profiler  # noqa: F401  sets the profiler's log level
 from massl_fast.profiling.estimate import explain_out_of_memory
+from massl_fast.profiling.out_of_memory import is_out_of_memory
 from massl_fast.profiling.places import calling_line
 from massl_fast.profiling.sections import END, NAMES, Sections
 from massl_fast.profiling.synthetic import SyntheticRun, micro_batches_of, synthetic_run
@@ -76,7 +77,9 @@ def run(args: argparse.Namespace) -> int:
             synthetic.step()
         found = trace_steps(synthetic, args.steps, folder / "trace.json.gz")
         waits = find_waits(synthetic)
-    except torch.OutOfMemoryError:
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
         raise ValueError(explain_out_of_memory(config, world)) from None
     print("\n".join(tell(found, waits, args.top)))
     details = {

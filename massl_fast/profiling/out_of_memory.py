@@ -1,0 +1,62 @@
+"""Out of memory: how it shows, and the report that is left of it.
+
+A GPU says so with ``torch.OutOfMemoryError``. On a CPU PyTorch raises a RuntimeError, and only where the system refuses memory at once;
+where it grants more than there is, as Linux does, the system ends the process instead and nothing here can run.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from massl_fast.config import Config
+from massl_fast.engine.parallel import World
+from massl_fast.profiling.estimate import Explanation, explain, gib
+from massl_fast.profiling.telling import estimate_lines
+
+# What PyTorch's CPU allocators say (c10/core/impl/alloc_cpu.cpp).
+_CPU_WORDS = ("DefaultCPUAllocator", "can't allocate memory", "not enough memory")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that a device or the host has no more memory."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _CPU_WORDS)
+
+
+def write_out_of_memory_report(config: Config, world: World, folder: Path | str) -> str:
+    """Write why a step of this run does not fit, and the three cheapest ways out, to ``folder``; returns one sentence or two.
+
+    The file is ``out_of_memory.txt`` (of several ranks ``out_of_memory_rank_2.txt``); a folder that cannot be written is told in the
+    sentence. To be called once an allocation has failed: it takes no memory of the device, seconds, and some 100 MiB of the host.
+    """
+    try:
+        explanation = explain(config, world)
+    except (RuntimeError, MemoryError) as error:
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        return f"Out of memory; and the report on it could not be made: {reason}. A smaller train.device_batch needs less."
+    path = Path(folder) / ("out_of_memory.txt" if world.size == 1 else f"out_of_memory_rank_{world.rank}.txt")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("\n".join(report_lines(explanation, world)) + "\n", encoding="utf-8")
+        rest = f"The whole book and further ways out: {path}"
+    except OSError as error:
+        rest = f"The whole book could not be written to {path}: {error.strerror}. massl-fast profile memory --estimate shows it"
+    return f"{explanation.short} {rest}."
+
+
+def report_lines(explanation: Explanation, world: World) -> list[str]:
+    """The report as text."""
+    lines = [explanation.text, ""]
+    if world.device.type == "cuda":
+        device = world.device
+        free, total = torch.cuda.mem_get_info(device)
+        lines += [
+            f"By PyTorch's count on {torch.cuda.get_device_name(device)} (rank {world.rank}): at most "
+            f"{gib(torch.cuda.max_memory_allocated(device))} in use at once, {gib(torch.cuda.max_memory_reserved(device))} reserved; "
+            f"{gib(free)} of {gib(total)} free when this was written.",
+            "",
+        ]
+    return [*lines, "The step by its shapes:", *estimate_lines(explanation.estimate)]

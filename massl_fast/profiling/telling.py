@@ -1,0 +1,85 @@
+"""The book of a step in words: whose the bytes are at the peak, the way there, and what lies beside."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from typing import Any
+
+from massl_fast.profiling import ledger
+from massl_fast.profiling.estimate import MIB, Estimate, gib
+from massl_fast.profiling.ledger import Change, Peak, Piece, highest_by_section
+
+BAR = 40
+"""Characters of the longest bar."""
+
+
+def table(columns: dict[str, dict[str, int]], totals: dict[str, int], first: str) -> list[str]:
+    """Lines of a table of MiB, a row an owner: columns by name, the last with its share of ``totals``; none below 0.05 MiB."""
+    names = in_order({name: 0 for column in columns.values() for name in column})
+    width = max(len(name) for name in [*names, first]) + 2
+    last = list(columns)[-1]
+    lines = [f"{first:<{width}}" + "".join(f"{title:>12}" for title in columns) + f"{'share':>9}"]
+    for name in [*names, "peak"]:
+        values = [(totals if name == "peak" else column).get(title if name == "peak" else name, 0) for title, column in columns.items()]
+        if max(values) >= 0.05 * MIB:
+            cells = "".join(f"{value / MIB:>12,.1f}" for value in values)
+            lines.append(f"{name:<{width}}{cells}{100 * values[-1] / max(1, totals[last]):>7.1f} %")
+    return lines
+
+
+def peak_sentence(peak: Peak) -> str:
+    if peak.last is None:
+        return "Nothing was allocated."
+    made = peak.last
+    where = f" at {made.line}" if made.line else ""
+    return f"The peak comes in '{peak.section}', when {made.operator or 'a tensor'}{where} takes {gib(made.bytes)}."
+
+
+def largest_pieces(pieces: list[Piece], most: int = 6) -> list[str]:
+    """Storages of equal shape, operator and owner taken together."""
+    groups: dict[tuple, list[Piece]] = defaultdict(list)
+    for piece in pieces:
+        groups[piece.owner.split(":")[0], piece.operator, piece.shape, piece.line].append(piece)
+    ordered = sorted(groups.items(), key=lambda item: -sum(piece.bytes for piece in item[1]))
+    lines = []
+    for (owner, operator, shape, line), members in ordered[:most]:
+        made = " ".join(part for part in (operator, f"at {line}" if line else "") if part)
+        size = sum(piece.bytes for piece in members)
+        lines.append(f"{size / MIB:>9,.1f} MiB  {owner}, {len(members)} × {list(shape)}" + (f", by {made}" if made else ""))
+    return lines
+
+
+def way_through(changes: list[Change]) -> list[str]:
+    """The highest moment of each part of a step, in order, with bars from zero."""
+    heights = highest_by_section(changes)
+    top = max(heights.values(), default=1)
+    return [f"  {name:<20}{size / MIB:>10,.1f} MiB  {'█' * max(1, round(BAR * size / top))}" for name, size in heights.items()]
+
+
+def estimate_lines(estimate: Estimate) -> list[str]:
+    """An estimate alone: the book at its peak, the way there and what lies beside."""
+    lines = table({"estimated": estimate.by_owner}, {"estimated": estimate.bytes}, "At the peak, MiB")
+    lines += [peak_sentence(estimate.peak), "Largest storages at that moment:", *largest_pieces(estimate.peak.pieces)]
+    lines += ["Highest in each part of a step:", *way_through(estimate.changes)]
+    if estimate.beside:
+        lines.append("Beside the step's own bytes, not in the peak above:")
+        lines += [f"{size / MIB:>9,.1f} MiB  {name}" for name, size in estimate.beside.items()]
+        lines.append(f"{(estimate.bytes + sum(estimate.beside.values())) / MIB:>9,.1f} MiB  of the device in all, estimated")
+    return lines
+
+
+def in_order(sizes: dict[str, int]) -> dict[str, int]:
+    """By category as in the ledger, and activations by the way through the network."""
+
+    def rank(name: str) -> int:
+        return next((rank for rank, category in enumerate(ledger.CATEGORIES) if name.startswith(category)), len(ledger.CATEGORIES))
+
+    return dict(sorted(sizes.items(), key=lambda item: (rank(item[0]), natural(item[0]))))
+
+
+def natural(name: str) -> list[Any]:
+    """A sort key that puts block 10 after block 9, the embedding before the blocks and the head last."""
+    part = name.partition(": ")[2]
+    place = 0 if part == "embedding" else 2 if part in ("pooling", "head") else 1
+    return [place, part == "head", [(int(word), "") if word.isdigit() else (-1, word) for word in re.split(r"(\d+)", name)]]
