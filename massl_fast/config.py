@@ -98,6 +98,10 @@ class ModelSection(Section):
     """packed: one pass over the tokens of all crops; separate: one pass a crop size. auto: packed where the network allows it."""
     compile: bool = False
     """torch.compile the transformer blocks."""
+    recompute: Literal["nothing", "pointwise", "blocks"] = "nothing"
+    """What the student's backward pass computes again instead of keeping it. pointwise: norms, activations and concatenations (no matrix
+    product; little time for about half the activations); blocks: all but each block's input (a third more operations for the student).
+    docs/performance.md has the figures."""
 
 
 class ObjectiveSection(Section):
@@ -128,8 +132,10 @@ class ObjectiveSection(Section):
 
 
 class OptimizerSection(Section):
-    name: Literal["adamw", "adamw_apex", "sgd", "lars"] = "adamw"
-    """adamw (PyTorch's fused one) or adamw_apex (apex's FusedAdam, if built) for transformers; sgd and lars for convolutional networks."""
+    name: Literal["adamw", "adamw_with_teacher", "adamw_apex", "sgd", "lars"] = "adamw"
+    """For transformers adamw (PyTorch's fused one), adamw_with_teacher (the same step, the teacher's and clipping in one kernel that
+    touches each byte once; GPUs of compute capability 8.0 or newer, whole weights) or adamw_apex (apex's FusedAdam, if built); sgd and
+    lars for convolutional networks."""
     learning_rate: float = Field(5e-4, gt=0)
     """Peak learning rate, for a global batch of 256 if it scales with the batch."""
     learning_rate_scaling: Literal["linear", "none"] = "linear"
@@ -174,6 +180,9 @@ class TrainSection(Section):
     """auto: bf16 from compute capability 8, fp16 with loss scaling on older GPUs, fp32 on the CPU."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """auto: the GPU where there is one."""
+    cuda_graph: bool = False
+    """Record the whole step once as a CUDA graph and replay it: no launches from Python, for steps so short that the host cannot keep up.
+    One process on a GPU, with optimizer.name adamw_with_teacher."""
 
 
 class ParallelSection(Section):

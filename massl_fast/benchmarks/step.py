@@ -42,14 +42,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--recipe", default="demo", help=f"one of {', '.join(recipe_names())}, or the path of a YAML file (default: demo)")
     parser.add_argument("--seconds", type=float, default=20.0, help="time to measure for; at least 8 rounds are taken (default: 20)")
     parser.add_argument("--search-batch", action="store_true", help="find the micro-batch with the best rate and the largest that fits")
-    parser.add_argument("--max-batch", type=int, default=0, help="largest that the search tries (default: 64 on a CPU, 65536 on a GPU)")
+    parser.add_argument("--max-batch", type=int, default=None, help="largest that the search tries (default: 64 on a CPU, 65536 on a GPU)")
     parser.add_argument("--output", default="", help="file to which the record is appended, a JSON object on a line")
     parser.epilog = "Every setting of a run can be given; massl-fast train --help lists them."
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.seconds <= 0 or args.max_batch < 0:
+    if args.seconds <= 0 or (args.max_batch is not None and args.max_batch < 1):
         raise ValueError("--seconds takes more than 0, --max-batch at least 1.")
+    if args.output:
+        records.check_writable(args.output)
     config = load_config(args.recipe, args.settings)
     world = join_world(config.train.device)
     precision = choose_precision(config.train.precision, world.device)
@@ -91,6 +93,8 @@ def case_of(config: Config, recipe: str, precision: Precision, batch: int, accum
         "optimizer": config.optimizer.name,
         "precision": precision.name,
         "compile": config.model.compile,
+        "recompute": config.model.recompute,
+        "cuda_graph": config.train.cuda_graph,
         "device": device.type,
     }
 

@@ -53,6 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.seconds <= 0:
         raise ValueError("--seconds takes more than 0.")
+    if args.output:
+        records.check_writable(args.output)
     config = load_config(args.recipe, args.settings)
     world = join_world(config.train.device)
     precision = choose_precision(config.train.precision, world.device)

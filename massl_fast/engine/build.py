@@ -21,7 +21,7 @@ def build_pair(config: Config) -> tuple[StudentTeacher, list[str]]:
     model, crops = config.model, config.crops
     torch.manual_seed(config.run.seed)
 
-    def encoder(drop_path: float) -> Encoder:
+    def encoder(drop_path: float, recompute: str = "nothing") -> Encoder:
         backbone = build_backbone(
             model.architecture,
             image_size=crops.global_size,
@@ -32,9 +32,9 @@ def build_pair(config: Config) -> tuple[StudentTeacher, list[str]]:
         head = ProjectionHead(
             backbone.feature_dim, hidden_dim=model.head_hidden_dim, out_dim=model.embedding_dim, num_layers=model.head_layers
         )
-        return Encoder(backbone, head, crops_pass=model.crops_pass)
+        return Encoder(backbone, head, crops_pass=model.crops_pass, recompute=recompute)
 
-    student = encoder(model.drop_path)
+    student = encoder(model.drop_path, model.recompute)
     notes = start_from(student.backbone, Path(config.run.init_from)) if config.run.init_from else []
     return StudentTeacher(student, encoder(0.0)), notes
 

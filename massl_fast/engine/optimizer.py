@@ -138,12 +138,6 @@ def clip_factors(norms: Tensor, limit: float, mode: str) -> Tensor:
     return (limit / (reference + 1e-6)).clamp(max=1.0)
 
 
-def clip_(gradients: list[Tensor], norms: Tensor, limit: float, mode: str) -> None:
-    """Multiply gradients in place by ``clip_factors``."""
-    if limit:
-        torch._foreach_mul_(gradients, list(clip_factors(norms, limit, mode).unbind()))
-
-
 def optimizer_tensors(optimizer: Optimizer, module: nn.Module) -> dict[str, Tensor]:
     """The optimizer's state as ``optimizer/<parameter>/<moment>``: tensors that share memory with it."""
     names = {parameter: name for name, parameter in module.named_parameters()}

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
-from massl_fast.engine.optimizer import apply_settings, clip_, skips_on_device
+from massl_fast.engine.optimizer import update_weights_
 from massl_fast.engine.parallel import World
 from massl_fast.engine.precision import LossScaler, Precision
 from massl_fast.engine.schedules import StepSettings
@@ -75,11 +75,12 @@ class TrainStep:
         """Called where a rank first waits for others: before the backward pass whose gradients are exchanged."""
 
     def __call__(
-        self, micro_batches: Sequence[list[Tensor]], settings: StepSettings, step: int, stopping: Tensor | None = None
+        self, micro_batches: Sequence[list[Tensor]], settings: StepSettings, step: int | Tensor, stopping: Tensor | None = None
     ) -> StepResult:
         """``micro_batches``: for each accumulated micro-batch its V crops, [N,3,H,W] each, on the device. ``step`` counts from 0.
 
-        ``stopping``: 0-d tensor, 1 where this rank was asked to stop; no effect on the step.
+        ``stopping``: 0-d tensor, 1 where this rank was asked to stop; no effect on the step. ``settings`` and ``step`` may be 0-d tensors
+        on the device (float64, int64) where the optimizer is an ``AdamWWithTeacher``; then all that changes from step to step lies there.
         """
         entering, outcomes = [], []
         sound = torch.ones(3, dtype=torch.bool, device=self.world.device)
@@ -107,7 +108,7 @@ class TrainStep:
             return self.student.no_sync()
         return contextlib.nullcontext()
 
-    def _forward(self, crops: list[Tensor], settings: StepSettings, step: int):
+    def _forward(self, crops: list[Tensor], settings: StepSettings, step: int | Tensor):
         views, images = len(crops), crops[0].shape[0]
         with self.precision.autocast(self.world.device):
             with torch.no_grad():
@@ -117,30 +118,30 @@ class TrainStep:
         return outcome, teacher, student.detach()
 
     @torch.no_grad()
-    def _update(self, settings: StepSettings, step: int, sound: Tensor, stopping: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _update(self, settings: StepSettings, step: int | Tensor, sound: Tensor, stopping: Tensor | None) -> tuple[Tensor, Tensor]:
         """Optimizer and teacher; returns (gradient norm before clipping, whether the step was finite on every rank)."""
         gradients = []
         for name, parameter in self.parameters:
             assert parameter.grad is not None, f"{name} took no part in the loss"
             gradients.append(local(parameter.grad))
-        if self.scaler.enabled:
-            torch._foreach_mul_(gradients, 1 / self.scaler.scale)
         norms = torch.stack(torch._foreach_norm(gradients))
+        if self.scaler.enabled:
+            norms = norms / self.scaler.scale
         sound = torch.cat([sound, norms.isfinite()])
         norms, unsound = self._agree(norms, sound, stopping)
         finite = ~unsound.any()
         self._remember_failure(step, sound, unsound)
-
-        clip_(gradients, norms, self.clip, self.clip_mode)
-        apply_settings(self.optimizer, settings)
-        if skips_on_device(self.optimizer):
-            self.optimizer.found_inf = (~finite).to(torch.float32)
-            self.optimizer.step()
-        elif finite.item():  # apex's optimizer: it has no such switch outside apex's own loss scaler, so the host asks
-            self.optimizer.step()
-        # In float64, because 1 − momentum is small and taken later.
-        momentum = torch.full((), settings.teacher_momentum, dtype=torch.float64, device=finite.device)
-        self.pair.update_teacher_(torch.where(finite, momentum, 1.0))
+        update_weights_(
+            self.pair,
+            self.optimizer,
+            gradients,
+            norms,
+            finite,
+            settings,
+            clip=self.clip,
+            clip_mode=self.clip_mode,
+            loss_scale=self.scaler.scale if self.scaler.enabled else None,
+        )
         self.scaler.update(finite)
         return torch.linalg.vector_norm(norms), finite
 
@@ -161,13 +162,13 @@ class TrainStep:
             norms = message[5:].sqrt().to(norms.dtype)
         return norms, message[:4] > 0
 
-    def _remember_failure(self, step: int, sound: Tensor, unsound: Tensor) -> None:
+    def _remember_failure(self, step: int | Tensor, sound: Tensor, unsound: Tensor) -> None:
         """Note the first non-finite step. With loss scaling, gradients may overflow; only a vanishing scale makes that a failure."""
         failed = unsound.any()
         if self.scaler.enabled:
             failed = unsound[:3].any() | (failed & (self.scaler.scale <= 2.0**-14))
         culprit = torch.where(sound.all(), -1, sound.to(torch.int8).argmin())
-        found = torch.stack([torch.full_like(culprit, step), culprit])
+        found = torch.stack([step if isinstance(step, Tensor) else torch.full_like(culprit, step), culprit])
         self.first_failure.copy_(torch.where(failed & (self.first_failure[0] < 0), found, self.first_failure))
 
     def failure(self) -> str | None:

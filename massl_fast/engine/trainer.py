@@ -24,6 +24,7 @@ from massl_fast.engine.advice import known_to_fail
 from massl_fast.engine.build import build_objective, build_pair
 from massl_fast.engine.checkpoint import CheckpointFolder, read_state
 from massl_fast.engine.ended import Diverged, Drifted, Ended, Interrupted, RankLost
+from massl_fast.engine.graphed_step import GraphedStep
 from massl_fast.engine.heartbeat import Heartbeat, end_process
 from massl_fast.engine.integrity import find_drift
 from massl_fast.engine.optimizer import build_optimizer
@@ -187,6 +188,7 @@ class Trainer:
             clip=config.optimizer.clip,
             clip_mode=config.optimizer.clip_mode,
         )
+        self.take_step = GraphedStep(self.train_step) if config.train.cuda_graph else self.train_step
 
     def _build_evaluation(self) -> None:
         config, evaluation = self.config, self.config.evaluation
@@ -232,6 +234,10 @@ class Trainer:
         say(f"Precision {self.precision.name} ({self.precision.reason})")
         say(f"Loader    {self.loader.name} ({self.loader.reason})")
         say(f"Model     {config.model.architecture}, crops pass: {self.pair.student.pass_name} ({self.pair.student.pass_reason})")
+        blocks = "compiled" if config.model.compile else "as PyTorch's own kernels"
+        taken = "recorded once as a CUDA graph" if config.train.cuda_graph else "launched from Python"
+        kept = "" if config.model.recompute == "nothing" else f"; the backward pass recomputes {config.model.recompute}"
+        say(f"Step      blocks {blocks}, {taken}; optimizer {config.optimizer.name}{kept}")
         scope = f", the same on all {self.world.size} ranks" if objective.partition_scope == "shared" else ", another on each rank"
         say(
             f"Loss      backend {self.backend}; memory {objective.memory_size} × {config.model.embedding_dim}, "
@@ -406,7 +412,8 @@ class Trainer:
         end = min(self.total_steps, config.train.stop_at_step or self.total_steps)
         batches = self.loader.batches(self.step)
         clock, stragglers = WindowClock(), StragglerClock(self.world)
-        self.train_step.before_exchange = stragglers.reached
+        if self.world.size > 1:
+            self.train_step.before_exchange = stragglers.reached
         # Collections in the midst of steps would let other ranks wait; those at logged lines skip all that was there before the loop, which
         # is nearly everything (a tenth of a second and more to look through).
         gc.collect()
@@ -421,7 +428,7 @@ class Trainer:
                 settings = self.schedules.at(self.step)
                 # Drop path draws from here: the masks of a step depend on (seed, step, rank) alone.
                 torch.manual_seed(zlib.crc32(f"{config.run.seed}/{self.step}/{self.world.rank}".encode()))
-                result = self.train_step(micro_batches, settings, self.step, self.stop.vote())
+                result = self.take_step(micro_batches, settings, self.step, self.stop.vote())
                 self.step += 1
                 clock.steps += 1
                 self.telemetry.advance()

@@ -63,6 +63,8 @@ def test_print_config(capsys):
         (["--run.resume", "must"], ["run.resume", "no complete checkpoint"]),
         (["--objective.backend", "triton"], ["triton"]),
         (["--optimizer.warmup_epochs", "9"], ["warmup_epochs"]),
+        (["--train.cuda_graph", "true"], ["train.cuda_graph", "CPU"]),
+        (["--model.recompute", "pointwise", "--model.crops_pass", "separate"], ["model.recompute", "packed pass", "Choose blocks"]),
     ],
 )
 def test_mistakes_are_one_sentence_and_exit_code_2(settings, words, images, tmp_path, capsys):

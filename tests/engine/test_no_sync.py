@@ -35,7 +35,7 @@ def nothing_is_read(monkeypatch):
 
 
 @pytest.mark.parametrize("scaled", [False, True], ids=["bf16-like", "fp16-like"])
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "lars"])
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_with_teacher", "sgd", "lars"])
 @pytest.mark.parametrize("clip_mode", ["parameter", "global"])
 def test_a_step_reads_nothing(optimizer, clip_mode, scaled, nothing_is_read):
     step = build_step(optimizer=optimizer, drop_path=0.2)

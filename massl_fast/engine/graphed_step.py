@@ -1,0 +1,124 @@
+"""A whole step recorded once as a CUDA graph and replayed: both passes, clipping, AdamW, teacher, partition and enqueue in one launch.
+
+A ViT-S step is some thousands of kernels; below about 100 images a device the GPU is done with each before Python has launched the next.
+What changes from step to step reaches the recorded kernels through tensors that stay where they are: crops, settings, the step's number and
+the request to stop. Drop path draws from PyTorch's generator, whose seed a replay takes from ``torch.manual_seed`` as an eager step does.
+
+The first steps are taken as ever, on the stream that will record: kernels are compiled and optimizer states made there. Recording itself
+computes nothing, so no step is taken twice or lost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from massl_fast.engine.fused_update import AdamWWithTeacher, settings_vector
+from massl_fast.engine.schedules import StepSettings
+from massl_fast.engine.step import StepResult, TrainStep
+
+WARM_UP = 3
+
+
+class Tape(Protocol):
+    """Records the work of a function and does it again. Tests bring one that works on a CPU."""
+
+    def warm_up(self, function: Callable[[], StepResult]) -> StepResult:
+        """Call ``function`` where it will be recorded."""
+
+    def record(self, function: Callable[[], StepResult]) -> StepResult:
+        """Note what ``function`` does, without doing it; returns the tensors that every replay fills."""
+
+    def replay(self) -> None:
+        """Do it."""
+
+
+class CudaTape:
+    """A CUDA graph."""
+
+    def __init__(self, device: torch.device):
+        self.stream = torch.cuda.Stream(device)
+        self.graph = torch.cuda.CUDAGraph()
+
+    def warm_up(self, function: Callable[[], StepResult]) -> StepResult:
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            result = function()
+        torch.cuda.current_stream().wait_stream(self.stream)
+        return result
+
+    def record(self, function: Callable[[], StepResult]) -> StepResult:
+        # Threads of loaders allocate and query events meanwhile, which ends a recording unless errors are this thread's alone.
+        with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"):
+            return function()
+
+    def replay(self) -> None:
+        self.graph.replay()
+
+
+class GraphedStep:
+    """``TrainStep`` with the same arguments and the same effects, replayed from its fourth call on.
+
+    Raises ValueError where a step cannot be recorded: on a CPU, for several processes, for optimizers that take settings from the host.
+    """
+
+    def __init__(self, train_step: TrainStep, tape: Tape | None = None):
+        world = train_step.world
+        if tape is None and world.device.type != "cuda":
+            raise ValueError("train.cuda_graph is on, but the run is on a CPU, which has no CUDA graphs. Leave it off.")
+        if world.size > 1:
+            raise ValueError(
+                f"train.cuda_graph is on for {world.size} processes; steps are recorded for one process only, exchanges between ranks are "
+                f"not. Leave it off."
+            )
+        if not isinstance(train_step.optimizer, AdamWWithTeacher):
+            raise ValueError(
+                "train.cuda_graph is on, and a recorded step needs an optimizer that reads its settings on the device. "
+                "Choose optimizer.name adamw_with_teacher, or leave train.cuda_graph off."
+            )
+        self.train_step = train_step
+        self.tape = tape or CudaTape(world.device)
+        self.settings = torch.zeros(len(StepSettings._fields), dtype=torch.float64, device=world.device)
+        self.step = torch.zeros((), dtype=torch.int64, device=world.device)
+        self.stopping = torch.zeros((), device=world.device)
+        self.micro_batches: list[list[Tensor]] = []
+        self.warm_ups_left = WARM_UP
+        self.result: StepResult | None = None
+
+    def __call__(
+        self, micro_batches: Sequence[list[Tensor]], settings: StepSettings, step: int, stopping: Tensor | None = None
+    ) -> StepResult:
+        """See ``TrainStep``. The next call overwrites the tensors that this one returns."""
+        self._take_in(micro_batches, settings, step, stopping)
+        if self.warm_ups_left:
+            self.warm_ups_left -= 1
+            return self.tape.warm_up(self._step)
+        if self.result is None:
+            try:
+                self.result = self.tape.record(self._step)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                raise ValueError(
+                    f"train.cuda_graph is on, but the step could not be recorded: {str(error).splitlines()[0]} Leave it off."
+                ) from error
+        self.tape.replay()
+        return self.result
+
+    def _take_in(self, micro_batches: Sequence[list[Tensor]], settings: StepSettings, step: int, stopping: Tensor | None) -> None:
+        if not self.micro_batches:
+            self.micro_batches = [[torch.empty_like(crop) for crop in crops] for crops in micro_batches]
+        for ours, crops in zip(self.micro_batches, micro_batches, strict=True):
+            for own, crop in zip(ours, crops, strict=True):
+                assert own.shape == crop.shape, f"a recorded step takes crops of {tuple(own.shape)}, not of {tuple(crop.shape)}"
+                own.copy_(crop, non_blocking=True)
+        self.settings.copy_(settings_vector(settings, self.settings.device))
+        self.step.fill_(step)
+        if stopping is not None:
+            self.stopping.copy_(stopping)
+
+    def _step(self) -> StepResult:
+        return self.train_step(self.micro_batches, StepSettings(*self.settings.unbind()), self.step, self.stopping)
