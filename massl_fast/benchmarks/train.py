@@ -129,7 +129,7 @@ def measure(config: Config, world: World, precision, loader, seconds: float) -> 
 
     def together() -> None:
         micro_batches = [clock.fetch(batches).crops for _ in range(accumulation)]
-        synthetic.train_step(micro_batches, synthetic.settings, synthetic.count)
+        synthetic.take_step(micro_batches, synthetic.settings, synthetic.count)
         synthetic.count += 1
 
     def end_of_window() -> None:
