@@ -374,6 +374,8 @@ def explain(config: Config, world: World) -> Explanation:
         f"Out of memory: a step with micro-batches of {batch} images needs about {gib(estimate.bytes)} by its shapes, its peak in "
         f"'{estimate.peak.section}'; the {'device' if device_type == 'cuda' else 'host'} has {gib(total)}."
     )
+    if estimate.bytes <= budget:
+        reason += f" By that it would fit; {gib(free_now)} are free now: the loader, other programs or a leak have the rest."
     lines = [reason, "  " + ", ".join(f"{name} {gib(size)}" for name, size in largest_first(estimate.by_owner, most=7))]
     if device_type == "cuda":
         lines.append(f"  Beside PyTorch, {gib(others)} of the device are taken (CUDA context, DALI's pool, other programs).")
@@ -419,4 +421,7 @@ def largest_first(sizes: dict[str, int], most: int) -> list[tuple[str, int]]:
 
 
 def gib(size: float) -> str:
-    return f"{size / GIB:.2f} GiB" if size >= 0.1 * GIB else f"{size / MIB:.1f} MiB"
+    """Bytes in the unit that suits them."""
+    if size >= 0.1 * GIB:
+        return f"{size / GIB:.2f} GiB"
+    return f"{size / MIB:.1f} MiB" if size >= 0.1 * MIB else f"{size / 1024:.1f} KiB"

@@ -129,7 +129,7 @@ class Ledger(TorchDispatchMode):
             self.on_backward_end()
         if section == sections.BACKWARD:
             # Also what a recomputed part keeps as its argument, which autograd's hooks do not see.
-            for piece in self.living():
+            for piece in self._pieces.values():
                 piece.saved |= piece.section == sections.STUDENT
         if section == sections.TEACHER or section == sections.STUDENT:
             self.part = "embedding"
@@ -140,8 +140,9 @@ class Ledger(TorchDispatchMode):
             self.ends.append(len(self.changes))
         self.section = section or sections.REST
 
-    def living(self) -> list[Piece]:
-        return list(self._pieces.values())
+    def living(self) -> dict[int, Piece]:
+        """Storages that are there now, by the address of their implementation (``_cdata``)."""
+        return dict(self._pieces)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -244,13 +245,13 @@ def find_peak(changes: list[Change]) -> Peak:
 
 
 def highest_by_section(changes: list[Change]) -> dict[str, int]:
-    """Most bytes at any moment of each part of a step, in the order in which the parts come."""
+    """Most bytes at any moment of each part of a step that takes or gives back any, in the order in which the parts come; the rest last."""
     highest: dict[str, int] = {}
     total = 0
     for change in changes:
         before, total = total, total + change.sign * change.piece.bytes
         highest[change.section] = max(highest.get(change.section, 0), before, total)
-    return highest
+    return {name: highest[name] for name in sorted(highest, key=lambda name: name == sections.REST)}
 
 
 def timeline(changes: list[Change], points: int = 400) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import contextlib
 import functools
 import gc
 import itertools
+import math
 import resource
 import tempfile
 from collections import defaultdict
@@ -43,6 +44,7 @@ from massl_fast.profiling.estimate import (
     precision_on,
     record_step,
 )
+from massl_fast.profiling.holders import holders_of
 from massl_fast.profiling.ledger import Change, Ledger, Peak, find_peak, timeline
 from massl_fast.profiling.out_of_memory import is_out_of_memory
 from massl_fast.profiling.profiler import host_allocations
@@ -68,8 +70,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     config = load_config(args.recipe, args.settings)
-    if args.device_gib < 0:
-        raise ValueError(f"--device-gib is {args.device_gib:g}; it takes a number of GiB above 0.")
+    if not 0 <= args.device_gib < math.inf:
+        raise ValueError(f"--device-gib is {args.device_gib:g}; it takes a number of GiB, or 0 for the memory of this device.")
+    if args.output:
+        _demand_writable(Path(args.output))
     here = config.train.device != "cuda" or torch.cuda.is_available()
     if not here and not args.estimate:
         raise ValueError("train.device is cuda, but PyTorch finds no GPU here. Add --estimate to have the estimate alone.")
@@ -105,6 +109,14 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _demand_writable(path: Path) -> None:
+    """Find out before minutes are spent on what could not be written."""
+    existed = path.exists()
+    records.append(path, [])
+    if not existed:
+        path.unlink()
+
+
 @dataclass
 class Measured:
     """What was found by running."""
@@ -133,6 +145,8 @@ class Leak:
     operator: str
     line: str
     section: str
+    holder: str
+    """What keeps one of them, such as a list of 5 in kept of Leaky; empty where no Python object was found that does."""
 
 
 def measure(config: Config, world: World, *, device_batch: int, accumulation: int, with_loader: bool = False) -> Measured:
@@ -246,15 +260,19 @@ def _loader_bytes(run: SyntheticRun, wanted: bool) -> dict[str, int]:
 def find_leaks(book: Ledger) -> list[Leak]:
     """Storages without a role, made in a step of the book before the last and still there, by where they were made."""
     places: dict[tuple[str, str, str], dict[int, int]] = defaultdict(lambda: defaultdict(int))
-    for piece in book.living():
+    keys: dict[tuple[str, str, str], list[int]] = defaultdict(list)
+    for key, piece in book.living().items():
         if not piece.role and piece.born < book.number - 1:
-            places[piece.operator, piece.line, piece.section][piece.born] += piece.bytes
+            place = piece.operator, piece.line, piece.section
+            places[place][piece.born] += piece.bytes
+            keys[place].append(key)
     # What every step leaves behind is a leak; what one step leaves is a cache.
-    leaks = [
-        Leak(sum(by_step.values()) // len(by_step), operator, line, section)
-        for (operator, line, section), by_step in places.items()
-        if len(by_step) == book.number - 1 > 1
-    ]
+    leaking = {place: by_step for place, by_step in places.items() if len(by_step) == book.number - 1 > 1}
+    holders = holders_of({key for place in leaking for key in keys[place]})
+    leaks = []
+    for place, by_step in leaking.items():
+        holder = next((holders[key] for key in keys[place] if holders.get(key)), "")
+        leaks.append(Leak(sum(by_step.values()) // len(by_step), *place, holder))
     return sorted((leak for leak in leaks if leak.bytes_per_step >= 1), key=lambda leak: -leak.bytes_per_step)
 
 
@@ -270,7 +288,7 @@ def report(estimate: Estimate, measured: Measured | None) -> list[str]:
     lines = table(columns, {"estimated": estimate.bytes, "measured": measured.peak_bytes}, "At the peak, MiB")
     lines.append(f"The estimate is {100 * (estimate.bytes / measured.peak_bytes - 1):+.1f} % off the measured peak.")
     lines += [peak_sentence(measured.peak), "Largest storages at that moment:", *largest_pieces(measured.peak.pieces)]
-    lines += ["Highest in each part of a step, measured:", *way_through(measured.changes)]
+    lines += ["Highest in each part of a step, measured (parts that allocate nothing are not listed):", *way_through(measured.changes)]
     lines.append("Beside the step's own bytes, not in the peak above:")
     lines += [f"{size / MIB:>9,.1f} MiB  {name}" for name, size in measured.rest.items()]
     return lines + leak_sentences(measured)
@@ -284,13 +302,15 @@ def leak_sentences(measured: Measured) -> list[str]:
     for leak in measured.leaks[:5]:
         where = f" at {leak.line}" if leak.line else ""
         lines.append(f"  {gib(leak.bytes_per_step)} a step made by {leak.operator}{where}, in '{leak.section}', outlive their step.")
+        lines.append(f"    Kept by {leak.holder or 'no Python object that could be found'}.")
     return lines
 
 
 def predict(config: Config, device_type: str, total: int, estimate: Estimate, measured: Measured | None) -> dict[str, Any]:
     """The largest micro-batch for a device of ``total`` bytes: by the estimate, corrected by how far it was off here."""
     error = measured.peak_bytes / estimate.bytes if measured else 1.0
-    outside = sum(size for name, size in measured.rest.items() if "slack" not in name or device_type == "cpu") if measured else 0
+    beside = measured.rest if measured else estimate.beside
+    outside = sum(size for name, size in beside.items() if "slack" not in name or device_type == "cpu")
     budget = int((total * (1 - RESERVE) - outside) / error)
     batch, at = largest_batch(config, device_type=device_type, budget=budget)
     corrected = ", corrected by the error found here" if measured else ""

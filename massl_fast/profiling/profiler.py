@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
+import tempfile
 from collections.abc import Iterator
 
 from torch.autograd import DeviceType
@@ -17,7 +19,30 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 def host_allocations() -> Iterator[list[int]]:
     """Yields a list that holds, after the block, the bytes of every allocation (negative: of every release) on the host, in order."""
     sizes: list[int] = []
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with (
+        _without_line("Memory block of unknown size was allocated before the profiling started"),
+        profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler,
+    ):
         yield sizes
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]" and e.device_type() == DeviceType.CPU]
     sizes.extend(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))
+
+
+@contextlib.contextmanager
+def _without_line(words: str) -> Iterator[None]:
+    """Keep one known line that PyTorch's C++ writes to the terminal away from it (blocks that were there before are counted by whoever
+    calls); everything else that is written meanwhile follows after the block."""
+    sys.stderr.flush()
+    with tempfile.TemporaryFile() as caught:
+        terminal = os.dup(2)
+        os.dup2(caught.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(terminal, 2)
+            os.close(terminal)
+            caught.seek(0)
+            rest = [line for line in caught.read().splitlines(keepends=True) if words.encode() not in line]
+            if rest:
+                os.write(2, b"".join(rest))

@@ -50,9 +50,9 @@ def largest_pieces(pieces: list[Piece], most: int = 6) -> list[str]:
     return lines
 
 
-def way_through(changes: list[Change]) -> list[str]:
-    """The highest moment of each part of a step, in order, with bars from zero."""
-    heights = highest_by_section(changes)
+def way_through(changes: list[Change], always: int = 0) -> list[str]:
+    """The highest moment of each part of a step, in order, with bars from zero; ``always`` bytes are added to each."""
+    heights = {name: size + always for name, size in highest_by_section(changes).items()}
     top = max(heights.values(), default=1)
     return [f"  {name:<20}{size / MIB:>10,.1f} MiB  {'█' * max(1, round(BAR * size / top))}" for name, size in heights.items()]
 
@@ -61,7 +61,10 @@ def estimate_lines(estimate: Estimate) -> list[str]:
     """An estimate alone: the book at its peak, the way there and what lies beside."""
     lines = table({"estimated": estimate.by_owner}, {"estimated": estimate.bytes}, "At the peak, MiB")
     lines += [peak_sentence(estimate.peak), "Largest storages at that moment:", *largest_pieces(estimate.peak.pieces)]
-    lines += ["Highest in each part of a step:", *way_through(estimate.changes)]
+    lines += [
+        "Highest in each part of a step (parts that allocate nothing are not listed):",
+        *way_through(estimate.changes, sum(estimate.extras.values())),
+    ]
     if estimate.beside:
         lines.append("Beside the step's own bytes, not in the peak above:")
         lines += [f"{size / MIB:>9,.1f} MiB  {name}" for name, size in estimate.beside.items()]
