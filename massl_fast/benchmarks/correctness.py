@@ -14,6 +14,7 @@ import torch
 
 from massl_fast.benchmarks import records
 from massl_fast.benchmarks.kernels import DTYPES, OURS, Case, errors, excess, variants
+from massl_fast.benchmarks.rates import chosen_device
 
 CHECKED = ("reference", *OURS)
 
@@ -25,9 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device is {args.device}, and torch finds no GPU here.")
+    device = chosen_device(args.device)
+    if args.output:
+        records.check_writable(args.output)
     rows, mistakes, checked, absent = [], 0, 0, {}
     for case in cases(device, args.quick):
         calls, missing = variants(case, device, compiled=False)

@@ -33,6 +33,7 @@ from torch import Tensor
 from massl_fast import kernels
 from massl_fast.benchmarks import records
 from massl_fast.benchmarks.intervals import spread_percent
+from massl_fast.benchmarks.rates import chosen_device
 from massl_fast.kernels import reference
 from massl_fast.kernels.loss import assemble, count_pairs
 from massl_fast.kernels.partition import round_keys, shuffle
@@ -469,12 +470,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device is {args.device}, and torch finds no GPU here.")
+    device = chosen_device(args.device)
     cases, rounds = chosen_cases(args, device), args.rounds or (5 if args.quick else 30 if device.type == "cuda" else 9)
     output = Path(args.output) if args.output else RESULTS / _slug(device) / "kernels.jsonl"
+    if args.output != "none":
+        records.check_writable(output)
     compiled = args.compile or device.type == "cuda"
+    check_names(cases, args.variants, compiled, device)
     print(
         f"{records.processor_name() if device.type == 'cpu' else torch.cuda.get_device_name(device)}, torch {torch.__version__}", end=", "
     )
@@ -490,15 +492,40 @@ def run(args: argparse.Namespace) -> int:
     return int(wrong > 0)
 
 
+def check_names(cases: Sequence[Case], wanted: Sequence[str], compiled: bool, device: torch.device) -> None:
+    """Raise ValueError where a word of ``--variants`` is in no variant's name."""
+    known: dict[str, str] = {}
+    for case in cases:
+        calls, missing = variants(case, device, compiled)
+        known |= dict.fromkeys(calls, "") | missing
+    for word in wanted:
+        names = [name for name in known if word in name]
+        if not names:
+            raise ValueError(f"--variants: no variant has {word} in its name; there are {'; '.join(known)}.")
+        if all(known[name] for name in names):
+            raise ValueError(f"--variants: {names[0]} cannot be measured: {known[names[0]]}.")
+
+
 def chosen_cases(args: argparse.Namespace, device: torch.device) -> list[Case]:
     on_gpu = device.type == "cuda"
     images = args.images or ([8] if args.quick else [64, 512] if on_gpu else [64])
     entries = args.entries or ([8192] if args.quick else [65536, 131072] if on_gpu else [65536])
     block = min(args.block, 2048) if args.quick else args.block
     dtype = args.dtype or ("bfloat16" if on_gpu else "float32")
-    smallest = min(*images, *entries, block, args.width, args.teacher_views, args.student_views - 1, args.rounds + 1)
-    if smallest < 1 or max(images) > min(entries) or block > min(entries):
-        raise ValueError("Images, entries, block and widths take at least 1, --student-views at least 2; images and block at most K.")
+    for name, value, least in (
+        ("--images", min(images), 1),
+        ("--entries", min(entries), 1),
+        ("--block", block, 1),
+        ("--width", args.width, 1),
+        ("--teacher-views", args.teacher_views, 1),
+        ("--student-views", args.student_views, 2),
+        ("--rounds", args.rounds, 0),
+    ):
+        if value < least:
+            raise ValueError(f"{name} is {value}; it takes at least {least}.")
+    for name, value in (("--images", max(images)), ("--block", block)):
+        if value > min(entries):
+            raise ValueError(f"{name} is {value}, more than the {min(entries)} entries of the memory (--entries).")
     cases = []
     for operation in args.cases:
         for count in images if operation != "partition" else images[:1]:

@@ -89,6 +89,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if min(args.workers) < 1 or args.seconds <= 0 or args.batch < 0:
         raise ValueError("--workers take at least 1, --seconds more than 0, --batch at least 1.")
+    if args.output:
+        records.check_writable(args.output)
     step_rate = read_step_rate(args.step_rate) if args.step_rate else None
     device = "cuda" if torch.cuda.is_available() else "cpu"
     batch = args.batch or (64 if device == "cuda" else 16)

@@ -61,6 +61,15 @@ def record(kind: str, case: dict[str, Any], figures: dict[str, Any], details: di
     }
 
 
+def check_writable(path: Path | str) -> None:
+    """Raise ValueError where records cannot be written, before anything is measured for them."""
+    path = Path(path)
+    there = path.exists()
+    append(path, [])
+    if not there:
+        path.unlink()
+
+
 def append(path: Path | str, rows: Iterable[dict[str, Any]]) -> None:
     """Add records to a file, one line each, at once, so that a run that is cut off keeps what it has."""
     path = Path(path)
