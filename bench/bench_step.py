@@ -1,15 +1,16 @@
-"""A whole training step of massl-fast beside the published way of taking it: images/s, peak memory, largest batch.
+"""A whole training step of massl-fast beside the published way of taking it, and beside itself with one thing taken back or added.
 
     python bench/bench_step.py                                    small ViTs on the CPU
     python bench/bench_step.py --cases vit_small --batch 64 512   ViT-S/16 on a GPU
     python bench/bench_step.py --cases vit_small --largest        the largest batch that fits, of each side
+    python bench/bench_step.py --cases vit_mini --ablation        what each part of the design is worth
     pytest bench/bench_step.py --benchmark-enable                 the smallest case, under pytest-benchmark
 
 Crops are synthetic and lie on the device. All sides of a case run in one process, a step of each in turn, so that what else the machine
 does meets all of them; the figure is the median over the rounds, the ratio the median of each round's ratio. On a CPU, images per second of
 processor time stand beside it, which other work on the machine hardly changes (set OMP_WAIT_POLICY=passive, or waiting counts).
 
-Peak memory is that of one side alone, from its construction through two steps: allocated bytes on a GPU, bytes of the CPU allocator on a
+Peak memory is that of one side alone, from its construction through its first steps: allocated bytes on a GPU, bytes of the CPU allocator on a
 CPU (scratch memory of matrix libraries not included).
 """
 
@@ -30,6 +31,8 @@ import torch
 
 from massl_fast.benchmarks import records
 from massl_fast.config import OptimizerSection
+from massl_fast.engine import graphed_step
+from massl_fast.engine.graphed_step import GraphedStep
 from massl_fast.engine.optimizer import build_optimizer
 from massl_fast.engine.parallel import World
 from massl_fast.engine.precision import choose_precision
@@ -45,8 +48,34 @@ sys.path.insert(0, str(Path(__file__).parent))
 from published_step import PublishedStep, published_encoder
 
 SETTINGS = StepSettings(learning_rate=1e-4, weight_decay=0.1, teacher_momentum=0.996, teacher_temperature=0.05)
-SIDES = ("published", "massl-fast", "massl-fast compiled")
 RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True)
+class Options:
+    """How massl-fast takes its step; the defaults are the trainer's."""
+
+    crops_pass: str = "auto"
+    backend: str = "auto"
+    optimizer: str = "adamw"
+    recompute: str = "nothing"
+    compiled: bool = False
+    graphed: bool = False
+
+
+OPTIONS = {
+    "massl-fast": Options(),
+    "massl-fast compiled": Options(compiled=True),
+    "massl-fast graphed": Options(compiled=True, graphed=True, optimizer="adamw_with_teacher"),
+    "one pass a crop size": Options(crops_pass="separate"),
+    "loss from logits": Options(backend="reference"),
+    "one-kernel update": Options(optimizer="adamw_with_teacher"),
+    "recompute pointwise": Options(recompute="pointwise"),
+    "recompute blocks": Options(recompute="blocks"),
+}
+SIDES = ("published", *OPTIONS)
+GPU_ALONE = ("massl-fast graphed",)
+ABLATION = ("massl-fast", "one pass a crop size", "loss from logits", "one-kernel update", "recompute pointwise", "recompute blocks")
 
 
 @dataclass(frozen=True)
@@ -104,23 +133,36 @@ def build(case: Case, side: str, device: torch.device, precision: str = "auto") 
         )
         return lambda number: step(crops, SETTINGS, number)
     crops = [crop.contiguous(memory_format=torch.channels_last) for crop in crops]
-    pair = StudentTeacher(Encoder(*parts(case.drop_path)), Encoder(*parts(0.0))).to(device, memory_format=torch.channels_last)
-    if side.endswith("compiled"):
+    options = OPTIONS[side]
+    student = Encoder(*parts(case.drop_path), crops_pass=options.crops_pass, recompute=options.recompute)
+    pair = StudentTeacher(student, Encoder(*parts(0.0), crops_pass=options.crops_pass)).to(device, memory_format=torch.channels_last)
+    if options.compiled:
         pair.student.compile_blocks()
         pair.teacher.compile_blocks()
-    objective = MasslObjective(case.memory_size, 256, block_size=case.block_size, student_temperature=0.1, memory_dtype=chosen.dtype).to(
-        device
-    )
+    objective = MasslObjective(
+        case.memory_size,
+        256,
+        block_size=case.block_size,
+        student_temperature=0.1,
+        memory_dtype=chosen.dtype,
+        backend=options.backend,
+    ).to(device)
     step = TrainStep(
         pair,
         objective,
-        build_optimizer(pair.student, OptimizerSection()),
+        build_optimizer(pair.student, OptimizerSection(name=options.optimizer)),
         world=world,
         precision=chosen,
         clip=3.0,
         clip_mode="parameter",
     )
-    return lambda number: step([crops], SETTINGS, number)
+    take = GraphedStep(step) if options.graphed else step
+    return lambda number: take([crops], SETTINGS, number)
+
+
+def warm_up_steps(side: str) -> int:
+    """Steps after which a side takes every further one in the same way, and with the same memory."""
+    return graphed_step.WARM_UP + 2 if side in OPTIONS and OPTIONS[side].graphed else 2
 
 
 def seconds_of(step: Callable[[int], None], number: int, device: torch.device) -> tuple[float, float]:
@@ -138,16 +180,16 @@ def _wait(device: torch.device) -> None:
 
 
 def time_sides(case: Case, sides: list[str], device: torch.device, precision: str, rounds: int) -> dict[str, list[tuple[float, float]]]:
-    """(wall, processor) seconds of each round of each side, after two steps of warm-up."""
+    """(wall, processor) seconds of each round of each side, after steps of warm-up."""
     steps = {side: build(case, side, device, precision) for side in sides}
-    for step in steps.values():
-        for number in range(2):
+    for side, step in steps.items():
+        for number in range(warm_up_steps(side)):
             seconds_of(step, number, device)
     gc.collect()
     gc.disable()
     try:
         seconds: dict[str, list[tuple[float, float]]] = {side: [] for side in sides}
-        for number in range(2, 2 + rounds):
+        for number in range(graphed_step.WARM_UP + 2, graphed_step.WARM_UP + 2 + rounds):
             for side, step in steps.items():
                 seconds[side].append(seconds_of(step, number, device))
     finally:
@@ -156,20 +198,20 @@ def time_sides(case: Case, sides: list[str], device: torch.device, precision: st
 
 
 def peak_bytes(case: Case, side: str, device: torch.device, precision: str = "auto") -> int:
-    """Most bytes allocated at a time by one side alone: weights, optimizer, memory, crops and two steps."""
+    """Most bytes allocated at a time by one side alone: weights, optimizer, memory, crops and its first steps."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         step = build(case, side, device, precision)
-        for number in range(2):
+        for number in range(warm_up_steps(side)):
             step(number)
         _wait(device)
         return torch.cuda.max_memory_allocated(device) - before
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         step = build(case, side, device, precision)
-        for number in range(2):
+        for number in range(warm_up_steps(side)):
             step(number)
     changes = [(event.start_ns(), event.nbytes()) for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     total = most = 0
@@ -180,7 +222,7 @@ def peak_bytes(case: Case, side: str, device: torch.device, precision: str = "au
 
 
 def largest_batch(case: Case, side: str, device: torch.device, precision: str = "auto") -> int:
-    """The largest multiple of 8 whose two steps fit the GPU."""
+    """The largest multiple of 8 whose first steps fit the GPU."""
 
     def fits(eights: int) -> bool:
         # K a multiple of the batch is the published code's own demand; its memory is widened by less than a batch for it.
@@ -278,12 +320,17 @@ def main() -> None:
     parser.add_argument("--batch", nargs="+", type=int, default=[], help="batches in place of the case's own")
     parser.add_argument("--memory-size", nargs="+", type=int, default=[], help="memories in place of the case's own")
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES[:2]), help="the first is what the others are compared with")
+    parser.add_argument("--ablation", action="store_true", help=f"these sides: {', '.join(ABLATION)}")
     parser.add_argument("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto")
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--largest", action="store_true", help="find the largest batch that fits the GPU instead of timing")
     parser.add_argument("--output", default="", help="file to which a record a case is appended (default: none)")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if args.ablation:
+        args.sides = list(ABLATION)
+    if device.type == "cpu" and (absent := [side for side in args.sides if side in GPU_ALONE]):
+        parser.error(f"{absent[0]} needs a GPU, and there is none here")
     if args.largest and device.type == "cpu":
         parser.error("--largest fills a GPU's memory, and there is none here")
     for case in [CASES[name] for name in args.cases]:
@@ -308,8 +355,11 @@ def main() -> None:
 def test_step(benchmark, side):
     """One step of the smallest case; interleaved comparisons are the script's."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if side in GPU_ALONE and device.type == "cpu":
+        pytest.skip(f"{side} needs a GPU")
     step = build(CASES["vit_mini"], side, device)
-    step(0)
+    for number in range(warm_up_steps(side)):
+        step(number)
     benchmark.extra_info["images_per_step"] = CASES["vit_mini"].batch
     benchmark.pedantic(lambda: seconds_of(step, 1, device), rounds=5, warmup_rounds=1)
 
