@@ -186,11 +186,12 @@ def versions() -> dict[str, str]:
 
 @functools.cache
 def git_state() -> dict[str, Any]:
-    """Commit and whether tracked files differ from it. Where a copy of the files came without git, MASSL_FAST_COMMIT names the commit."""
+    """Commit and whether tracked files other than records differ from it. Where the files came without git, MASSL_FAST_COMMIT names it."""
     if named := os.environ.get("MASSL_FAST_COMMIT"):
         return {"commit": named, "dirty": None}
     commit = _git("rev-parse", "HEAD")
-    return {"commit": commit, "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")) if commit else None}
+    changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results")
+    return {"commit": commit, "dirty": bool(changed) if commit else None}
 
 
 def _git(*arguments: str) -> str:

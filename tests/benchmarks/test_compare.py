@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+import subprocess
 from collections import Counter
 
 import pytest
@@ -195,6 +196,22 @@ def test_a_record_says_how_it_came_about():
     assert made["versions"]["python"] and made["versions"]["torch"]
     assert set(made["git"]) == {"commit", "dirty"}
     assert json.loads(json.dumps(made)) == made
+
+
+def test_records_themselves_are_no_change_of_the_code(tmp_path, monkeypatch):
+    git = lambda *words: subprocess.run(["git", "-C", str(tmp_path), *words], check=True, capture_output=True)  # noqa: E731
+    (tmp_path / "bench" / "results").mkdir(parents=True)
+    for name in ("code.py", "bench/results/records.jsonl"):
+        (tmp_path / name).write_text("before")
+    git("init")
+    git("add", ".")
+    git("-c", "user.name=a", "-c", "user.email=a@b", "commit", "-m", "first")
+    monkeypatch.setattr(records, "ROOT", tmp_path)
+    monkeypatch.delenv("MASSL_FAST_COMMIT", raising=False)
+    (tmp_path / "bench" / "results" / "records.jsonl").write_text("after")
+    assert len(records.git_state()["commit"]) == 40 and records.git_state()["dirty"] is False
+    (tmp_path / "code.py").write_text("after")
+    assert records.git_state()["dirty"] is True
 
 
 def test_figures_are_finite_numbers():
