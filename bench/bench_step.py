@@ -10,8 +10,8 @@ Crops are synthetic and lie on the device. All sides of a case run in one proces
 does meets all of them; the figure is the median over the rounds, the ratio the median of each round's ratio. On a CPU, images per second of
 processor time stand beside it, which other work on the machine hardly changes (set OMP_WAIT_POLICY=passive, or waiting counts).
 
-Peak memory is that of one side alone, from its construction through its first steps: allocated bytes on a GPU, bytes of the CPU allocator on a
-CPU (scratch memory of matrix libraries not included).
+Peak memory is that of one side alone, from its construction through its first steps: allocated bytes on a GPU, bytes of the CPU allocator
+on a CPU (scratch memory of matrix libraries not included).
 """
 
 from __future__ import annotations
