@@ -16,7 +16,7 @@ from typing import Any
 from massl_fast.benchmarks import records
 from massl_fast.benchmarks.charts import memory_timeline, split
 from massl_fast.benchmarks.intervals import spread_percent
-from massl_fast.benchmarks.page import device_of, kernel_bars, latest, shown_number, times_the_first
+from massl_fast.benchmarks.page import device_of, kernel_bars, latest, published_model, shown_number, times_the_first
 from massl_fast.profiling.sections import NAMES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -146,13 +146,6 @@ def kernels(rows: list[Row], device: str) -> tuple[str, dict[str, str]]:
     return "\n\n".join(texts), plots
 
 
-def model_of(row: Row) -> str:
-    """The model and crops of a step beside the published way."""
-    case, changed = row["case"], row["details"]["case"]["model_args"]
-    words = "".join(f", {name} {value}" for name, value in changed.items())
-    return f"{case['architecture']}{words}, 2×{case['global_size']} + {case['num_local']}×{case['local_size']} px"
-
-
 def published(rows: list[Row], device: str) -> tuple[str, dict[str, str]]:
     lines = []
     for row in rows:
@@ -162,7 +155,7 @@ def published(rows: list[Row], device: str) -> tuple[str, dict[str, str]]:
             processor = result.get("times_the_first_side_by_processor_time")
             lines.append(
                 [
-                    f"{model_of(row)}, {case['batch']} images, {case['precision']}",
+                    f"{published_model(row)}, {case['batch']} images, {case['precision']}",
                     side,
                     shown_number(result["images_per_second"]),
                     f"{low:.0f} to {high:.0f}",
@@ -272,7 +265,7 @@ def headlines_of(rows: list[Row]) -> list[str]:
             ours = sides.get("massl-fast")
             if ours and "published" in sides:
                 less = 100 * (1 - ours["peak_mib"] / sides["published"]["peak_mib"])
-                what = f"{model_of(row)}; {row['case']['batch']} images, {row['case']['precision']}"
+                what = f"{published_model(row)}; {row['case']['batch']} images, {row['case']['precision']}"
                 times = f"{times_the_first(row, 'massl-fast'):.2f} times as fast as the published way"
                 lines.append(f"a training step ({what}) is {times}, with {less:.0f} % less memory")
     measured = [row for row in rows if row["kind"] == "memory" and "measured_peak" in row["figures"]]

@@ -44,16 +44,17 @@ def bars(items: Sequence[Bar], unit: str, *, wide: bool = False) -> str:
     """Horizontal bars, the first on top, each with its number."""
     with drawing(wide=wide, height=0.5 + 0.3 * len(items)) as (axes, finish):
         medians = [median(item.samples) for item in items]
-        longest = max([*medians, 1e-12])
-        for row, (item, value) in enumerate(zip(items, medians)):
+        intervals = [median_interval(item.samples) for item in items]
+        longest = max([*medians, *(interval[1] for interval in intervals if interval), 1e-12])
+        for row, (item, value, interval) in enumerate(zip(items, medians, intervals)):
             axes.barh(row, value, height=0.62, color=STAND_INS[item.colour], linewidth=0)
-            if interval := median_interval(item.samples):
+            if interval:
                 axes.plot(interval, [row, row], color=STAND_INS["--ink"], linewidth=1)
             text = f"{_number(value)} {unit}" + (f" · {item.note}" if item.note else "")
             axes.text(1.01, row, text, transform=axes.get_yaxis_transform(), va="center", color=STAND_INS["--ink"], fontsize=8.5)
         axes.set_yticks(range(len(items)), [item.label for item in items])
         axes.invert_yaxis()
-        axes.set_xlim(0, longest * 1.1)
+        axes.set_xlim(0, longest * 1.04)
         _plain(axes)
         axes.tick_params(axis="y", colors=STAND_INS["--ink"])
         axes.xaxis.set_major_locator(NullLocator())
@@ -80,7 +81,7 @@ def roofline(dots: Sequence[Dot], matrix_rate: float, bandwidth: float) -> str:
         right = max([ridge * 8, *(dot.intensity * 3 for dot in dots)])
         axes.plot([left, ridge, right], [left * bandwidth, matrix_rate, matrix_rate], color=STAND_INS["--ink"], linewidth=1.4, zorder=2)
         axes.text(right, matrix_rate * 1.12, f"matrix product {_number(matrix_rate / 1e12)} TFLOP/s", ha="right", color=STAND_INS["--ink"])
-        axes.text(left * 1.1, left * bandwidth * 1.6, f"copy {_number(bandwidth / 1e9)} GB/s", color=STAND_INS["--ink"])
+        axes.text(left * 1.3, left * bandwidth, f"copy {_number(bandwidth / 1e9)} GB/s", color=STAND_INS["--ink"])
         named: set[str] = set()
         for dot in dots:
             colour = STAND_INS[dot.colour]
@@ -93,10 +94,13 @@ def roofline(dots: Sequence[Dot], matrix_rate: float, bandwidth: float) -> str:
         axes.set_xscale("log")
         axes.set_yscale("log")
         axes.set_xlim(left, right)
-        axes.set_ylim(min([left * bandwidth, *(dot.rate / 2 for dot in dots)]), matrix_rate * 2.2)
+        lowest, highest = min([left * bandwidth, *(dot.rate / 2 for dot in dots)]), matrix_rate * 2.2
+        axes.set_ylim(lowest, highest)
         _plain(axes, grid=True)
         _powers(axes.xaxis, "")
         _powers(axes.yaxis, "FLOP/s")
+        if highest < 100 * lowest:
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.set_xlabel("operations a byte of least traffic", color=STAND_INS["--muted"], loc="right")
         axes.set_ylabel("FLOP/s", color=STAND_INS["--muted"])
         _legend(axes)

@@ -14,7 +14,7 @@ from statistics import median
 from typing import Any
 
 from massl_fast.benchmarks import records
-from massl_fast.benchmarks.charts import COLOURS, MIB, Bar, Dot, Line, bars, memory_timeline, over_sizes, roofline, split, waterfall
+from massl_fast.benchmarks.charts import MIB, Bar, Dot, Line, bars, memory_timeline, over_sizes, roofline, split, waterfall
 from massl_fast.benchmarks.intervals import spread_percent
 from massl_fast.profiling.sections import NAMES
 from massl_fast.report.html import document, figure, grid, section, table
@@ -186,7 +186,8 @@ def kernel_bars(rows: Sequence[Row]) -> str:
 
 def case_words(case: dict[str, Any]) -> str:
     compiled = ", compiled" if case.get("compile") else ""
-    return f"{case['architecture']}, {case['batch']} images, {case['crops']} px, memory {case['memory']}, {case['precision']}{compiled}"
+    images = "" if case["batch"] == "search" else f", {case['batch']} images"
+    return f"{case['architecture']}{images}, {case['crops']} px, memory {case['memory']}, {case['precision']}{compiled}"
 
 
 def step_section(row: Row) -> str:
@@ -222,12 +223,19 @@ def published_section(row: Row) -> str:
         Bar(side, [result["images_per_second"]], colours[side], f"× {times_the_first(row, side):.2f}") for side, result in sides.items()
     ]
     peaks = [Bar(side, [result["peak_mib"] / 1024], colours[side]) for side, result in sides.items()]
-    case = row["case"]
     words = (
-        f"{case['architecture']}, {case['batch']} images, {case['precision']}; a step of each in turn, {row['details']['rounds']} rounds"
+        f"{published_model(row)}, {row['case']['batch']} images, {row['case']['precision']}; a step of each in turn, "
+        f"{row['details']['rounds']} rounds"
     )
     drawn = [figure("Images per second", bars(rates, "images/s")), figure("Peak memory", bars(peaks, "GiB"))]
     return section("A step beside the published way", grid(drawn), words)
+
+
+def published_model(row: Row) -> str:
+    """The model and crops of a step beside the published way."""
+    case, changed = row["case"], row["details"]["case"]["model_args"]
+    words = "".join(f", {name} {value}" for name, value in changed.items())
+    return f"{case['architecture']}{words}, 2×{case['global_size']} + {case['num_local']}×{case['local_size']} px"
 
 
 def times_the_first(row: Row, side: str) -> float:
@@ -247,7 +255,7 @@ def search_section(row: Row) -> str:
         f"<tr><th>{batch}</th>"
         + (
             f"<td>{result['images_per_second']:.1f}</td><td>{1000 * result['step_seconds']:.1f}</td>"
-            f"<td>{result['peak_bytes'] / MIB:.0f}</td></tr>"
+            f"<td>{'–' if not result['peak_bytes'] else format(result['peak_bytes'] / MIB, '.0f')}</td></tr>"
             if result
             else '<td colspan="3">out of memory</td></tr>'
         )
@@ -276,7 +284,7 @@ def train_section(row: Row) -> str:
 def loader_section(rows: Sequence[Row]) -> str:
     if not rows:
         return ""
-    colours = {name: COLOURS[number % len(COLOURS)] for number, name in enumerate(dict.fromkeys(row["case"]["loader"] for row in rows))}
+    colours = {"published": "--muted", "torchvision": "--blue", "dali": "--green"}
 
     def items(name: str) -> list[Bar]:
         found = []
