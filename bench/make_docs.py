@@ -16,7 +16,7 @@ from typing import Any
 from massl_fast.benchmarks import records
 from massl_fast.benchmarks.charts import memory_timeline, split
 from massl_fast.benchmarks.intervals import spread_percent
-from massl_fast.benchmarks.page import device_of, kernel_bars, latest, published_model, shown_number, times_the_first
+from massl_fast.benchmarks.page import case_words, device_of, growth, kernel_bars, latest, published_model, shown_number, times_the_first
 from massl_fast.profiling.sections import NAMES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -29,6 +29,11 @@ INTRODUCTION = """# Benchmarks
 Made by `python bench/make_docs.py` from the records in `bench/results/`, where every sample, the hardware, versions, commit and command
 stand; `massl-fast bench page bench/results/DEVICE` draws them all as one page. How they are taken and why the comparisons are fair:
 [bench/README.md](../bench/README.md). What no record shows has not been measured."""
+KERNEL_HEAD = ["N", "K", "variant", "ms", "quartiles apart", "× first", "× by processor time", "error", "of matrix rate", "extra MiB"]
+KERNEL_COLUMNS = """ms: median over the rounds, in which the variants take turns. × first: median of the ratio within a round, so that
+it need not be the ratio of two medians where the machine was busy. Error: the largest against float64, relative to the largest value
+(read-out or gradient; enqueue: absolute, of an entry). Of matrix rate: operations of the one pass a second, of those that a large matrix
+product reached in the same rounds."""
 RATIOS = """Images/s come from the median time of a step over the rounds; × published is the ratio of these medians, so that both columns
 say the same. × by processor time is the median over the rounds of the ratio within a round, of the seconds that the process computed:
 what other work on the machine hardly changes. Where the two differ by more than a few percent, the machine was busy; trust the latter.
@@ -115,35 +120,55 @@ def circumstances(row: Row) -> str:
     return f"{row['date'][:10]}, commit {commit}, {cores}, {torch}: `{row['command']}`"
 
 
+def taken(rows: list[Row]) -> str:
+    """How records came about, a line a command."""
+    return "\n\n".join({row["command"]: circumstances(row) for row in rows}.values())
+
+
 def table(head: list[str], lines: list[list[str]]) -> str:
     rows = [head, ["---"] * len(head), *lines]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in rows)
 
 
 def kernels(rows: list[Row], device: str) -> tuple[str, dict[str, str]]:
-    texts, plots = [], {}
-    shapes: dict[tuple, list[Row]] = {}
+    """A table an operation, its first case drawn, and time against N and K where several were measured."""
+    texts, plots = [KERNEL_COLUMNS], {}
+    groups: dict[str, list[Row]] = {}
     for row in rows:
-        shapes.setdefault(tuple(value for name, value in row["case"].items() if name != "variant"), []).append(row)
-    for members in shapes.values():
-        case = members[0]["case"]
-        lines = []
-        for row in members:
-            f = row["figures"]
-            cell = lambda name, form="{:.3g}", f=f: form.format(f[name]["median"]) if name in f else ""  # noqa: E731
-            spread = f"{spread_percent(f['time']['samples']):.0f} %" if len(f["time"]["samples"]) > 3 else ""
-            share = cell("share of the matrix rate", "{:.0f} %")
-            extra = cell("extra memory", "{:.1f}")
-            lines.append(
-                [row["case"]["variant"], cell("time", "{:.4g}"), spread, cell("time ratio"), cell("error", "{:.1e}"), share, extra]
-            )
-        sizes = "".join(f"-{key.lower()}{case[key]}" for key in ("V", "T", "N", "D", "K", "block"))
-        name = f"{device}-{case['operation']}{sizes}-{case['dtype']}.svg"
-        plots[name] = kernel_bars(members)
-        shape = ", ".join(f"{key} {case[key]}" for key in ("V", "T", "N", "D", "K", "block", "dtype"))
-        head = [f"{case['operation']}: {shape}", "ms", "quartiles apart", "× first", "error", "of matrix rate", "extra MiB"]
-        texts.append(f"{table(head, lines)}\n\n![{case['operation']}](plots/{name})\n\n{circumstances(members[0])}")
+        shape = {name: value for name, value in row["case"].items() if name not in ("N", "K", "variant", "device")}
+        groups.setdefault(", ".join(f"{name} {value}" for name, value in shape.items()), []).append(row)
+    for title, members in groups.items():
+        lines = [kernel_line(row) for row in sorted(members, key=lambda row: (row["case"]["K"], row["case"]["N"]))]
+        texts.append(f"**{title.removeprefix('operation ')}**\n\n{table(KERNEL_HEAD, lines)}")
+        first = [row for row in members if all(row["case"][size] == members[0]["case"][size] for size in ("N", "K"))]
+        stem = f"{device}-" + re.sub(r"[^a-z0-9]+", "-", title.removeprefix("operation ").lower())
+        drawn = {"times": kernel_bars(first)} | {
+            f"times-against-{size.lower()}": svg for size in ("N", "K") for _, svg in growth(members, size)
+        }
+        plots |= {f"{stem}-{name}.svg": svg for name, svg in drawn.items()}
+        texts += [f"![{name} of {title.removeprefix('operation ')}](plots/{stem}-{name}.svg)" for name in drawn]
+        texts.append(taken(members))
     return "\n\n".join(texts), plots
+
+
+def kernel_line(row: Row) -> list[str]:
+    figures = row["figures"]
+
+    def cell(name: str, form: str) -> str:
+        return form.format(figures[name]["median"]) if name in figures else ""
+
+    return [
+        str(row["case"]["N"]),
+        str(row["case"]["K"]),
+        row["case"]["variant"],
+        shown_number(figures["time"]["median"]),
+        f"{spread_percent(figures['time']['samples']):.0f} %" if len(figures["time"]["samples"]) > 3 else "",
+        cell("time ratio", "{:.3g}"),
+        cell("processor time ratio", "{:.3g}"),
+        cell("error", "{:.1e}"),
+        cell("share of the matrix rate", "{:.0f} %"),
+        cell("extra memory", "{:.1f}"),
+    ]
 
 
 def published(rows: list[Row], device: str) -> tuple[str, dict[str, str]]:
@@ -190,6 +215,25 @@ def step(rows: list[Row], device: str) -> tuple[str, dict[str, str]]:
     return table(head, lines) + "\n\n" + "\n\n".join(texts), plots
 
 
+def search(rows: list[Row], device: str) -> tuple[str, dict[str, str]]:
+    lines = []
+    for row in rows:
+        for batch, result in row["details"]["tried"]:
+            rate = f"{result['images_per_second']:.1f}" if result else "out of memory"
+            lines.append([row["case"]["architecture"], str(batch), rate, "best" if batch == row["details"]["best"] else ""])
+    return f"{table(['model', 'images', 'images/s', ''], lines)}\n\n{taken(rows)}", {}
+
+
+def trace(rows: list[Row], device: str) -> tuple[str, dict[str, str]]:
+    texts = []
+    for row in rows:
+        operators = row["details"]["operators"][:8]
+        lines = [[f"`{o['name']}`", f"{1000 * o['seconds']:.1f}", f"{o['share_percent']:.1f} %", f"{o['calls']:.0f}"] for o in operators]
+        waits = f"The host waits for the device {row['figures']['waits_per_step']['median']:.0f} times a step."
+        texts += [case_words(row["case"]), table(["operator, own time", "ms a step", "share", "calls"], lines), waits, circumstances(row)]
+    return "\n\n".join(texts), {}
+
+
 def train(rows: list[Row], device: str) -> tuple[str, dict[str, str]]:
     lines, texts = [], []
     for row in rows:
@@ -215,7 +259,7 @@ def loaders(rows: list[Row], device: str) -> tuple[str, dict[str, str]]:
                 f"{f['host_memory_mib']['median']:.0f}",
             ]
         )
-    return f"{table(['loader', 'images/s', 'per core', 'host MiB'], lines)}\n\n{circumstances(rows[0])}", {}
+    return f"{table(['loader', 'images/s', 'per core', 'host MiB'], lines)}\n\n{taken(rows)}", {}
 
 
 def memory(rows: list[Row], device: str) -> tuple[str, dict[str, str]]:
@@ -238,7 +282,9 @@ def memory(rows: list[Row], device: str) -> tuple[str, dict[str, str]]:
         texts.append(f"The estimate, from shapes alone, is at most {worst:.1f} % off; median {_median_error(measured):.1f} %.")
         name = f"{device}-memory.svg"
         plots[name] = memory_timeline(measured[0]["details"]["measured_timeline"], by_moment=False)
-        texts.append(f"![memory over a step: {measured[0]['case']['architecture']}](plots/{name})\n\n{circumstances(measured[0])}")
+        texts.append(
+            f"![memory over a step: {measured[0]['case']['architecture']}, {measured[0]['case']['batch']} images](plots/{name})\n\n{taken(measured)}"
+        )
     return "\n\n".join(texts), plots
 
 
@@ -250,9 +296,11 @@ SECTIONS = (
     ("Kernels", "kernels", kernels),
     ("A step beside the published way", "published step", published),
     ("A step, model alone", "step", step),
+    ("Rate against the batch", "batch search", search),
     ("Loader and model", "train", train),
     ("Loaders alone", "loader", loaders),
     ("Memory of a step", "memory", memory),
+    ("Operators of a step", "trace", trace),
 )
 
 
@@ -279,6 +327,8 @@ def alone(svg: str) -> str:
     """An SVG for a file of its own: colours in place of the page's, on a ground that reads in dark viewers, too."""
     for name, colour in COLOURS.items():
         svg = svg.replace(f"var({name})", colour)
+    # Tenths of a pixel are enough: a third of the size.
+    svg = re.sub(r' d="[^"]*"', lambda strokes: re.sub(r"(\.\d)\d+", r"\1", strokes[0]), svg)
     opening, rest = svg.split(">", 1)
     # Sizes that a page gives by its grid; text needs a family where no page gives one.
     opening += ' font-family="sans-serif" width="100%"'

@@ -98,7 +98,7 @@ def kernels_section(rows: Sequence[Row]) -> str:
     for row in rows:
         key = {name: value for name, value in row["case"].items() if name != "variant"}
         shapes.setdefault(json.dumps(key), []).append(row)
-    parts = [_roofline(rows), grid(_growth(rows, "N") + _growth(rows, "K"))]
+    parts = [_roofline(rows), grid([figure(title, drawn) for size in ("N", "K") for title, drawn in growth(rows, size)])]
     parts += [_shape(json.loads(key), members) for key, members in shapes.items()]
     note = (
         "Times are medians over rounds in which all variants of a case take turns; whiskers are 99 % intervals of the median. Beside each "
@@ -142,8 +142,8 @@ def intensity(case: dict[str, Any]) -> float:
     return 4 * case["D"] * rows * kept / traffic
 
 
-def _growth(rows: Sequence[Row], size: str) -> list[str]:
-    """Time against N or K for each operation measured at several, everything else as in the first record."""
+def growth(rows: Sequence[Row], size: str) -> list[tuple[str, str]]:
+    """(title, drawing) of time against N or K for each operation measured at several, everything else as in the first record."""
     figures = []
     for operation in dict.fromkeys(row["case"]["operation"] for row in rows):
         of_operation = [row for row in rows if row["case"]["operation"] == operation]
@@ -158,7 +158,7 @@ def _growth(rows: Sequence[Row], size: str) -> list[str]:
         if drawable:
             fixed = f"{'K' if size == 'N' else 'N'} = {first['K' if size == 'N' else 'N']}"
             drawn = over_sizes(drawable, {"N": "N, images", "K": "K, entries"}[size], "ms")
-            figures.append(figure(f"{operation}: time against {size}, {fixed}", drawn))
+            figures.append((f"{operation}: time against {size}, {fixed}", drawn))
     return figures
 
 
