@@ -368,14 +368,14 @@ def explain(config: Config, world: World) -> Explanation:
     estimate = estimate_step(config, device_type=device_type, device_batch=batch, accumulation=accumulation)
     total, free_now = capacity(world.device)
     others = max(0, total - free_now - torch.cuda.memory_reserved(world.device)) if device_type == "cuda" else 0
-    budget = int(total * (1 - RESERVE)) - others
+    budget = int(total * (1 - RESERVE)) - others if device_type == "cuda" else int(free_now * (1 - RESERVE))
     ways = ways_out(config, device_type=device_type, world_size=world.size, budget=budget)
     reason = (
         f"Out of memory: a step with micro-batches of {batch} images needs about {gib(estimate.bytes)} by its shapes, its peak in "
-        f"'{estimate.peak.section}'; the {'device' if device_type == 'cuda' else 'host'} has {gib(total)}."
+        f"'{estimate.peak.section}'; the {'device' if device_type == 'cuda' else 'host'} has {gib(total)}, {gib(free_now)} of it free now."
     )
-    if estimate.bytes <= budget:
-        reason += f" By that it would fit; {gib(free_now)} are free now: the loader, other programs or a leak have the rest."
+    if estimate.bytes <= total * (1 - RESERVE):
+        reason += " By that it would fit the empty machine: other programs, the loader or a leak have the rest."
     lines = [reason, "  " + ", ".join(f"{name} {gib(size)}" for name, size in largest_first(estimate.by_owner, most=7))]
     if device_type == "cuda":
         lines.append(f"  Beside PyTorch, {gib(others)} of the device are taken (CUDA context, DALI's pool, other programs).")
@@ -385,7 +385,10 @@ def explain(config: Config, world: World) -> Explanation:
         lines.append(f"  {number}. {way.settings:<29} saves {gib(way.saved)}, to {gib(way.bytes)} ({fits}): {way.effect}.")
         lines.append(f"     {'':<29} Time: {way.time}.")
     lines.append("massl-fast profile memory shows the whole book, measured, too.")
-    first = f" Cheapest way out: {ways[0].settings}, which saves {gib(ways[0].saved)}." if ways else f" {lines[-2]}"
+    first = f" {lines[-2]}"
+    if ways:
+        way = next((way for way in ways if way.bytes <= budget), ways[0])
+        first = f" Cheapest way out: {way.settings}, which saves {gib(way.saved)}{'' if way.bytes <= budget else ', not enough alone'}."
     return Explanation(estimate, ways, reason + first, "\n".join(lines))
 
 

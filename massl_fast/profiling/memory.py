@@ -46,10 +46,10 @@ from massl_fast.profiling.estimate import (
 )
 from massl_fast.profiling.holders import holders_of
 from massl_fast.profiling.ledger import Change, Ledger, Peak, find_peak, timeline
-from massl_fast.profiling.out_of_memory import is_out_of_memory
+from massl_fast.profiling.out_of_memory import demand_host_memory, is_out_of_memory
 from massl_fast.profiling.profiler import host_allocations
 from massl_fast.profiling.synthetic import SyntheticRun, micro_batches_of, synthetic_run
-from massl_fast.profiling.telling import estimate_lines, in_order, largest_pieces, peak_sentence, table, way_through
+from massl_fast.profiling.telling import estimate_lines, folded, in_order, largest_pieces, peak_sentence, table, way_through
 
 TAKES_SETTINGS = True
 WARM_UP = 2
@@ -90,8 +90,9 @@ def run(args: argparse.Namespace) -> int:
     measured = None
     if not args.estimate:
         world = join_world(config.train.device)
+        demand_host_memory(config, world, estimate)
         measured = measure(config, world, device_batch=batch, accumulation=passes, with_loader=args.loader)
-    print("\n".join(report(estimate, measured)))
+    print(folded(report(estimate, measured)))
     if accumulation > passes:
         more = (accumulation - passes) * estimate.peak.by_category[ledger.CROPS] // passes
         print(f"Shown are {passes} micro-batches; the other {accumulation - passes} of a step add {gib(more)} of crops.")
@@ -99,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
     prediction = None
     if total and not args.no_largest:
         prediction = predict(config, device_type, total, estimate, measured)
-        print(prediction["sentence"])
+        print(folded([prediction["sentence"]]))
     elif not total:
         print("The largest batch is predicted for a device whose memory is known: --device-gib 80, say.")
     if args.output:

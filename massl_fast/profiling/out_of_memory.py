@@ -1,7 +1,8 @@
 """Out of memory: how it shows, and the report that is left of it.
 
 A GPU says so with ``torch.OutOfMemoryError``. On a CPU PyTorch raises a RuntimeError, and only where the system refuses memory at once;
-where it grants more than there is, as Linux does, the system ends the process instead and nothing here can run.
+where it grants more than there is, as Linux does, the system ends the process instead (exit code 137) and nothing here can run. So on a
+CPU the estimate is compared with what is free before anything runs (``demand_host_memory``).
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ import torch
 
 from massl_fast.config import Config
 from massl_fast.engine.parallel import World
-from massl_fast.profiling.estimate import Explanation, explain, gib
-from massl_fast.profiling.telling import estimate_lines
+from massl_fast.profiling.estimate import Estimate, Explanation, capacity, estimate_step, explain, explain_out_of_memory, gib
+from massl_fast.profiling.synthetic import micro_batches_of
+from massl_fast.profiling.telling import estimate_lines, folded
 
 # What PyTorch's CPU allocators say (c10/core/impl/alloc_cpu.cpp).
 _CPU_WORDS = ("DefaultCPUAllocator", "can't allocate memory", "not enough memory")
@@ -40,16 +42,28 @@ def write_out_of_memory_report(config: Config, world: World, folder: Path | str)
     path = Path(folder) / ("out_of_memory.txt" if world.size == 1 else f"out_of_memory_rank_{world.rank}.txt")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("\n".join(report_lines(explanation, world)) + "\n", encoding="utf-8")
+        path.write_text(folded(report_lines(explanation, world)) + "\n", encoding="utf-8")
         rest = f"The whole book and further ways out: {path}"
     except OSError as error:
         rest = f"The whole book could not be written to {path}: {error.strerror}. massl-fast profile memory --estimate shows it"
     return f"{explanation.short} {rest}."
 
 
+def demand_host_memory(config: Config, world: World, estimate: Estimate | None = None) -> None:
+    """Raises ValueError, with the ways out, where a step by its shapes takes more than this host has free. On a GPU nothing is asked: there
+    the allocator answers."""
+    if world.device.type != "cpu":
+        return
+    if estimate is None:
+        accumulation, batch = micro_batches_of(config, world.size)
+        estimate = estimate_step(config, device_type="cpu", device_batch=batch, accumulation=accumulation)
+    if estimate.bytes > capacity(world.device)[1]:
+        raise ValueError(explain_out_of_memory(config, world))
+
+
 def report_lines(explanation: Explanation, world: World) -> list[str]:
     """The report as text."""
-    lines = [explanation.text, ""]
+    lines = [*explanation.text.splitlines(), ""]
     if world.device.type == "cuda":
         device = world.device
         free, total = torch.cuda.mem_get_info(device)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from collections import defaultdict
+from collections.abc import Iterable
 from typing import Any
 
 from massl_fast.profiling import ledger
@@ -12,6 +14,7 @@ from massl_fast.profiling.ledger import Change, Peak, Piece, highest_by_section
 
 BAR = 40
 """Characters of the longest bar."""
+COLUMNS = 120
 
 
 def table(columns: dict[str, dict[str, int]], totals: dict[str, int], first: str) -> list[str]:
@@ -70,6 +73,15 @@ def estimate_lines(estimate: Estimate) -> list[str]:
         lines += [f"{size / MIB:>9,.1f} MiB  {name}" for name, size in estimate.beside.items()]
         lines.append(f"{(estimate.bytes + sum(estimate.beside.values())) / MIB:>9,.1f} MiB  of the device in all, estimated")
     return lines
+
+
+def folded(lines: Iterable[str]) -> str:
+    """Lines as text of at most ``COLUMNS`` characters a line, continued further in; a longer word stays whole."""
+    text = []
+    for line in lines:
+        inward = " " * (len(line) - len(line.lstrip()) + 4)
+        text += textwrap.wrap(line, COLUMNS, subsequent_indent=inward, break_long_words=False, break_on_hyphens=False) or [""]
+    return "\n".join(text)
 
 
 def in_order(sizes: dict[str, int]) -> dict[str, int]:

@@ -2,24 +2,20 @@
 
 Written are ``trace.json.gz`` (for Perfetto, ui.perfetto.dev, or chrome://tracing) and ``trace.jsonl``, the record of what is printed: the
 operators that take most time, for a GPU the gaps in which it idles and what the host did meanwhile, and every line of the program that
-makes the host wait for the device. Lines that wait are found in a further step, without the profiler, by watching its operators; on a CPU
-nothing waits, but the lines that read a value are the same.
+makes the host wait for the device. Lines that wait are found in a further step, without the profiler (profiling.waits).
 """
 
 from __future__ import annotations
 
 import argparse
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from massl_fast.benchmarks import records
 from massl_fast.benchmarks.rates import synchronize
@@ -29,27 +25,16 @@ from massl_fast.engine.parallel import join_world
 from massl_fast.engine.precision import choose_precision
 from massl_fast.profiling import profiler as quiet_profiler  # noqa: F401  sets the profiler's log level
 from massl_fast.profiling.estimate import explain_out_of_memory
-from massl_fast.profiling.out_of_memory import is_out_of_memory
-from massl_fast.profiling.places import calling_line
+from massl_fast.profiling.out_of_memory import demand_host_memory, is_out_of_memory
 from massl_fast.profiling.sections import END, NAMES, Sections
 from massl_fast.profiling.synthetic import SyntheticRun, micro_batches_of, synthetic_run
+from massl_fast.profiling.telling import folded
+from massl_fast.profiling.waits import Wait, find_waits
 
 TAKES_SETTINGS = True
 WARM_UP = 3
 STEP = "step"
 MIN_GAP = 10e-6  # seconds
-# Operators after which the host knows a value, or a shape, that only the device knew.
-WAITING_OPERATORS = {
-    "_local_scalar_dense",
-    "nonzero",
-    "masked_select",
-    "_unique2",
-    "unique_consecutive",
-    "unique_dim",
-    "equal",
-    "is_nonzero",
-    "bincount",
-}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -65,10 +50,11 @@ def run(args: argparse.Namespace) -> int:
     if args.steps < 1 or args.top < 1:
         raise ValueError("--steps and --top take at least 1.")
     config = load_config(args.recipe, args.settings)
-    folder = Path(args.to or f"runs/{Path(args.recipe).stem}/trace")
-    make_writable(folder)
     world = join_world(config.train.device)
     precision = choose_precision(config.train.precision, world.device)
+    folder = Path(args.to or f"runs/{Path(args.recipe).stem}/trace")
+    make_writable(folder)
+    demand_host_memory(config, world)
     accumulation, batch = micro_batches_of(config)
     print(describe(config, precision, world))
     try:
@@ -81,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
         if not is_out_of_memory(error):
             raise
         raise ValueError(explain_out_of_memory(config, world)) from None
-    print("\n".join(tell(found, waits, args.top)))
+    print(folded(tell(found, waits, args.top)))
     details = {
         "operators": [vars(row) for row in found.operators[: args.top]],
         "parts": found.parts,
@@ -265,51 +251,6 @@ def _outermost(intervals: Sequence[Interval], start: float, stop: float) -> str:
     return best
 
 
-# What makes the host wait
-
-
-@dataclass(frozen=True)
-class Wait:
-    """A place in the program where the host needs a value from the device."""
-
-    operator: str
-    line: str
-    count: int
-    """A step."""
-
-
-class _WaitFinder(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.counts: Counter[tuple[str, str]] = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        name = func._schema.name.removeprefix("aten::")
-        out = func(*args, **kwargs)
-        if name in WAITING_OPERATORS or (name in ("_to_copy", "copy_") and _waits_for_copy(args, kwargs, out)):
-            self.counts[name, calling_line()] += 1
-        return out
-
-
-def find_waits(run: SyntheticRun) -> list[Wait]:
-    """One step, every operator of it watched; most frequent places first."""
-    with _WaitFinder() as finder:
-        run.step()
-    return [Wait(operator, line, count) for (operator, line), count in finder.counts.most_common()]
-
-
-def _waits_for_copy(args: tuple, kwargs: dict[str, Any], out: Any) -> bool:
-    """A copy between host and device that is not asked to run on its own, or that comes from or goes to ordinary (not pinned) memory."""
-    tensors = [leaf for leaf in tree_leaves((args, out)) if isinstance(leaf, torch.Tensor)]
-    kinds = {tensor.device.type for tensor in tensors}
-    if kinds != {"cpu", "cuda"}:
-        return False
-    alone = kwargs.get("non_blocking") or (len(args) > 2 and args[2] is True)
-    pinned = all(tensor.is_pinned() for tensor in tensors if tensor.device.type == "cpu")
-    return not (alone and pinned)
-
-
 # Telling
 
 
@@ -319,7 +260,7 @@ def tell(found: Traced, waits: list[Wait], top: int) -> list[str]:
     lines += [f"  {name:<20}{1000 * s:>9.2f} ms {100 * s / total if total else 0:>5.1f} %" for name, s in found.parts.items()]
     lines.append(f"{'Kernels of the device' if found.gaps else 'Operators'}, own time a step:")
     for row in found.operators[:top]:
-        lines.append(f"  {1000 * row.seconds:>9.3f} ms {row.share_percent:>5.1f} %  {row.calls:>6.0f} ×  {row.name[:90]}")
+        lines.append(f"  {1000 * row.seconds:>9.3f} ms {row.share_percent:>5.1f} %  {row.calls:>6.0f} ×  {row.name[:80]}")
     if found.gaps:
         gaps = found.gaps
         lines.append(f"The device idles {100 * gaps.idle_share:.1f} % of the time (gaps of at least {1e6 * MIN_GAP:.0f} µs).")

@@ -1,5 +1,7 @@
 """The estimate against what PyTorch itself counts, and leaks that were planted."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -8,8 +10,8 @@ from massl_fast.config import Config, load_config
 from massl_fast.engine.parallel import World
 from massl_fast.engine.precision import choose_precision
 from massl_fast.profiling import ledger, memory
-from massl_fast.profiling.estimate import WayOut, estimate_step, explain_out_of_memory, largest_batch, ways_out
-from massl_fast.profiling.ledger import Change, Piece, find_peak, part_of, timeline
+from massl_fast.profiling.estimate import WayOut, estimate_step, largest_batch, ways_out
+from massl_fast.profiling.ledger import Change, Piece, find_peak, highest_by_section, part_of, timeline
 from massl_fast.profiling.synthetic import SyntheticRun, micro_batches_of, synthetic_run
 
 CPU = World(0, 1, 0, torch.device("cpu"))
@@ -102,6 +104,22 @@ def test_a_gpu_that_is_not_here_is_estimated():
     on_cpu = estimate_step(config, device_type="cpu", device_batch=8)
     assert on_gpu.peak.by_category[ledger.MEMORY] < on_cpu.peak.by_category[ledger.MEMORY]  # bf16
     assert on_gpu.extras["cuBLAS workspace"] > 0
+    assert set(on_gpu.beside) and all(size > 0 for size in on_gpu.beside.values()) and not on_cpu.beside
+    # A GPU's attention keeps no probabilities, whatever the format; a CPU's in 16 bits does.
+    config.train.precision = "bf16"
+    for device_type, kept in (("cuda", False), ("cpu", True)):
+        shapes = {change.piece.shape for change in estimate_step(config, device_type=device_type, device_batch=8).changes}
+        assert any(len(shape) == 4 and shape[-1] == shape[-2] == 17 for shape in shapes) == kept  # 4 × 4 patches and the class token
+
+
+def test_recomputed_blocks_are_told_from_activations():
+    config = settings()
+    whole = estimate_step(config, device_type="cpu", device_batch=8)
+    config.model.recompute = "blocks"
+    less = estimate_step(config, device_type="cpu", device_batch=8)
+    assert less.peak.by_category[ledger.ACTIVATIONS] < 0.6 * whole.peak.by_category[ledger.ACTIVATIONS]
+    measured = memory.measure_run(real_run(config))
+    assert less.bytes == pytest.approx(measured.peak_bytes, rel=0.08)
 
 
 class Leaky(torch.nn.Module):
@@ -127,7 +145,22 @@ def test_a_planted_leak_is_found():
     assert min(measured.growth) >= 6 * 8 * 64 * 4
     sentences = memory.leak_sentences(measured)
     assert sentences[0].startswith("Leak: each step ends with about")
-    assert any("aten.mul" in sentence and "in 'loss', outlive their step" in sentence for sentence in sentences[1:])
+    (place,) = [sentence for sentence in sentences[1:] if "aten.mul" in sentence and "in 'loss', outlive their step" in sentence]
+    file, _, line = place.partition(" at ")[2].partition(",")[0].rpartition(":")
+    assert Path(__file__).name == Path(file).name
+    assert "lambda student, outcome: student * 2" in Path(__file__).read_text(encoding="utf-8").splitlines()[int(line) - 1]
+    assert sentences[sentences.index(place) + 1].strip() == "Kept by a list of 6 in kept of a Leaky."
+
+
+def test_a_list_that_keeps_activations_is_found():
+    run = real_run(settings())
+    block = run.train_step.pair.student.backbone.blocks[0]
+    block.album = []
+    block.mlp.register_forward_hook(lambda module, arguments, output: block.album.append(output))
+    measured = memory.measure_run(run)
+    text = "\n".join(memory.leak_sentences(measured))
+    assert "aten.addmm at timm/layers/mlp.py" in text and "in 'student forward'" in text
+    assert "Kept by a list of 6 in album of a Block." in text
 
 
 def test_the_largest_batch_fits_and_the_next_does_not():
@@ -147,15 +180,10 @@ def test_ways_out_lower_the_estimate_and_fit():
     ways = ways_out(config, device_type="cpu", world_size=1, budget=budget)
     assert len(ways) == 3
     assert all(isinstance(way, WayOut) and way.bytes < now.bytes for way in ways)
-    assert [way.settings.split()[0] for way in ways[:2]] == ["--objective.backend", "--train.device_batch"]
+    assert [way.settings.split()[0] for way in ways] == ["--objective.backend", "--train.device_batch", "--model.recompute"]
+    assert all(way.saved == now.bytes - way.bytes and way.time for way in ways)
     sharded = ways_out(settings("--optimizer.name", "adamw"), device_type="cpu", world_size=4, budget=budget, most=6)
     assert any("fsdp2" in way.settings for way in sharded)
-
-
-def test_out_of_memory_is_explained_in_sentences():
-    text = explain_out_of_memory(settings(), CPU)
-    assert text.startswith("Out of memory: a step with micro-batches of 8 images needs about")
-    assert "--train.device_batch 4" in text and "activations" in text
 
 
 def test_peak_and_timeline_of_a_book():
@@ -169,6 +197,8 @@ def test_peak_and_timeline_of_a_book():
     assert line["bytes"][ledger.ACTIVATIONS] == [0, 20, 20, 20]
     assert [sum(column) for column in zip(*line["bytes"].values())] == [10, 30, 20, 25]
     assert find_peak([]).bytes == 0
+    assert peak.last is b
+    assert list(highest_by_section(book).items()) == [("loss", 30), ("rest", 25)]
 
 
 @pytest.mark.parametrize(
@@ -195,6 +225,7 @@ def test_the_command_tells_and_records(tmp_path, capsys):
         assert part in told
     from massl_fast.benchmarks import records
 
+    assert "Highest in each part of a step" in told and max(len(line) for line in told.splitlines() if str(tmp_path) not in line) <= 120
     (row,) = records.read(output)
     assert row["kind"] == "memory"
     assert abs(row["figures"]["estimate_error"]["median"]) < 8

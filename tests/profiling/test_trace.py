@@ -14,6 +14,7 @@ from massl_fast.engine.parallel import World
 from massl_fast.engine.precision import choose_precision
 from massl_fast.profiling import sections, trace
 from massl_fast.profiling.synthetic import SyntheticRun, synthetic_run
+from massl_fast.profiling.waits import find_waits
 
 CPU = World(0, 1, 0, torch.device("cpu"))
 TINY = ["--model.architecture", "vit_tiny_patch16_224", "--model.model_args", "{patch_size: 8, depth: 1, embed_dim: 24, num_heads: 2}"]
@@ -72,7 +73,7 @@ def test_gaps_are_when_no_kernel_runs():
 
 def test_a_step_waits_for_nothing_and_a_planted_wait_is_found():
     run = tiny_run()
-    assert trace.find_waits(run) == []
+    assert find_waits(run) == []
     inner = run.train_step.objective.entering
 
     def planted(teacher):
@@ -81,10 +82,50 @@ def test_a_step_waits_for_nothing_and_a_planted_wait_is_found():
         return inner(teacher)
 
     run.train_step.objective.entering = planted
-    (wait,) = trace.find_waits(run)
+    (wait,) = find_waits(run)
     assert (wait.operator, wait.count) == ("_local_scalar_dense", 1)
     file, _, line = wait.line.rpartition(":")
     assert "# this line waits" in Path(file).read_text(encoding="utf-8").splitlines()[int(line) - 1]
+
+
+PLANTED = {
+    "cpu": lambda teacher: teacher.cpu(),
+    "tolist": lambda teacher: teacher[0, 0].tolist(),
+    "numpy": lambda teacher: teacher.numpy(),
+    "nonzero": lambda teacher: teacher.nonzero(),
+    "Event.synchronize": lambda teacher: torch.cuda.Event.synchronize(teacher),
+}
+
+
+@pytest.mark.parametrize("operator", PLANTED)
+def test_other_ways_to_wait_are_found_too(operator, monkeypatch):
+    monkeypatch.setattr(torch.cuda.Event, "synchronize", lambda event: None)  # no device here to wait for
+    run = tiny_run()
+    inner = run.train_step.objective.entering
+
+    def planted(teacher):
+        PLANTED[operator](teacher)
+        return inner(teacher)
+
+    run.train_step.objective.entering = planted
+    (wait,) = find_waits(run)
+    assert (wait.operator, wait.count) == (operator, 1)
+    line = wait.line.rpartition(":")[2]
+    assert f'"{operator}": lambda teacher' in Path(__file__).read_text(encoding="utf-8").splitlines()[int(line) - 1]
+
+
+def test_a_planted_wait_is_told_by_the_command(monkeypatch, tmp_path, capsys):
+    build = trace.synthetic_run
+
+    def with_a_wait(*arguments, **settings):
+        run = build(*arguments, **settings)
+        run.train_step.objective.register_forward_hook(lambda module, arguments, outcome: outcome.loss.item() and None)
+        return run
+
+    monkeypatch.setattr(trace, "synthetic_run", with_a_wait)
+    assert main(["profile", "trace", "--steps", "1", "--to", str(tmp_path), *TINY]) == 0
+    told = capsys.readouterr().out
+    assert "1 × a step  _local_scalar_dense" in told and f"{Path(__file__).name}:" in told
 
 
 def test_the_command_writes_a_trace_with_the_parts(tmp_path, capsys):
