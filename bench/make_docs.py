@@ -53,9 +53,10 @@ def main() -> int:
     stale, left_over = differences(ROOT, wanted)
     for path in stale:
         print(f"{'stale' if args.check else 'written'}: {path.relative_to(ROOT)}")
-        if not args.check:
+    if not args.check:
+        for path, text in wanted.items():
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(wanted[path], encoding="utf-8")
+            path.write_text(text, encoding="utf-8")
     for path in left_over:
         print(f"{'of no record' if args.check else 'removed'}: {path.relative_to(ROOT)}")
         if not args.check:
@@ -89,14 +90,14 @@ def files(root: Path) -> dict[Path, str]:
         raise ValueError("bench/results holds no DEVICE/*.jsonl of records. Run a benchmark first: massl-fast bench kernels --quick.")
     for folder in folders:
         rows = latest(records.read(folder))
-        parts.append(f"## {device_of(rows)}")
+        parts.append(f"## {machine_of(rows)}")
         for heading, kind, section in SECTIONS:
             of_kind = [row for row in rows if row["kind"] == kind]
             if of_kind:
                 text, plots = section(of_kind, folder.name)
                 parts.append(f"### {heading}\n\n{text}")
                 found |= {plots_of(root) / name: alone(svg) for name, svg in plots.items()}
-        headline += [f"{device_of(rows)}: {line}" for line in headlines_of(rows)]
+        headline += [f"{machine_of(rows)}: {line}" for line in headlines_of(rows)]
     found[root / "docs" / "benchmarks.md"] = "\n\n".join(parts) + "\n"
     found[root / "README.md"] = with_block((root / "README.md").read_text(encoding="utf-8"), headline)
     return found
@@ -110,6 +111,12 @@ def with_block(readme: str, headline: list[str]) -> str:
     if count != 1:
         raise ValueError(f"README.md holds the marks {BEGIN} … {END} {count} times; they show, once, where the figures go.")
     return text
+
+
+def machine_of(rows: list[Row]) -> str:
+    """The GPU, or the processor with its cores."""
+    cores = sorted({row["hardware"]["cores"] for row in rows if "gpu" not in row["hardware"]})
+    return device_of(rows) + (f", {' or '.join(map(str, cores))} cores" if cores else "")
 
 
 def circumstances(row: Row) -> str:
@@ -282,9 +289,8 @@ def memory(rows: list[Row], device: str) -> tuple[str, dict[str, str]]:
         texts.append(f"The estimate, from shapes alone, is at most {worst:.1f} % off; median {_median_error(measured):.1f} %.")
         name = f"{device}-memory.svg"
         plots[name] = memory_timeline(measured[0]["details"]["measured_timeline"], by_moment=False)
-        texts.append(
-            f"![memory over a step: {measured[0]['case']['architecture']}, {measured[0]['case']['batch']} images](plots/{name})\n\n{taken(measured)}"
-        )
+        first = measured[0]["case"]
+        texts += [f"![memory over a step: {first['architecture']}, {first['batch']} images](plots/{name})", taken(measured)]
     return "\n\n".join(texts), plots
 
 
@@ -331,7 +337,7 @@ def alone(svg: str) -> str:
     svg = re.sub(r' d="[^"]*"', lambda strokes: re.sub(r"(\.\d)\d+", r"\1", strokes[0]), svg)
     opening, rest = svg.split(">", 1)
     # Sizes that a page gives by its grid; text needs a family where no page gives one.
-    opening += ' font-family="sans-serif" width="100%"'
+    opening += f' font-family="sans-serif" width="{4 / 3 * float(opening.split("viewBox=")[1].split()[2]):.0f}"'
     return f'{opening}><rect width="100%" height="100%" fill="#ffffff"/>{rest}\n'
 
 

@@ -96,7 +96,7 @@ def roofline(dots: Sequence[Dot], matrix_rate: float, bandwidth: float) -> str:
         axes.set_xlim(left, right)
         lowest, highest = min([left * bandwidth, *(dot.rate / 2 for dot in dots)]), matrix_rate * 2.2
         axes.set_ylim(lowest, highest)
-        _plain(axes, grid=True)
+        _plain(axes)
         _powers(axes.xaxis, "")
         _powers(axes.yaxis, "FLOP/s")
         if highest < 100 * lowest:
