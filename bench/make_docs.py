@@ -16,7 +16,17 @@ from typing import Any
 from massl_fast.benchmarks import records
 from massl_fast.benchmarks.charts import memory_timeline, split
 from massl_fast.benchmarks.intervals import spread_percent
-from massl_fast.benchmarks.page import case_words, device_of, growth, kernel_bars, latest, published_model, shown_number, times_the_first
+from massl_fast.benchmarks.page import (
+    case_words,
+    device_of,
+    growth,
+    kernel_bars,
+    latest,
+    published_model,
+    shown_number,
+    times_the_first,
+    workers_of,
+)
 from massl_fast.profiling.sections import NAMES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -260,7 +270,7 @@ def loaders(rows: list[Row], device: str) -> tuple[str, dict[str, str]]:
         places = f", {case['decode']}/{case['augment']}" if case["loader"] == "dali" else ""
         lines.append(
             [
-                f"{case['loader']}{places}, {case['workers']} workers, {crops}",
+                f"{case['loader']}{places}, {workers_of(case)}, {crops}",
                 shown_number(f["images_per_second"]["median"]),
                 shown_number(f["images_per_core_second"]["median"]),
                 f"{f['host_memory_mib']['median']:.0f}",

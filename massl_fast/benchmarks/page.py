@@ -277,8 +277,12 @@ def train_section(row: Row) -> str:
     card = f'<div class="card"><h3>What bounds this run</h3>{sentences}</div>'
     drawn = figure("Images per second", bars(items, "images/s"), f"Together, steps wait for images {wait:.1f} % of the time.")
     return section(
-        "Loader and model", grid([drawn, card]), f"{case_words(row['case'])}; {row['case']['loader']} with {row['case']['workers']} workers"
+        "Loader and model", grid([drawn, card]), f"{case_words(row['case'])}; {row['case']['loader']} with {workers_of(row['case'])}"
     )
+
+
+def workers_of(case: dict[str, Any]) -> str:
+    return f"{case['workers']} worker{'s' if case['workers'] != 1 else ''}"
 
 
 def loader_section(rows: Sequence[Row]) -> str:
@@ -290,9 +294,7 @@ def loader_section(rows: Sequence[Row]) -> str:
         found = []
         for row in rows:
             case = row["case"]
-            label = f"{case['loader']}, {case['workers']} workers" + (
-                f", {case['decode']}/{case['augment']}" if case["loader"] == "dali" else ""
-            )
+            label = f"{case['loader']}, {workers_of(case)}" + (f", {case['decode']}/{case['augment']}" if case["loader"] == "dali" else "")
             found.append(Bar(label, row["figures"][name]["samples"], colours[case["loader"]]))
         return found
 
