@@ -22,6 +22,11 @@ from massl_fast.report.html import document, figure, grid, section, table
 Row = dict[str, Any]
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 OURS = {"triton": "--blue", "streaming": "--green", "enqueue_": "--blue", "partition_indices": "--blue"}
+# Tables whose last line is one like the others.
+STYLE = (
+    "<style>.plain td, .plain th { padding-left: 16px; white-space: nowrap; }"
+    " .plain th:first-child { padding-left: 0; white-space: normal; } .plain tr:last-child > * { font-weight: 400; } .plain tr:last-child th { color: var(--muted); }</style>"
+)
 PEERS = ("--orange", "--violet", "--muted")
 
 
@@ -81,7 +86,7 @@ def header(rows: Sequence[Row]) -> str:
     load = max(row["hardware"].get("load_1_minute", 0) for row in rows)
     when = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
     words = f"{when} · commit {', '.join(commits)} · load up to {load:g} on {rows[0]['hardware']['cores']} cores"
-    return f"<header><h1>{escape(device_of(rows))}</h1><p>{escape(words)}</p></header>"
+    return f"{STYLE}<header><h1>{escape(device_of(rows))}</h1><p>{escape(words)}</p></header>"
 
 
 def shown_number(value: float) -> str:
@@ -261,7 +266,7 @@ def search_section(row: Row) -> str:
         )
         for batch, result in row["details"]["tried"]
     )
-    card = f'<div class="card"><h3>Tried</h3><table class="numbers">{head}{body}</table></div>'
+    card = f'<div class="card"><h3>Tried</h3><table class="numbers plain">{head}{body}</table></div>'
     drawn = figure("Images per second", over_sizes(lines, "images", "images/s"), " ".join(words))
     return section("Rate against the batch", grid([drawn, card]), case_words(row["case"]))
 
@@ -341,7 +346,7 @@ def trace_section(row: Row) -> str:
         f"<td>{o['calls']:.0f}</td></tr>"
         for o in details["operators"]
     )
-    parts = [f'<div class="card"><h3>Most time, own</h3><table class="numbers operators">{head}{body}</table></div>']
+    parts = [f'<div class="card"><h3>Most time, own</h3><table class="numbers plain">{head}{body}</table></div>']
     lines = []
     if details["gaps"]:
         gaps = details["gaps"]
@@ -354,7 +359,7 @@ def trace_section(row: Row) -> str:
     else:
         lines.append("Nothing in a step makes the host wait for the device.")
     parts.append(f'<div class="card"><h3>Gaps and waits</h3>{"".join(f"<p>{escape(line)}</p>" for line in lines)}</div>')
-    return section("Trace", grid(parts), case_words(row["case"]))
+    return section("Trace", "".join(parts), case_words(row["case"]))
 
 
 def circumstances(rows: Sequence[Row]) -> str:
