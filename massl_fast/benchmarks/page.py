@@ -25,7 +25,8 @@ OURS = {"triton": "--blue", "streaming": "--green", "enqueue_": "--blue", "parti
 # Tables whose last line is one like the others.
 STYLE = (
     "<style>.plain td, .plain th { padding-left: 16px; white-space: nowrap; }"
-    " .plain th:first-child { padding-left: 0; white-space: normal; } .plain tr:last-child > * { font-weight: 400; } .plain tr:last-child th { color: var(--muted); }</style>"
+    " .plain th:first-child { padding-left: 0; white-space: normal; }"
+    " .plain tr:last-child > * { font-weight: 400; } .plain tr:last-child th { color: var(--muted); }</style>"
 )
 PEERS = ("--orange", "--violet", "--muted")
 
