@@ -25,6 +25,7 @@ COMMANDS = {
     "bench page": ("massl_fast.benchmarks.page", "draw records as one HTML page"),
     "bench everything": ("massl_fast.benchmarks.everything", "correctness, then every benchmark and profile, in minutes"),
     "profile memory": ("massl_fast.profiling.memory", "whose every byte of a step is, estimated and measured"),
+    "profile budget": ("massl_fast.profiling.budget", "operations and bytes of a step, part by part, and the least time a GPU takes"),
     "profile trace": ("massl_fast.profiling.trace", "trace steps: parts, operators, gaps, waits for the device"),
 }
 

@@ -94,9 +94,9 @@ def estimate_step(config: Config, *, device_type: str, device_batch: int, accumu
             return args[1].numel() * 4  # the gradient of the queries is summed in float32
         return 0
 
-    with FakeTensorMode(), _attention_of(device_type):
+    with FakeTensorMode(), attention_of(device_type):
         run = synthetic_run(simulated, World(0, 1, 0, torch.device("cpu")), precision, device_batch=device_batch, accumulation=passes)
-        _bring_optimizer_state(run)
+        bring_optimizer_state(run)
         book = Ledger(run.train_step.student, rounding=CUDA_ROUNDING if device_type == "cuda" else 1, hidden=hidden)
         record_step(run, book)
     peak = find_peak(book.changes)
@@ -114,7 +114,7 @@ def estimate_step(config: Config, *, device_type: str, device_batch: int, accumu
 
 
 @contextlib.contextmanager
-def _attention_of(device_type: str) -> Iterator[None]:
+def attention_of(device_type: str) -> Iterator[None]:
     """Attention as a GPU computes it, by a fused kernel in any format; a CPU keeps the probabilities in 16 bits."""
     if device_type != "cuda":
         yield
@@ -138,7 +138,7 @@ def loader_queue(config: Config, device_batch: int) -> int:
     return LOADER_AHEAD * device_batch * sum(3 * view.size**2 for view in views_of(config.crops)) * width
 
 
-def _bring_optimizer_state(run: SyntheticRun) -> None:
+def bring_optimizer_state(run: SyntheticRun) -> None:
     """The moments that an optimizer makes in its first step, without the rest of that step."""
     optimizer, parameters = run.train_step.optimizer, [p for _, p in run.train_step.parameters]
     if hasattr(optimizer, "update_"):  # takes its arguments from the step
@@ -375,7 +375,9 @@ def explain(config: Config, world: World) -> Explanation:
         f"'{estimate.peak.section}'; the {'device' if device_type == 'cuda' else 'host'} has {gib(total)}, {gib(free_now)} of it free now."
     )
     if estimate.bytes <= total * (1 - RESERVE):
-        reason += " By that it would fit the empty machine: other programs, the loader or a leak have the rest."
+        reason += (
+            " By that it would fit the empty machine: other programs, the loader, a leak or a limit set for the process take the rest."
+        )
     lines = [reason, "  " + ", ".join(f"{name} {gib(size)}" for name, size in largest_first(estimate.by_owner, most=7))]
     if device_type == "cuda":
         lines.append(f"  Beside PyTorch, {gib(others)} of the device are taken (CUDA context, DALI's pool, other programs).")

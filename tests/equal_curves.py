@@ -1,0 +1,148 @@
+"""Does a faster way of taking a step change what is learned? ``python tests/equal_curves.py IMAGES [--steps 200] [--dtype float64]``
+
+One seed, the same crops of real photos, and every way of taking the step beside the plain one: a pass a crop size, the loss from logits,
+PyTorch's AdamW, launched from Python. Printed is how far each loss curve lies from the plain one at most, and, as the measure of what
+rounding alone does over so many steps, how far the plain one lies from itself with weights changed in the last bit of a float32. Exit
+code 1 where a way differs by more than ten times that. (In float64 timm's own interpolation of position embeddings, in float32, is what
+sets the plain way apart.)
+
+On a CPU a tape of operators stands in for the CUDA graph (tests/engine/operator_tape.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+import tempfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from massl_fast.config import Config, load_config
+from massl_fast.data.loaders import build_loader, open_data, views_of
+from massl_fast.engine.build import build_objective, build_pair
+from massl_fast.engine.graphed_step import GraphedStep
+from massl_fast.engine.optimizer import build_optimizer
+from massl_fast.engine.parallel import World, join_world
+from massl_fast.engine.precision import Precision
+from massl_fast.engine.schedules import Schedules
+from massl_fast.engine.step import StepResult, TrainStep
+
+sys.path.insert(0, str(Path(__file__).parent / "engine"))
+from operator_tape import OperatorTape
+
+RECIPE = """
+data: {loader: torchvision}
+crops: {global_size: 64, local_size: 32, num_local: 4}
+model:
+  architecture: vit_tiny_patch16_224
+  model_args: {patch_size: 8, depth: 3, num_heads: 2, embed_dim: 64}
+  drop_path: 0.0
+  head_hidden_dim: 128
+  embedding_dim: 64
+objective: {memory_size: 2048, block_size: 512, student_temperature: 0.2, teacher_temperature_start: 0.02, teacher_temperature: 0.02}
+teacher: {momentum: 0.98}
+optimizer: {learning_rate: 1.0e-3, warmup_epochs: 0.02}
+train: {global_batch: 32}
+"""
+PLAIN = ("--model.crops_pass", "separate", "--objective.backend", "reference")
+WAYS = {
+    "plain": PLAIN,
+    "plain, last bit of weights changed": PLAIN,
+    "packed": (),
+    "packed, one-kernel update": ("--optimizer.name", "adamw_with_teacher"),
+    "packed, recompute pointwise": ("--model.recompute", "pointwise"),
+    "packed, compiled": ("--model.compile", "true"),
+    "packed, compiled, recorded": ("--model.compile", "true", "--optimizer.name", "adamw_with_teacher"),
+}
+ALLOWED = 10.0
+"""Times the difference that a change in the last bit makes."""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("images", help="folder or tars of images")
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--dtype", choices=["float32", "float64"], default="float32")
+    args = parser.parse_args()
+    curves = curves_of(args.images, args.steps, getattr(torch, args.dtype))
+    plain, control = curves["plain"], difference(curves["plain"], curves["plain, last bit of weights changed"])
+    print(
+        f"{args.steps} steps, {args.dtype}: plain loss {plain[0]:.4f} to {plain[-1]:.4f}, between {plain.min():.4f} and {plain.max():.4f}"
+    )
+    print(f"{'largest relative difference to plain':<40}{'of the loss':>12}{'step 10':>12}")
+    for name, curve in list(curves.items())[1:]:
+        print(f"  {name:<38}{difference(plain, curve):>12.1e}{difference(plain[:10], curve[:10]):>12.1e}")
+    return int(any(difference(plain, curve) > ALLOWED * control for curve in curves.values()))
+
+
+def difference(one: Tensor, other: Tensor) -> float:
+    return ((one - other).abs() / one.abs()).max().item()
+
+
+def curves_of(images: str, steps: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Losses [steps] of each way; all see the same crops."""
+    world = join_world()
+    with tempfile.TemporaryDirectory() as folder:
+        recipe = Path(folder, "equal_curves.yaml")
+        recipe.write_text(RECIPE)
+        configs = {name: load_config(str(recipe), ["--data.train", images, *settings]) for name, settings in WAYS.items()}
+        config = configs["plain"]
+        ways = {name: way_of(name, config, world, dtype) for name, config in configs.items()}
+        losses: dict[str, list[Tensor]] = {name: [] for name in ways}
+        with contextlib.closing(loader_of(config, world, Path(folder))) as loader:
+            schedules = Schedules(config, steps, loader.steps_per_epoch)
+            for number, batch in zip(range(steps), loader.batches(0)):
+                crops = [crop.to(world.device, dtype) for crop in batch.crops]
+                for name, way in ways.items():
+                    torch.manual_seed(zlib.crc32(f"{config.run.seed}/{number}/0".encode()))
+                    losses[name].append(way([crops], schedules.at(number), number).loss.double().clone())
+    return {name: torch.stack(found) for name, found in losses.items()}
+
+
+def way_of(name: str, config: Config, world: World, dtype: torch.dtype) -> Callable[..., StepResult]:
+    """A step of the run that ``config`` describes, from the weights of its seed, in ``dtype``."""
+    precision = Precision("fp32", "a comparison of roundings")
+    pair, _ = build_pair(config)
+    pair.to(world.device, dtype, memory_format=torch.channels_last)
+    if "last bit" in name:
+        with torch.no_grad():
+            for parameters in (pair.student.parameters(), pair.teacher.parameters()):
+                for parameter in parameters:
+                    single = parameter.float()
+                    parameter.copy_(torch.nextafter(single, torch.full_like(single, torch.inf)))
+    if config.model.compile:
+        pair.student.compile_blocks()
+        pair.teacher.compile_blocks()
+    objective = build_objective(config, precision, 0).to(world.device, dtype)
+    step = TrainStep(
+        pair,
+        objective,
+        build_optimizer(pair.student, config.optimizer),
+        world=world,
+        precision=precision,
+        clip=config.optimizer.clip,
+        clip_mode=config.optimizer.clip_mode,
+    )
+    return GraphedStep(step, None if world.device.type == "cuda" else OperatorTape()) if "recorded" in name else step
+
+
+def loader_of(config: Config, world: World, folder: Path):
+    """The run's loader, a step a micro-batch."""
+    return build_loader(
+        config,
+        open_data(config.data.train, "data.train", "train"),
+        views_of(config.crops),
+        device_batch=config.train.global_batch,
+        accumulation=1,
+        world=world,
+        bad_files_path=folder / "bad_files.txt",
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,89 @@
+"""Operations and bytes of a step, counted operator by operator."""
+
+import pytest
+import torch
+
+from massl_fast.benchmarks import records
+from massl_fast.cli import main
+from massl_fast.config import load_config
+from massl_fast.data.loaders import views_of
+from massl_fast.engine.build import build_pair
+from massl_fast.engine.step import NUM_TEACHER_VIEWS
+from massl_fast.planning import GPUS
+from massl_fast.profiling import budget, sections
+from massl_fast.profiling.flops import step_flops
+
+SMALL = ["--crops.global_size", "64", "--crops.local_size", "32", "--crops.num_local", "2", "--train.global_batch", "6"]
+SMALL += ["--model.architecture", "vit_tiny_patch16_224", "--model.model_args", "{depth: 2}", "--objective.memory_size", "2048"]
+SMALL += ["--objective.block_size", "512"]
+
+
+def count(function) -> budget.Work:
+    with budget.OperatorCount(0.0) as counted:
+        function()
+    return budget.joined(counted.budget.values())
+
+
+@pytest.mark.parametrize(
+    "function, expected",
+    [
+        (lambda a, b: a + b, 3 * 64),
+        (lambda a, b: a.mul_(b), 3 * 64),
+        (lambda a, b: a.copy_(b), 2 * 64),
+        (lambda a, b: a.zero_(), 64),
+        (lambda a, b: a.view(16).detach(), 0),
+        (lambda a, b: a + b[:1, :1].expand(4, 4), 2 * 64 + 4),
+        (lambda a, b: a.sum(), 64 + 4),
+        (lambda a, b: torch._foreach_add_([a, b], 1.0), 4 * 64),
+        (lambda a, b: a.to(torch.bfloat16), 64 + 32),
+    ],
+)
+def test_bytes_are_those_read_and_written(function, expected):
+    a, b = torch.ones(4, 4), torch.ones(4, 4)
+    assert count(lambda: function(a, b)).bytes == expected
+
+
+def test_operations_of_a_product():
+    work = count(lambda: torch.ones(3, 5) @ torch.ones(5, 7))
+    assert work.flops == 2 * 3 * 5 * 7
+
+
+def test_the_floor_is_the_slower_of_computing_and_moving():
+    gpu = GPUS["H200"]
+    work = budget.Work()
+    work.add(gpu.peak_flops, gpu.bandwidth / 4)
+    work.add(0.0, gpu.bandwidth / 2)
+    assert work.floor(gpu) == pytest.approx(1.5) and work.operators == 2
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_with_teacher"])
+def test_operations_are_those_of_the_formula(accumulation, optimizer):
+    """But for the backward pass of fused attention, which computes its logits again, and resampled position embeddings."""
+    config = load_config("vit_small_in1k", [*SMALL, "--optimizer.name", optimizer])
+    found = budget.count_step(config, 6, accumulation)
+    flops = sum(work.flops for work in found.values())
+    again = found[sections.BACKWARD, "attention"].flops / 5
+    pair, _ = build_pair(config)
+    sizes = [view.size for view in views_of(config.crops)]
+    expected = step_flops(pair.student, crop_sizes=sizes, num_teacher_views=NUM_TEACHER_VIEWS, batch=6 * accumulation, memory_size=2048)
+    assert flops - again == pytest.approx(expected, rel=2e-3)
+    assert found[sections.LOSS, "loss"].operators == accumulation
+
+
+def test_the_command(capsys, tmp_path):
+    assert main(["profile", "budget", *SMALL, "--gpu", "A100-80"]) == 0
+    told = capsys.readouterr().out
+    assert "| **whole step** |" in told and "312 TFLOP/s" in told and "GFLOP an image" in told and "measured" not in told
+
+    case = {"recipe": "vit_small_in1k", "architecture": "vit_tiny_patch16_224", "batch": 6, "accumulation": 1}
+    figures = {f"part: {name}": records.figure([0.25], "s", "lower") for name in sections.NAMES}
+    path = tmp_path / "records.jsonl"
+    records.append(path, [records.record("step", case, figures)])
+    assert main(["profile", "budget", *SMALL, "--record", str(path)]) == 0
+    told = capsys.readouterr().out
+    assert "measured ms" in told and "| 250.00 |" in told and "| 2250.00 |" in told
+
+    assert main(["profile", "budget", *SMALL, "--record", str(path), "--train.global_batch", "8"]) == 2
+    assert "holds no `bench step` of" in capsys.readouterr().err
+    assert main(["profile", "budget", "--record", str(tmp_path / "none.jsonl")]) == 2
