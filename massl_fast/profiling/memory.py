@@ -58,14 +58,27 @@ MIN_LEAK = 4096  # bytes a step
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.usage = "massl-fast profile memory [--recipe NAME|FILE] [--estimate] [--device-gib G] [--output FILE] [--section.key VALUE ...]"
-    parser.add_argument("--recipe", default="demo", help=f"one of {', '.join(recipe_names())}, or the path of a YAML file (default: demo)")
+    parser.usage = (
+        "massl-fast profile memory [--recipe NAME|FILE] [--estimate] [--device-gib G] [--no-largest] [--loader] [--output FILE] "
+        "[--section.key VALUE ...]"
+    )
+    parser.add_argument(
+        "--recipe",
+        metavar="NAME|FILE",
+        default="demo",
+        help=f"one of {', '.join(recipe_names())}, or the path of a YAML file (default: demo)",
+    )
     parser.add_argument("--estimate", action="store_true", help="only estimate; with --train.device cuda also where there is no GPU")
-    parser.add_argument("--device-gib", type=float, default=0, help="memory of the device to predict the largest batch for (default: this)")
+    parser.add_argument(
+        "--device-gib", metavar="G", type=float, default=0, help="predict the largest batch for a device of G GiB (default: this one)"
+    )
     parser.add_argument("--no-largest", action="store_true", help="do not predict the largest batch, which takes several estimates")
     parser.add_argument("--loader", action="store_true", help="also start the run's loader and count what it takes")
-    parser.add_argument("--output", default="", help="file to which the record is appended, a JSON object on a line")
-    parser.epilog = "Every setting of a run can be given; massl-fast train --help lists them."
+    parser.add_argument("--output", metavar="FILE", default="", help="file to which the record is appended, a JSON object on a line")
+    parser.epilog = (
+        "Every setting of a run can be given; massl-fast train --help lists them. For example, for a GPU that is not here:\n"
+        "  massl-fast profile memory --recipe vit_small_in1k --train.device cuda --train.device_batch 64 --estimate --device-gib 32"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -292,6 +305,8 @@ def report(estimate: Estimate, measured: Measured | None) -> list[str]:
     lines += ["Highest in each part of a step, measured (parts that allocate nothing are not listed):", *way_through(measured.changes)]
     lines.append("Beside the step's own bytes, not in the peak above:")
     lines += [f"{size / MIB:>9,.1f} MiB  {name}" for name, size in measured.rest.items()]
+    if estimate.beside:
+        lines.append("Of that was estimated: " + ", ".join(f"{name} {gib(size)}" for name, size in estimate.beside.items()) + ".")
     return lines + leak_sentences(measured)
 
 
@@ -340,6 +355,7 @@ def as_record(
     }
     figures = {"estimated_peak": records.figure(estimate.bytes / MIB, "MiB", exact=True)}
     details: dict[str, Any] = {"estimated": in_order(estimate.by_owner), "estimated_timeline": timeline(estimate.changes)}
+    details["estimated_beside"] = estimate.beside
     details["estimated_peak_section"] = estimate.peak.section
     if measured:
         figures["measured_peak"] = records.figure(measured.peak_bytes / MIB, "MiB", "lower", exact=True)

@@ -38,11 +38,16 @@ MIN_GAP = 10e-6  # seconds
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.usage = "massl-fast profile trace [--recipe NAME|FILE] [--steps N] [--to FOLDER] [--section.key VALUE ...]"
-    parser.add_argument("--recipe", default="demo", help=f"one of {', '.join(recipe_names())}, or the path of a YAML file (default: demo)")
-    parser.add_argument("--steps", type=int, default=3, help=f"steps to trace, after {WARM_UP} to warm up (default: 3)")
-    parser.add_argument("--to", default="", help="folder for the trace and the record (default: runs/RECIPE/trace)")
-    parser.add_argument("--top", type=int, default=12, help="operators in the table (default: 12)")
+    parser.usage = "massl-fast profile trace [--recipe NAME|FILE] [--steps N] [--to FOLDER] [--top N] [--section.key VALUE ...]"
+    parser.add_argument(
+        "--recipe",
+        metavar="NAME|FILE",
+        default="demo",
+        help=f"one of {', '.join(recipe_names())}, or the path of a YAML file (default: demo)",
+    )
+    parser.add_argument("--steps", metavar="N", type=int, default=3, help=f"steps to trace, after {WARM_UP} to warm up (default: 3)")
+    parser.add_argument("--to", metavar="FOLDER", default="", help="folder for the trace and the record (default: runs/RECIPE/trace)")
+    parser.add_argument("--top", metavar="N", type=int, default=12, help="operators in the table (default: 12)")
     parser.epilog = "Every setting of a run can be given; massl-fast train --help lists them."
 
 
@@ -56,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     make_writable(folder)
     demand_host_memory(config, world)
     accumulation, batch = micro_batches_of(config)
-    print(describe(config, precision, world))
+    print(folded([f"{describe(config, precision, world)}; {batch} images a micro-batch × {accumulation}"]))
     try:
         synthetic = synthetic_run(config, world, precision, device_batch=batch, accumulation=accumulation)
         for _ in range(WARM_UP):
