@@ -1,11 +1,12 @@
 """``massl-fast bench compare A B``: what differs between two records beyond the noise, for pull requests and CI.
 
-A figure counts as changed where two things hold: it shifted by more than ``--threshold`` percent, and the 99.9% interval of the shift
-(intervals.shift) lies on one side of zero. A figure whose interval is too wide to show a change of twice the threshold is called too
-noisy, which is not the same as unchanged. Exact figures (bytes, counts) need no interval. Exit code 1: something got worse.
+A figure counts as changed where three things hold: it shifted by more than ``--threshold`` percent; the 99.9% interval of the shift
+(intervals.shift) lies on one side of zero; and of a case that was measured several times, every record of B lies on that side of every
+record of A. A figure whose interval is too wide to show a change of twice the threshold, or whose records contradict each other, is called
+too noisy, which is not the same as unchanged. Exact figures (bytes, counts) need no interval. Exit code 1: something got worse.
 
-The interval speaks of what varies within a record. What changed between two records beside the code (clocks, heat, other work) is in none:
-take both in turn, more than once, or judge by the figures that are ratios within a round (``--figures ratio``).
+The interval speaks of what varies within a record. What changed between two records beside the code (clocks, heat, other work) shows only
+in several: take both in turn (A, B, A, B), or judge by the figures that are ratios within a round (``--figures ratio``).
 """
 
 from __future__ import annotations
@@ -101,16 +102,18 @@ def compare(
 
 
 def by_case(rows: list[dict[str, Any]]) -> dict[str, tuple[str, dict[str, Any]]]:
-    """Case → (its name, its figures), samples of records of equal cases put together."""
+    """Case → (its name, its figures), samples of records of equal cases put together, beside the median of each record."""
     cases: dict[str, tuple[str, dict[str, Any]]] = {}
     for row in rows:
         key = json.dumps([row["kind"], row["case"]], sort_keys=True)
         _, figures = cases.setdefault(key, (records.name_of_case(row), {}))
         for name, value in row["figures"].items():
             if name in figures:
-                figures[name] = {**value, "samples": figures[name]["samples"] + value["samples"]}
+                known = figures[name]
+                medians = known["medians"] + [median(value["samples"])]
+                figures[name] = {**value, "samples": known["samples"] + value["samples"], "medians": medians}
             else:
-                figures[name] = value
+                figures[name] = {**value, "medians": [median(value["samples"])]}
     return cases
 
 
@@ -129,7 +132,9 @@ def judge(case: str, figure: str, before: dict[str, Any], after: dict[str, Any],
     low, high = interval
     resolution = max(threshold_percent, _percent(max(moved - low, high - moved), a))
     if abs(percent) > threshold_percent and (low > 0 or high < 0):
-        return Difference(*common, changed, resolution)
+        ours, theirs = before["medians"], after["medians"]
+        agreed = min(theirs) > max(ours) if moved > 0 else max(theirs) < min(ours)
+        return Difference(*common, changed if agreed else NOISY, resolution if agreed else abs(percent))
     return Difference(*common, SAME if resolution <= 2 * threshold_percent else NOISY, resolution)
 
 

@@ -9,7 +9,7 @@ from collections import Counter
 import pytest
 
 from massl_fast.benchmarks import intervals, records
-from massl_fast.benchmarks.compare import BETTER, FEW, NOISY, SAME, WORSE, compare, judge
+from massl_fast.benchmarks.compare import BETTER, FEW, NOISY, SAME, WORSE, compare
 from massl_fast.benchmarks.intervals import median_interval, shift, spread_percent
 from massl_fast.cli import main
 
@@ -52,8 +52,7 @@ def test_busy_stretches_neither_hide_a_change_nor_make_one_up():
 
 def test_noise_is_not_taken_for_sameness():
     generator = random.Random(1)
-    noisy = [records.figure(times(generator, 1.0, spread=0.6), "ms", "lower") for _ in range(2)]
-    difference = judge("case", "time", *noisy, threshold_percent=5)
+    difference = compare([row(times(generator, 1.0, spread=0.6))], [row(times(generator, 1.0, spread=0.6))])[0][0]
     assert difference.verdict == NOISY
     assert difference.resolution_percent > 10
 
@@ -71,8 +70,23 @@ def test_noise_is_not_taken_for_sameness():
     ],
 )
 def test_verdicts(before, after, better, exact, verdict):
-    figures = [records.figure(samples, "ms", better, exact=exact) for samples in (before, after)]
-    assert judge("case", "time", *figures, threshold_percent=5).verdict == verdict
+    sides = [[row(samples, better=better, exact=exact)] for samples in (before, after)]
+    assert compare(*sides)[0][0].verdict == verdict
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "verdict"),
+    [
+        ((1.0, 1.02), (1.2, 1.3), WORSE),
+        ((1.3, 1.2), (1.02, 1.0), BETTER),
+        ((1.0, 1.25), (1.2, 1.4), NOISY),  # the machine changed between records as much as the figure did
+        ((1.0,), (1.2, 0.99), NOISY),
+    ],
+)
+def test_records_of_a_case_must_agree_on_a_change(before, after, verdict):
+    generator = random.Random(6)
+    sides = [[row(times(generator, middle, spread=0.005)) for middle in side] for side in (before, after)]
+    assert compare(*sides)[0][0].verdict == verdict
 
 
 def test_records_of_equal_cases_are_put_together_and_others_named():
