@@ -59,6 +59,7 @@ class Options:
     backend: str = "auto"
     optimizer: str = "adamw"
     recompute: str = "nothing"
+    residual: str = "fp32"
     compiled: bool = False
     graphed: bool = False
 
@@ -72,10 +73,19 @@ OPTIONS = {
     "one-kernel update": Options(optimizer="adamw_with_teacher"),
     "recompute pointwise": Options(recompute="pointwise"),
     "recompute blocks": Options(recompute="blocks"),
+    "bf16 residual": Options(residual="bf16"),
 }
 SIDES = ("published", *OPTIONS)
 GPU_ALONE = ("massl-fast graphed",)
-ABLATION = ("massl-fast", "one pass a crop size", "loss from logits", "one-kernel update", "recompute pointwise", "recompute blocks")
+ABLATION = (
+    "massl-fast",
+    "one pass a crop size",
+    "loss from logits",
+    "one-kernel update",
+    "recompute pointwise",
+    "recompute blocks",
+    "bf16 residual",
+)
 
 
 @dataclass(frozen=True)
@@ -134,8 +144,9 @@ def build(case: Case, side: str, device: torch.device, precision: str = "auto") 
         return lambda number: step(crops, SETTINGS, number)
     crops = [crop.contiguous(memory_format=torch.channels_last) for crop in crops]
     options = OPTIONS[side]
-    student = Encoder(*parts(case.drop_path), crops_pass=options.crops_pass, recompute=options.recompute)
-    pair = StudentTeacher(student, Encoder(*parts(0.0), crops_pass=options.crops_pass)).to(device, memory_format=torch.channels_last)
+    common = {"crops_pass": options.crops_pass, "residual": options.residual}
+    student = Encoder(*parts(case.drop_path), recompute=options.recompute, **common)
+    pair = StudentTeacher(student, Encoder(*parts(0.0), **common)).to(device, memory_format=torch.channels_last)
     if options.compiled:
         pair.student.compile_blocks()
         pair.teacher.compile_blocks()
@@ -320,7 +331,7 @@ def main() -> None:
     parser.add_argument("--batch", nargs="+", type=int, default=[], help="batches in place of the case's own")
     parser.add_argument("--memory-size", nargs="+", type=int, default=[], help="memories in place of the case's own")
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES[:2]), help="the first is what the others are compared with")
-    parser.add_argument("--ablation", action="store_true", help=f"these sides: {', '.join(ABLATION)}")
+    parser.add_argument("--ablation", action="store_true", help=f"these sides: {', '.join(ABLATION)}; the last with --precision bf16")
     parser.add_argument("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto")
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--largest", action="store_true", help="find the largest batch that fits the GPU instead of timing")
@@ -328,7 +339,7 @@ def main() -> None:
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if args.ablation:
-        args.sides = list(ABLATION)
+        args.sides = [side for side in ABLATION if args.precision == "bf16" or OPTIONS[side].residual != "bf16"]
     if device.type == "cpu" and (absent := [side for side in args.sides if side in GPU_ALONE]):
         parser.error(f"{absent[0]} needs a GPU, and there is none here")
     if args.largest and device.type == "cpu":

@@ -102,6 +102,9 @@ class ModelSection(Section):
     """What the student's backward pass computes again instead of keeping it. pointwise: norms, activations and concatenations (no matrix
     product; little time for about half the activations); blocks: all but each block's input (a third more operations for the student).
     docs/performance.md has the figures."""
+    residual: Literal["fp32", "bf16"] = "fp32"
+    """Format of the tokens between transformer blocks when train.precision is bf16. bf16 halves the bytes of all that is neither product
+    nor attention, for more rounding; docs/performance.md has the figures."""
 
 
 class ObjectiveSection(Section):

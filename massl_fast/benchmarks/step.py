@@ -94,6 +94,7 @@ def case_of(config: Config, recipe: str, precision: Precision, batch: int, accum
         "precision": precision.name,
         "compile": config.model.compile,
         "recompute": config.model.recompute,
+        "residual": config.model.residual,
         "cuda_graph": config.train.cuda_graph,
         "device": device.type,
     }

@@ -32,7 +32,7 @@ def build_pair(config: Config) -> tuple[StudentTeacher, list[str]]:
         head = ProjectionHead(
             backbone.feature_dim, hidden_dim=model.head_hidden_dim, out_dim=model.embedding_dim, num_layers=model.head_layers
         )
-        return Encoder(backbone, head, crops_pass=model.crops_pass, recompute=recompute)
+        return Encoder(backbone, head, crops_pass=model.crops_pass, recompute=recompute, residual=model.residual)
 
     student = encoder(model.drop_path, model.recompute)
     notes = start_from(student.backbone, Path(config.run.init_from)) if config.run.init_from else []

@@ -152,6 +152,11 @@ class Trainer:
 
     def _build_model(self) -> None:
         config, world = self.config, self.world
+        if config.model.residual == "bf16" and self.precision.name != "bf16":
+            raise ValueError(
+                f"model.residual is bf16, but the step's precision is {self.precision.name} ({self.precision.reason}). Choose "
+                f"train.precision bf16, or model.residual fp32."
+            )
         self.pair, self.build_notes = build_pair(config)
         self.flops_per_step = step_flops(
             self.pair.student,
@@ -237,7 +242,8 @@ class Trainer:
         blocks = "compiled" if config.model.compile else "as PyTorch's own kernels"
         taken = "recorded once as a CUDA graph" if config.train.cuda_graph else "launched from Python"
         kept = "" if config.model.recompute == "nothing" else f"; the backward pass recomputes {config.model.recompute}"
-        say(f"Step      blocks {blocks}, {taken}; optimizer {config.optimizer.name}{kept}")
+        tokens = ", bf16 tokens between blocks" if config.model.residual == "bf16" else ""
+        say(f"Step      blocks {blocks}, {taken}; optimizer {config.optimizer.name}{kept}{tokens}")
         scope = f", the same on all {self.world.size} ranks" if objective.partition_scope == "shared" else ", another on each rank"
         say(
             f"Loss      backend {self.backend}; memory {objective.memory_size} × {config.model.embedding_dim}, "

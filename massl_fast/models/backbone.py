@@ -140,9 +140,13 @@ class Encoder(nn.Module):
 
     ``recompute``: what a packed pass computes again in its backward pass instead of keeping it, nothing, pointwise or blocks (see
     ``packed.PackedPass``). A separate pass takes blocks, by timm's own means (ValueError where the network has none), but not pointwise.
+
+    ``residual``: format of the tokens between the blocks of a packed pass, fp32 or bf16 (ValueError for bf16 in a separate pass).
     """
 
-    def __init__(self, backbone: nn.Module, head: ProjectionHead, *, crops_pass: str = "auto", recompute: str = "nothing") -> None:
+    def __init__(
+        self, backbone: nn.Module, head: ProjectionHead, *, crops_pass: str = "auto", recompute: str = "nothing", residual: str = "fp32"
+    ) -> None:
         super().__init__()
         if crops_pass not in ("auto", "packed", "separate"):
             raise ValueError(f"model.crops_pass is {crops_pass!r}; it can be auto, packed or separate.")
@@ -153,7 +157,9 @@ class Encoder(nn.Module):
             raise ValueError(f"model.crops_pass is packed, which this network does not allow: {reason}.")
         if crops_pass == "separate":
             supported, reason = False, "model.crops_pass asks for it"
-        self.packed = packed.PackedPass(backbone, recompute) if supported else None
+        self.packed = packed.PackedPass(backbone, recompute, residual) if supported else None
+        if not supported and residual != "fp32":
+            raise ValueError(f"model.residual is {residual}, which needs the packed pass, and that is not taken: {reason}. Choose fp32.")
         if not supported and recompute != "nothing":
             self._recompute_separately(recompute, reason)
         self.pass_name = "packed" if supported else "separate"

@@ -27,6 +27,8 @@ Shapes = tuple[tuple[int, int], ...]
 
 RECOMPUTE = ("nothing", "pointwise", "blocks")
 """What the backward pass computes again instead of keeping it; see ``PackedPass``."""
+RESIDUAL = ("fp32", "bf16")
+"""Format in which tokens travel from block to block under autocast; see ``PackedPass``."""
 
 
 def supports(backbone: nn.Module) -> tuple[bool, str]:
@@ -60,13 +62,20 @@ class PackedPass(nn.Module):
 
     ``recompute``: "pointwise" keeps the outputs of matrix products and attention and computes norms, activation and concatenation again in
     the backward pass, eager or compiled; "blocks" keeps the input of each block alone.
+
+    ``residual``: "fp32" is what autocast gives, a stream of float32 tokens to which 16-bit branches are added. "bf16" lets the tokens
+    themselves be bfloat16 between the blocks where autocast is on in that format: norms read and write 16 bits (and compute in 32), as do
+    the additions. Half the bytes of everything that is neither product nor attention, for more rounding (docs/performance.md).
     """
 
-    def __init__(self, backbone: VisionTransformer, recompute: str = "nothing") -> None:
+    def __init__(self, backbone: VisionTransformer, recompute: str = "nothing", residual: str = "fp32") -> None:
         super().__init__()
         if recompute not in RECOMPUTE:
             raise ValueError(f"model.recompute is {recompute!r}; it can be {', '.join(RECOMPUTE[:-1])} or {RECOMPUTE[-1]}.")
+        if residual not in RESIDUAL:
+            raise ValueError(f"model.residual is {residual!r}; it can be {' or '.join(RESIDUAL)}.")
         self.recompute = recompute
+        self.residual = residual
         rates = [_drop_rate(path) for block in backbone.blocks for path in (block.drop_path1, block.drop_path2)]
         keep = 1 - torch.tensor(rates, dtype=torch.float32)[:, None] if any(rates) else None
         self.register_buffer("keep", keep, persistent=False)
@@ -81,6 +90,9 @@ class PackedPass(nn.Module):
         """Groups of crops [N_i, 3, H, W] of one size each → pooled features [ΣN_i, C], in the order given."""
         tokens, shapes = self._embed(backbone, groups)
         scales = self._drop_path_scales(shapes) if self.training else None
+        if self.residual == "bf16" and _autocasts_to_bf16(tokens.device):
+            tokens = tokens.bfloat16()
+            scales = None if scales is None else scales.bfloat16()
         blocks = list(backbone.blocks)
         class_token_only = backbone.attn_pool is None and backbone.global_pool == "token"
         for index, block in enumerate(blocks):
@@ -211,8 +223,8 @@ def _add(tokens: Tensor, branch: Tensor, scale: Tensor | None) -> Tensor:
 
 def _mlp(mlp: nn.Module, norm: nn.Module, tokens: Tensor, part: Part) -> Tensor:
     if part is _kept or type(mlp) is not Mlp or mlp.drop1.p or mlp.drop2.p:
-        return mlp(norm(tokens))
-    hidden = part(lambda tokens: mlp.fc1(norm(tokens)), tokens)
+        return mlp(_norm(norm, tokens))
+    hidden = part(lambda tokens: mlp.fc1(_norm(norm, tokens)), tokens)
     return part(lambda hidden: mlp.fc2(mlp.norm(mlp.act(hidden))), hidden)
 
 
@@ -223,7 +235,7 @@ def _attention(attn: Attention, norm: nn.Module, tokens: Tensor, shapes: Shapes,
     dropout = attn.attn_drop.p if attn.training else 0.0
     gate = getattr(attn, "gate", None)
     if first_only or gate is not None:
-        tokens = norm(tokens)
+        tokens = _norm(norm, tokens)
         norm = nn.Identity()
     queries_from = _first_rows(tokens, shapes) if first_only else tokens
     if first_only:
@@ -236,7 +248,7 @@ def _attention(attn: Attention, norm: nn.Module, tokens: Tensor, shapes: Shapes,
         ]
         parts = [(*q.unbind(2), *kv.unbind(2)) for q, kv in parts]
     else:
-        qkv = part(lambda tokens: attn.qkv(norm(tokens)), tokens).split(rows)
+        qkv = part(lambda tokens: attn.qkv(_norm(norm, tokens)), tokens).split(rows)
         parts = [part.view(crops, length, 3, heads, width).unbind(2) for part, (crops, length) in zip(qkv, shapes)]
     outputs = []
     for query, key, value in parts:
@@ -264,6 +276,19 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor
         return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
     logits = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
     return logits.softmax(-1) @ value
+
+
+def _norm(norm: nn.Module, tokens: Tensor) -> Tensor:
+    """``norm`` of the tokens. Of 16-bit tokens a layer norm is one kernel from 16 to 16 bits; autocast would widen them first and after."""
+    if tokens.dtype != torch.bfloat16 or not isinstance(norm, nn.LayerNorm):
+        return norm(tokens)
+    weight, bias = (None if each is None else each.to(tokens.dtype) for each in (norm.weight, norm.bias))
+    with torch.autocast(tokens.device.type, enabled=False):
+        return F.layer_norm(tokens, norm.normalized_shape, weight, bias, norm.eps)
+
+
+def _autocasts_to_bf16(device: torch.device) -> bool:
+    return torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type) == torch.bfloat16
 
 
 def _first_rows(tokens: Tensor, shapes: Shapes) -> Tensor:

@@ -64,6 +64,7 @@ def test_print_config(capsys):
         (["--objective.backend", "triton"], ["triton"]),
         (["--optimizer.warmup_epochs", "9"], ["warmup_epochs"]),
         (["--train.cuda_graph", "true"], ["train.cuda_graph", "CPU"]),
+        (["--model.residual", "bf16"], ["model.residual", "precision is fp32", "train.precision bf16"]),
         (["--model.recompute", "pointwise", "--model.crops_pass", "separate"], ["model.recompute", "packed pass", "Choose blocks"]),
     ],
 )
