@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
-from massl_fast.config import describe_settings, load_config, recipe_names
+from massl_fast.config import Config, describe_settings, load_config, recipe_names
+
+if TYPE_CHECKING:
+    from massl_fast.engine.parallel import World
 
 TAKES_SETTINGS = True
 
@@ -17,6 +23,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = f"Settings, each --section.key VALUE:\n{describe_settings()}"
 
 
+@contextlib.contextmanager
+def explaining_out_of_memory(config: Config, world: World) -> Iterator[None]:
+    """Turn the error of an allocator into ``OutOfMemory``, and leave a report in the run's folder."""
+    from massl_fast.engine.ended import OutOfMemory
+    from massl_fast.profiling.out_of_memory import is_out_of_memory, write_out_of_memory_report
+
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        sentence = write_out_of_memory_report(config, world, config.run.folder)
+        raise OutOfMemory(f"{sentence} What was trained until the last checkpoint is kept; the same command continues from it.") from error
+
+
 def run(args: argparse.Namespace) -> int:
     config = load_config(args.recipe, args.settings)
     if args.print_config:
@@ -24,17 +45,18 @@ def run(args: argparse.Namespace) -> int:
 
         print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), end="")
         return 0
-    from massl_fast.engine.ended import Ended, RankLost
+    from massl_fast.engine.ended import Ended, OutOfMemory, RankLost
     from massl_fast.engine.heartbeat import end_process
     from massl_fast.engine.parallel import join_world, leave_world
     from massl_fast.engine.trainer import Trainer
 
     world = join_world(config.train.device, config.parallel.timeout_seconds)
     try:
-        Trainer(config, world).run()
-    except RankLost as error:
-        end_process(str(error))  # leaving the process group would wait for the rank that is gone
+        with explaining_out_of_memory(config, world):
+            Trainer(config, world).run()
     except Ended as error:
+        if world.size > 1 and isinstance(error, (RankLost, OutOfMemory)):
+            end_process(str(error))  # leaving the process group would wait for the others
         if world.is_main:  # all ranks end so, one speaks
             print(f"massl-fast train: {error}", file=sys.stderr)
         return error.exit_code

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class Ended(RuntimeError):
-    """The message says why. All ranks end together, so that one of them may speak for all; ``RankLost`` is the exception."""
+    """The message says why. All ranks end together, so that one of them may speak for all; not so ``RankLost`` and ``OutOfMemory``."""
 
     exit_code = 1
 
@@ -19,6 +19,10 @@ class Drifted(Ended):
 
 class RankLost(Ended):
     """A rank does not answer; the message names it where it can be known."""
+
+
+class OutOfMemory(Ended):
+    """Device or host had no more memory; the message names ways out. One rank may meet it alone."""
 
 
 class Interrupted(Ended):

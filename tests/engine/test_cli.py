@@ -3,8 +3,10 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from massl_fast.cli import COMMANDS, main
+from massl_fast.engine.trainer import Trainer
 from small_images import write_images
 
 TINY = [
@@ -107,3 +109,23 @@ def test_a_run_completes_and_another_architecture_is_refused(images, tmp_path, c
     assert main(["export", "--checkpoint", str(folder), "--to", str(tmp_path / "exported")]) == 0
     assert train(tmp_path, images, "--run.resume", "never") == 0
     assert (tmp_path / "run.1/summary.json").exists(), "an old run is moved aside, not lost"
+
+
+def test_out_of_memory_leaves_a_report_and_a_sentence(images, tmp_path, capsys, monkeypatch):
+    def refuse(*_args, **_kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    monkeypatch.setattr(Trainer, "_loop", refuse)
+    assert train(tmp_path, images) == 1
+    told = capsys.readouterr().err
+    assert "Traceback" not in told and "out of memory" in told.lower() and "train.device_batch" in told and "continues from it" in told
+    assert "activations" in (tmp_path / "run" / "out_of_memory.txt").read_text()
+
+
+def test_other_errors_keep_their_traceback(images, tmp_path, monkeypatch):
+    def fail(*_args, **_kwargs):
+        raise RuntimeError("an error of ours")
+
+    monkeypatch.setattr(Trainer, "_loop", fail)
+    with pytest.raises(RuntimeError, match="an error of ours"):
+        train(tmp_path, images)
