@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from timm.layers import Attention, DropPath, GluMlp, Mlp, PatchEmbed, SwiGLU
 from timm.models.vision_transformer import Block, LayerScale, VisionTransformer
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
@@ -248,8 +249,10 @@ def _attention(attn: Attention, norm: nn.Module, tokens: Tensor, shapes: Shapes,
         ]
         parts = [(*q.unbind(2), *kv.unbind(2)) for q, kv in parts]
     else:
-        qkv = part(lambda tokens: attn.qkv(_norm(norm, tokens)), tokens).split(rows)
-        parts = [part.view(crops, length, 3, heads, width).unbind(2) for part, (crops, length) in zip(qkv, shapes)]
+        qkv = part(lambda tokens: attn.qkv(_norm(norm, tokens)), tokens)
+        split = split_heads if torch.compiler.is_compiling() or not qkv.requires_grad else _SplitHeads.apply
+        pieces = split(qkv, shapes, heads, width)
+        parts = [pieces[start : start + 3] for start in range(0, len(pieces), 3)]
     outputs = []
     for query, key, value in parts:
         query, key = attn.q_norm(query.transpose(1, 2)), attn.k_norm(key.transpose(1, 2))
@@ -265,6 +268,32 @@ def _attention(attn: Attention, norm: nn.Module, tokens: Tensor, shapes: Shapes,
         return attn.proj(output)
 
     return attn.proj_drop(part(project, *outputs) if gate is None else project(*outputs))
+
+
+def split_heads(qkv: Tensor, shapes: Shapes, heads: int, width: int) -> tuple[Tensor, ...]:
+    """[Σ B·L, 3·heads·width] → queries, keys and values [B, L, heads, width] of each group in turn: 3 views a group."""
+    groups = qkv.split([crops * length for crops, length in shapes])
+    return tuple(piece for group, (crops, length) in zip(groups, shapes) for piece in group.view(crops, length, 3, heads, width).unbind(2))
+
+
+class _SplitHeads(torch.autograd.Function):
+    """``split_heads`` whose gradients are written once, straight to their place; autograd's own way stacks and then joins them, which
+    moves twice the bytes."""
+
+    @staticmethod
+    def forward(ctx, qkv: Tensor, shapes: Shapes, heads: int, width: int) -> tuple[Tensor, ...]:
+        ctx.shapes, ctx.layout = shapes, (heads, width)
+        return split_heads(qkv, shapes, heads, width)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *gradients: Tensor):
+        heads, width = ctx.layout
+        rows = [crops * length for crops, length in ctx.shapes]
+        whole = gradients[0].new_empty(sum(rows), 3 * heads * width)
+        for number, (group, (crops, length)) in enumerate(zip(whole.split(rows), ctx.shapes)):
+            torch.stack(gradients[3 * number : 3 * number + 3], dim=2, out=group.view(crops, length, 3, heads, width))
+        return whole, None, None, None
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:

@@ -126,6 +126,7 @@ def bytes_moved(func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any
     read = sum(size_of(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
     if func._schema.name.rsplit("::")[1].rstrip("_") in ("zero", "fill", "copy"):
         read -= size_of(args[0])  # overwritten unread
+    read -= sum(size_of(leaf) for leaf in tree_leaves(kwargs.get("out")) if isinstance(leaf, Tensor))
     written = 0
     for number, argument in enumerate(func._schema.arguments):
         # PyTorch's fused optimizers may write gradients (when they undo a loss scale), but are not asked to here.

@@ -267,3 +267,18 @@ def test_other_networks_fall_back_with_a_reason(arch, model_args, reason):
     assert encoder.pass_name == "separate" and encoder.pass_reason == why
     with pytest.raises(ValueError, match=reason):
         Encoder(backbone, encoder.head, crops_pass="packed")
+
+
+@pytest.mark.parametrize("shapes", [((2, 5), (3, 2)), ((4, 3),)])
+def test_gradients_of_split_heads_are_autograds(shapes):
+    heads, width, rows = 2, 4, sum(crops * length for crops, length in shapes)
+    found = []
+    for split in (packed.split_heads, packed._SplitHeads.apply):
+        qkv = torch.randn(rows, 3 * heads * width, generator=torch.Generator().manual_seed(0), requires_grad=True)
+        pieces = split(qkv, shapes, heads, width)
+        assert all(piece.untyped_storage().data_ptr() == qkv.untyped_storage().data_ptr() for piece in pieces)
+        sum(
+            (piece * torch.cos(torch.arange(piece.numel()) * (1 + number)).view_as(piece)).sum() for number, piece in enumerate(pieces)
+        ).backward()
+        found.append(qkv.grad)
+    assert torch.equal(*found) and found[0].abs().min() > 0
