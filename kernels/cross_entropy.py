@@ -143,7 +143,7 @@ def available_backends(device: torch.device | str, dtype: torch.dtype) -> tuple[
     device = torch.device(device)
     if dtype not in checks.DTYPES:
         return ()
-    if _triton_obstacle(device, dtype) is not None:
+    if triton_obstacle(device, dtype) is not None:
         return ("streaming", "reference")
     # Interpreted on a CPU, Triton is there for tests and slower than anything else.
     return ("triton", "streaming", "reference") if device.type == "cuda" else ("streaming", "reference", "triton")
@@ -154,13 +154,13 @@ def _choose_backend(asked: str, memory: Tensor) -> str:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; found {asked!r}.")
     if asked not in ("auto", "triton"):
         return asked
-    obstacle = _triton_obstacle(memory.device, memory.dtype, memory.shape[1])
+    obstacle = triton_obstacle(memory.device, memory.dtype, memory.shape[1])
     if asked == "triton" and obstacle is not None:
         raise ValueError(f'backend "triton" cannot run here: {obstacle} Use "streaming" or "auto".')
     return "triton" if obstacle is None and (asked == "triton" or memory.device.type == "cuda") else "streaming"
 
 
-def _triton_obstacle(device: torch.device, dtype: torch.dtype, width: int | None = None) -> str | None:
+def triton_obstacle(device: torch.device, dtype: torch.dtype, width: int | None = None) -> str | None:
     """A sentence saying why the fused kernel cannot run, or None."""
     if fused is None:
         return "Triton is not installed."

@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
             print(f"WRONG  {variant}: {name}: {why}", flush=True)
         for variant, why in failed.items():
             print(f"FAILED {variant}: {name}: {why}", flush=True)
-        absent |= {variant: why for variant, why in missing.items() if variant in OURS}
+        absent |= {f"{variant} on {case.dtype}": why for variant, why in missing.items() if variant in OURS}
         broken = [variant for variant in failed if variant not in ("reference", "randperm")]
         mistakes += len(wrong) + len(broken)
         checked += len([variant for variant in found if variant not in ("reference", "randperm", "plain PyTorch")])
@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
             figures = {"error": records.figure(values[-1], "relative" if case.flops else "absolute", exact=True)}
             rows.append(records.record("correctness", asdict(case) | {"variant": variant, "device": device.type}, figures))
     for variant, why in absent.items():
-        print(f"Not checked: {variant}, {why}.")
+        print(f"Not checked: {variant}. {why[0].upper()}{why[1:]}.")
     print(f"{checked} results checked against float64 on {device}, {mistakes} wrong.")
     if args.output:
         records.append(args.output, rows)

@@ -35,6 +35,7 @@ from massl_fast.benchmarks import records
 from massl_fast.benchmarks.intervals import spread_percent
 from massl_fast.benchmarks.rates import chosen_device
 from massl_fast.kernels import reference
+from massl_fast.kernels.cross_entropy import triton_obstacle
 from massl_fast.kernels.loss import assemble, count_pairs
 from massl_fast.kernels.partition import round_keys, shuffle
 
@@ -123,12 +124,13 @@ def variants(case: Case, device: torch.device, compiled: bool) -> tuple[dict[str
         found["reference, compiled"] = torch.compile(found[LOSS_ONLY if case.operation == "loss" else "reference"], dynamic=False)
     found["streaming"] = functools.partial(call, case=case, backend="streaming")
     missing = {}
-    if device.type == "cuda":
-        found["triton"] = functools.partial(call, case=case, backend="triton")
-        attentions = ("flash", "efficient", "cudnn")
-    else:
+    if device.type != "cuda":
         missing["triton"] = "it needs a GPU, and there is none here"
-        attentions = ("cpu flash",)
+    elif obstacle := triton_obstacle(device, DTYPES[case.dtype], case.D):
+        missing["triton"] = obstacle.removesuffix(".")
+    else:
+        found["triton"] = functools.partial(call, case=case, backend="triton")
+    attentions = ("flash", "efficient", "cudnn") if device.type == "cuda" else ("cpu flash",)
     compose = _loss_by_attention if case.operation == "loss" else _readout_by_attention
     for kind in attentions:
         found[f"attention, {kind}"] = functools.partial(compose, case=case, kind=kind)

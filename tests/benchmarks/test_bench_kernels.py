@@ -6,6 +6,7 @@ import torch
 from massl_fast.benchmarks import kernels, records
 from massl_fast.benchmarks.rates import chosen_device
 from massl_fast.cli import main
+from massl_fast.kernels import fused
 
 SMALL = ["--images", "2", "--entries", "64", "--block", "32", "--width", "8", "--rounds", "2", "--device", "cpu"]
 
@@ -71,6 +72,16 @@ def test_mistakes_get_a_sentence_before_anything_is_measured(capsys, monkeypatch
     monkeypatch.setattr(kernels, "measure", lambda *_: pytest.fail("measured"))
     assert main(["bench", "kernels", "--output", "none", *SMALL, *arguments]) == 2
     assert sentence in capsys.readouterr().err
+
+
+def test_what_the_gpu_is_not_to_compute_is_missing_and_not_a_mistake(monkeypatch):
+    """Float32 at PyTorch's default precision: exit code 1 would keep ``bench everything`` from timing anything."""
+    monkeypatch.setattr(fused, "_cached_limits", lambda index: ((9, 0), 227 * 1024, 132, "a described GPU"))
+    for dtype, there in (("bfloat16", True), ("float32", False)):
+        for operation in ("loss", "readout"):
+            calls, missing = kernels.variants(kernels.Case(operation, 3, 2, 1, 8, 64, 1, dtype), torch.device("cuda", 0), compiled=False)
+            assert ("triton" in calls) is there and ("triton" in missing) is not there
+    assert "TF32" in missing["triton"]
 
 
 @pytest.mark.parametrize("command", ["kernels", "correctness", "loader", "step", "train"])
