@@ -6,6 +6,7 @@ would have to be copied to the device. Which weight and which part of it is a pr
 
 from __future__ import annotations
 
+import contextlib
 import functools
 
 import torch
@@ -126,15 +127,17 @@ def update_(
     factors = factors.float()
     coefficients = (betas[0], 1 - betas[0], betas[1], 1 - betas[1])
     sizes = tuple(student.numel() for student in students)
-    for start in range(0, len(students), GROUP):
-        part = slice(start, start + GROUP)
-        aligned = all(tensor.data_ptr() % 16 == 0 for kind in tensors for tensor in kind[part])
-        parts, sizes_here, decays_here = _tables(sizes[part], tuple(decays[part]), finite.device)
-        _update_kernel[(len(parts),)](
-            *(tuple(kind[part]) for kind in tensors),
-            parts, sizes_here, decays_here, factors[part], corrections[part], finite, settings, *coefficients, eps,
-            COUNT=len(sizes_here), BLOCK=BLOCK, ALIGNED=aligned, num_warps=WARPS, enable_fp_fusion=True,
-        )  # fmt: skip
+    # Triton launches on the current device.
+    with torch.cuda.device(finite.device) if finite.device.type == "cuda" else contextlib.nullcontext():
+        for start in range(0, len(students), GROUP):
+            part = slice(start, start + GROUP)
+            aligned = all(tensor.data_ptr() % 16 == 0 for kind in tensors for tensor in kind[part])
+            parts, sizes_here, decays_here = _tables(sizes[part], tuple(decays[part]), finite.device)
+            _update_kernel[(len(parts),)](
+                *(tuple(kind[part]) for kind in tensors),
+                parts, sizes_here, decays_here, factors[part], corrections[part], finite, settings, *coefficients, eps,
+                COUNT=len(sizes_here), BLOCK=BLOCK, ALIGNED=aligned, num_warps=WARPS, enable_fp_fusion=True,
+            )  # fmt: skip
 
 
 @functools.cache

@@ -44,15 +44,17 @@ class CudaTape:
         self.graph = torch.cuda.CUDAGraph()
 
     def warm_up(self, function: Callable[[], StepResult]) -> StepResult:
-        self.stream.wait_stream(torch.cuda.current_stream())
+        outside = torch.cuda.current_stream(self.stream.device)
+        self.stream.wait_stream(outside)
         with torch.cuda.stream(self.stream):
             result = function()
-        torch.cuda.current_stream().wait_stream(self.stream)
+        outside.wait_stream(self.stream)
         return result
 
     def record(self, function: Callable[[], StepResult]) -> StepResult:
         # Threads of loaders allocate and query events meanwhile, which ends a recording unless errors are this thread's alone.
-        with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"):
+        # The outer context puts the stream back where a recording fails, which that of PyTorch 2.11 does not.
+        with torch.cuda.stream(self.stream), torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"):
             return function()
 
     def replay(self) -> None:
@@ -99,11 +101,15 @@ class GraphedStep:
         if self.result is None:
             try:
                 self.result = self.tape.record(self._step)
-            except torch.OutOfMemoryError:
-                raise
             except RuntimeError as error:
+                # A recording that breaks off fails once more as it ends, and says less then.
+                first = error
+                while isinstance(first.__context__, RuntimeError):
+                    first = first.__context__
+                if isinstance(first, torch.OutOfMemoryError):
+                    raise first from None
                 raise ValueError(
-                    f"train.cuda_graph is on, but the step could not be recorded: {str(error).splitlines()[0]} Leave it off."
+                    f"train.cuda_graph is on, but the step could not be recorded: {str(first).splitlines()[0]} Leave it off."
                 ) from error
         self.tape.replay()
         return self.result

@@ -121,13 +121,25 @@ def test_where_a_step_cannot_be_recorded(options, tape, size, sentence):
         GraphedStep(step, tape())
 
 
-def test_an_operator_that_cannot_be_recorded_is_a_sentence():
+@pytest.mark.parametrize(
+    ("first", "told", "sentence"),
+    [
+        (RuntimeError("operation not permitted when stream is capturing\nmore"), ValueError, "recorded: operation not .* capturing Leave"),
+        (torch.OutOfMemoryError("CUDA out of memory"), torch.OutOfMemoryError, "^CUDA out of memory$"),
+    ],
+)
+@pytest.mark.parametrize("at_the_end", [False, True], ids=["alone", "and at the end"])
+def test_what_keeps_a_step_from_being_recorded_is_told(first, told, sentence, at_the_end):
     class Refusing(OperatorTape):
         def record(self, function):
-            raise RuntimeError("operation not permitted when stream is capturing\nmore")
+            try:
+                raise first
+            finally:
+                if at_the_end:  # as the end of a capture does
+                    raise RuntimeError("operation failed due to a previous error during capture")
 
     graphed = GraphedStep(build_step(optimizer="adamw_with_teacher"), Refusing())
-    with pytest.raises(ValueError, match="could not be recorded: operation not permitted when stream is capturing Leave it off"):
+    with pytest.raises(told, match=sentence):
         for number in range(WARM_UP + 1):
             take(graphed, number)
 
