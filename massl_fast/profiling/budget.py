@@ -34,6 +34,11 @@ from massl_fast.profiling.synthetic import micro_batches_of, synthetic_run
 TAKES_SETTINGS = True
 GROUPS = ("products", "attention", "loss", "other")
 """What an operator belongs to."""
+# The CPU's fused attention, which PyTorch 2.11 knows no formula for, computes what the GPU's does.
+ATTENTION_OF_CPUS = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: torch.ops.aten._scaled_dot_product_flash_attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: torch.ops.aten._scaled_dot_product_flash_attention_backward,
+}
 NO_WORK = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "_unsafe_view", "lift_fresh")
 
 
@@ -108,7 +113,7 @@ class OperatorCount(TorchDispatchMode):
         if func.namespace == "massl_fast":
             group, flops = "loss", self.loss_flops
         else:
-            formula = flop_registry.get(func._overloadpacket)
+            formula = flop_registry.get(ATTENTION_OF_CPUS.get(func._overloadpacket, func._overloadpacket))
             flops = float(formula(*args, **kwargs, out_val=out)) if formula else 0.0
             group = "attention" if "attention" in name else "products" if flops else "other"
         self.budget.setdefault((self.part, group), Work()).add(flops, bytes_moved(func, args, kwargs, out))
