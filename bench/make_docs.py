@@ -44,7 +44,7 @@ KERNEL_COLUMNS = """ms: median over the rounds, in which the variants take turns
 it need not be the ratio of two medians where the machine was busy. Error: the largest against float64, relative to the largest value
 (read-out or gradient; enqueue: absolute, of an entry). Of matrix rate: operations of the one pass a second, of those that a large matrix
 product reached in the same rounds."""
-RATIOS = """Images/s come from the median time of a step over the rounds; × published is the ratio of these medians, so that both columns
+RATIOS = """Images/s come from the median time of a step over the rounds; × is the ratio of these medians, so that both columns
 say the same. × by processor time is the median over the rounds of the ratio within a round, of the seconds that the process computed:
 what other work on the machine hardly changes. Where the two differ by more than a few percent, the machine was busy; trust the latter.
 Neither counts what a loader needs."""
@@ -189,6 +189,15 @@ def kernel_line(row: Row) -> list[str]:
 
 
 def published(rows: list[Row], device: str) -> tuple[str, dict[str, str]]:
+    return sides_of(rows, "× published")
+
+
+def ablation(rows: list[Row], device: str) -> tuple[str, dict[str, str]]:
+    return sides_of(rows, "× first")
+
+
+def sides_of(rows: list[Row], ratio: str) -> tuple[str, dict[str, str]]:
+    """Ways of taking a step that took turns in one process."""
     lines = []
     for row in rows:
         case = row["case"]
@@ -197,7 +206,7 @@ def published(rows: list[Row], device: str) -> tuple[str, dict[str, str]]:
             processor = result.get("times_the_first_side_by_processor_time")
             lines.append(
                 [
-                    f"{published_model(row)}, {case['batch']} images, {case['precision']}",
+                    f"{published_model(row)}, {case['batch']} images, {case['precision']}, K {case['memory_size']}",
                     side,
                     shown_number(result["images_per_second"]),
                     f"{low:.0f} to {high:.0f}",
@@ -206,7 +215,7 @@ def published(rows: list[Row], device: str) -> tuple[str, dict[str, str]]:
                     f"{result['peak_mib']:.0f}",
                 ]
             )
-    head = ["step", "side", "images/s", "ms a step, quartiles", "× published", "× by processor time", "peak MiB"]
+    head = ["step", "side", "images/s", "ms a step, quartiles", ratio, "× by processor time", "peak MiB"]
     return "\n\n".join([table(head, lines), RATIOS, *map(circumstances, rows)]), {}
 
 
@@ -311,6 +320,7 @@ def _median_error(rows: list[Row]) -> float:
 SECTIONS = (
     ("Kernels", "kernels", kernels),
     ("A step beside the published way", "published step", published),
+    ("A step with one thing taken back or added", "ablation", ablation),
     ("A step, model alone", "step", step),
     ("Rate against the batch", "batch search", search),
     ("Loader and model", "train", train),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -50,13 +51,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     else:
         args = parser.parse_args(arguments[words:])
     try:
-        return module.run(args)
+        code = module.run(args)
+        sys.stdout.flush()
+        return code
     except ValueError as error:
         print(f"massl-fast {command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"massl-fast {command}: interrupted.", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
 
 
 def _overview(arguments: list[str]) -> int:
@@ -65,7 +71,7 @@ def _overview(arguments: list[str]) -> int:
         not arguments or arguments[0] in ("-h", "--help") or (arguments[0] in groups and arguments[1:2] in ([], ["-h"], ["--help"]))
     )
     lines = ["massl-fast: MaSSL pre-training at the speed of the hardware", ""]
-    lines += [f"  massl-fast {name:<14} {summary}" for name, (_, summary) in COMMANDS.items()]
+    lines += [f"  massl-fast {name:<18} {summary}" for name, (_, summary) in COMMANDS.items()]
     lines += ["", "massl-fast COMMAND --help tells more."]
     if asked_for_help:
         print("\n".join(lines))

@@ -57,7 +57,7 @@ def page_of(rows: Sequence[Row]) -> str:
         header(rows),
         kernels_section(of("kernels")),
         *(step_section(row) for row in of("step")),
-        *(published_section(row) for row in of("published step")),
+        *(sides_section(row) for kind in ("published step", "ablation") for row in of(kind)),
         *(search_section(row) for row in of("batch search")),
         *(train_section(row) for row in of("train")),
         loader_section(of("loader")),
@@ -222,19 +222,23 @@ def step_section(row: Row) -> str:
     return section("A step, model alone", f'<dl class="tiles">{cells}</dl><p></p>{drawn}', case_words(row["case"]))
 
 
-def published_section(row: Row) -> str:
+SIDES_TITLES = {"published step": "A step beside the published way", "ablation": "A step with one thing taken back or added"}
+
+
+def sides_section(row: Row) -> str:
+    """Ways of taking a step that took turns in one process."""
     sides = row["details"]["sides"]
-    colours = dict(zip(sides, ("--muted", "--blue", "--green")))
+    colours = dict.fromkeys(sides, "--blue") | {next(iter(sides)): "--muted"}
     rates = [
         Bar(side, [result["images_per_second"]], colours[side], f"× {times_the_first(row, side):.2f}") for side, result in sides.items()
     ]
     peaks = [Bar(side, [result["peak_mib"] / 1024], colours[side]) for side, result in sides.items()]
     words = (
-        f"{published_model(row)}, {row['case']['batch']} images, {row['case']['precision']}; a step of each in turn, "
-        f"{row['details']['rounds']} rounds"
+        f"{published_model(row)}, {row['case']['batch']} images, {row['case']['precision']}, memory of {row['case']['memory_size']}; "
+        f"a step of each in turn, {row['details']['rounds']} rounds"
     )
     drawn = [figure("Images per second", bars(rates, "images/s")), figure("Peak memory", bars(peaks, "GiB"))]
-    return section("A step beside the published way", grid(drawn), words)
+    return section(SIDES_TITLES[row["kind"]], grid(drawn), words)
 
 
 def published_model(row: Row) -> str:

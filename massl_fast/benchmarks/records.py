@@ -15,6 +15,7 @@ import math
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -132,7 +133,7 @@ def command() -> str:
     """The command line as a user would type it."""
     program = Path(sys.argv[0]).name
     words = ["massl-fast" if program in ("__main__.py", "massl-fast", "massl_fast_here.py") else program, *sys.argv[1:]]
-    return " ".join(words)
+    return shlex.join(words)
 
 
 @functools.cache

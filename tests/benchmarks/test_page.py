@@ -41,7 +41,7 @@ def everything() -> list[dict]:
     memory = {"estimated": sizes, "measured": sizes, "measured_timeline": line, "estimated_timeline": line, "peak_section": "backward"}
     memory |= {"largest": ["1 MiB activations"], "leaks": ["No leak"], "rest": {"allocator slack": 1 << 20}}
     sides = {"published": {"images_per_second": 1.0, "step_seconds_median": 0.5, "peak_mib": 10.0}}
-    sizes_of_crops = {"global_size": 32, "local_size": 16, "num_local": 2}
+    of_step = {"global_size": 32, "local_size": 16, "num_local": 2, "memory_size": 64}
     tried = [[8, {"images_per_second": 3.0, "step_seconds": 0.1, "peak_bytes": 1 << 20}], [16, None]]
     published = {"published: step_seconds": figure(0.5, "s", "lower"), "published: times the first": figure(1.0, "×")}
     trace = {"operators": [{"name": "aten::mm<script>", "seconds": 0.1, "calls": 3, "share_percent": 9.0}], "steps": 2}
@@ -52,8 +52,12 @@ def everything() -> list[dict]:
     return [
         *(kernel(variant, images, 1.0 + images) for variant in ("reference", "streaming") for images in (8, 64)),
         records.record("step", MODEL, step, {"gflop_per_image": 1.0, "matrix_tflops_measured": 0.1, "matrix_tflops_data_sheet": None}),
+        records.record("published step", MODEL | of_step, published, {"sides": sides, "rounds": 3, "case": {"model_args": {"depth": 4}}}),
         records.record(
-            "published step", MODEL | sizes_of_crops, published, {"sides": sides, "rounds": 3, "case": {"model_args": {"depth": 4}}}
+            "ablation",
+            MODEL | of_step | {"sides": "massl-fast, a, b, c"},
+            {"massl-fast: step_seconds": figure(0.5, "s", "lower")},
+            {"sides": dict.fromkeys(("massl-fast", "a", "b", "c"), sides["published"]), "rounds": 3, "case": {"model_args": {}}},
         ),
         records.record("batch search", MODEL, {"x": figure(1.0, "s")}, {"tried": tried, "best": 8}),
         records.record(

@@ -1,5 +1,8 @@
 """What a user sees of the program: help, and mistakes as one sentence with exit code 2."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -129,3 +132,12 @@ def test_other_errors_keep_their_traceback(images, tmp_path, monkeypatch):
     monkeypatch.setattr(Trainer, "_loop", fail)
     with pytest.raises(RuntimeError, match="an error of ours"):
         train(tmp_path, images)
+
+
+def test_a_pipe_that_closes_early_is_no_error():
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "massl_fast", "train", "--recipe", "demo", "--print-config"]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert done.returncode == 141 and not done.stderr

@@ -1,5 +1,7 @@
 """Operations and bytes of a step, counted operator by operator."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -87,3 +89,13 @@ def test_the_command(capsys, tmp_path):
     assert main(["profile", "budget", *SMALL, "--record", str(path), "--train.global_batch", "8"]) == 2
     assert "holds no `bench step` of" in capsys.readouterr().err
     assert main(["profile", "budget", "--record", str(tmp_path / "none.jsonl")]) == 2
+
+
+@pytest.mark.skipif(
+    not torch.__version__.startswith("2.15"), reason="the documents' table was counted with torch 2.15, others call other operators"
+)
+def test_the_documents_table_is_the_commands(capsys):
+    assert main(["profile", "budget", "--train.global_batch", "64", "--objective.memory_size", "65536"]) == 0
+    documents = (Path(__file__).parents[2] / "docs" / "performance.md").read_text(encoding="utf-8")
+    lines = capsys.readouterr().out.split("\n\n")
+    assert lines[0] in documents and lines[1] in documents
