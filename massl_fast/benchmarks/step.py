@@ -22,6 +22,7 @@ from massl_fast.benchmarks import records
 from massl_fast.benchmarks.intervals import FEWEST_SAMPLES, spread_percent
 from massl_fast.benchmarks.rates import matrix_rate, synchronize
 from massl_fast.config import Config, load_config, recipe_names
+from massl_fast.engine import graphed_step
 from massl_fast.engine.parallel import World, join_world
 from massl_fast.engine.precision import Precision, choose_precision
 from massl_fast.profiling.estimate import RESERVE, capacity, explain_out_of_memory, gib, largest_batch
@@ -30,7 +31,8 @@ from massl_fast.profiling.sections import NAMES, SectionClock, Sections
 from massl_fast.profiling.synthetic import SyntheticRun, micro_batches_of, synthetic_run
 
 TAKES_SETTINGS = True
-WARM_UP = 3
+WARM_UP = graphed_step.WARM_UP + 1
+"""Steps after which every further one is taken in the same way, also where one is recorded and then replayed."""
 ROUND_SECONDS = 0.3
 FEWEST_ROUNDS, MOST_ROUNDS = 3, 40
 OVERTIME = 3
@@ -283,7 +285,7 @@ def rate_at(config: Config, world: World, precision: Precision, batch: int) -> d
         torch.cuda.reset_peak_memory_stats(device)
     try:
         run = synthetic_run(config, world, precision, device_batch=batch)
-        for _ in range(2):
+        for _ in range(WARM_UP if config.train.cuda_graph else 2):
             run.step()
         once = timed(run.step, device)[0]
         count = max(3, min(50, int(SEARCH_SECONDS / once)))

@@ -76,6 +76,8 @@ def synthetic_run(config: Config, world: World, precision: Precision, *, device_
     else:
         pair.to(world.device, memory_format=torch.channels_last)
     if config.model.compile and not fake:
+        # What was compiled for other shapes counts against Dynamo's limit (8 a function), beyond which steps run uncompiled.
+        torch.compiler.reset()
         pair.student.compile_blocks()
         pair.teacher.compile_blocks()
     objective = build_objective(config, precision, world.rank).to(world.device)

@@ -19,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from massl_fast.benchmarks import records
 from massl_fast.benchmarks.rates import synchronize
-from massl_fast.benchmarks.step import case_of, describe
+from massl_fast.benchmarks.step import WARM_UP, case_of, describe
 from massl_fast.config import load_config, recipe_names
 from massl_fast.engine.parallel import join_world
 from massl_fast.engine.precision import choose_precision
@@ -32,7 +32,6 @@ from massl_fast.profiling.telling import folded
 from massl_fast.profiling.waits import Wait, find_waits
 
 TAKES_SETTINGS = True
-WARM_UP = 3
 STEP = "step"
 MIN_GAP = 10e-6  # seconds
 

@@ -6,6 +6,10 @@ import torch
 from massl_fast.benchmarks import records, step, train
 from massl_fast.benchmarks.train import Situation, verdict
 from massl_fast.cli import main
+from massl_fast.config import load_config
+from massl_fast.engine.parallel import World
+from massl_fast.engine.precision import Precision
+from massl_fast.models.backbone import Encoder
 from massl_fast.profiling.sections import NAMES
 
 TINY = ["--model.architecture", "vit_tiny_patch16_224", "--model.model_args", "{patch_size: 8, depth: 1, embed_dim: 24, num_heads: 2}"]
@@ -74,6 +78,17 @@ def test_the_batch_search_on_a_cpu_is_bounded(capsys):
     assert main(["bench", "step", "--search-batch", "--max-batch", "16", *TINY]) == 0
     told = capsys.readouterr().out
     assert "No limit was met up to 16 images" in told
+
+
+def test_every_batch_of_a_search_is_compiled(monkeypatch):
+    """Four graphs a batch (teacher and student, all blocks but the last and the last), and Dynamo keeps eight of a function."""
+    monkeypatch.setattr(Encoder, "compile_blocks", lambda encoder: encoder.packed.compile_blocks(dynamic=False, backend="eager"))
+    config = load_config("demo", [*TINY, "--model.model_args", "{patch_size: 8, depth: 2, embed_dim: 24, num_heads: 2}"])
+    config.model.compile = True
+    world = World(0, 1, 0, torch.device("cpu"))
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        for batch in (2, 3, 4):
+            assert step.rate_at(config, world, Precision("fp32", "test"), batch)
 
 
 @pytest.mark.parametrize("arguments", [["--seconds", "0"], ["--max-batch", "-1"], ["--recipe", "none"], ["--train.batch", "3"]])
