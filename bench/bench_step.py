@@ -74,9 +74,10 @@ OPTIONS = {
     "recompute pointwise": Options(recompute="pointwise"),
     "recompute blocks": Options(recompute="blocks"),
     "bf16 residual": Options(residual="bf16"),
+    "bf16 residual graphed": Options(residual="bf16", graphed=True, optimizer="adamw_with_teacher"),
 }
 SIDES = ("published", *OPTIONS)
-GPU_ALONE = ("massl-fast graphed",)
+GPU_ALONE = tuple(side for side, options in OPTIONS.items() if options.graphed)
 ABLATION = (
     "massl-fast",
     "one pass a crop size",
@@ -341,7 +342,12 @@ def main() -> None:
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if args.ablation:
-        args.sides = [side for side in ABLATION if args.precision == "bf16" or OPTIONS[side].residual != "bf16"]
+        args.sides = [
+            side for side in ABLATION if OPTIONS[side].residual == "fp32" or choose_precision(args.precision, device).name == "bf16"
+        ]
+    precision = choose_precision(args.precision, device)
+    if narrow := [side for side in args.sides if side in OPTIONS and OPTIONS[side].residual == "bf16" and precision.name != "bf16"]:
+        parser.error(f"{narrow[0]} is a step in bf16; this one is in {precision.name} ({precision.reason})")
     if device.type == "cpu" and (absent := [side for side in args.sides if side in GPU_ALONE]):
         parser.error(f"{absent[0]} needs a GPU, and there is none here")
     if args.largest and device.type == "cpu":

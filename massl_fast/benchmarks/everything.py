@@ -94,13 +94,31 @@ def gpu_parts(folder: Path, images: str) -> list[Part]:
     """What is run where there is a GPU: most telling first, because time may run out."""
     out = ("--output", str(folder / "records.jsonl"))
     small = ("--recipe", "vit_small_in1k")
-    published = ("--cases", "vit_small", "--batch", "64", "--rounds", "11", "--sides", "published", "massl-fast", "massl-fast compiled")
+    beside = ("--cases", "vit_small", "--rounds", "11", *out)
+    ways = ("massl-fast", "massl-fast compiled", "massl-fast graphed", "one-kernel update", "bf16 residual", "bf16 residual graphed")
     return [
         Part("correctness", ("bench", "correctness", *out), 90, timing=False),
         Part("kernels", ("bench", "kernels", "--entries", "65536", "131072", "--images", "64", "512", *out), 150),
         Part("step, ViT-S, 64 images", ("bench", "step", *small, "--train.global_batch", "64", "--seconds", "6", *out), 45),
         Part("memory, ViT-S, 64 images", ("profile", "memory", *small, "--train.global_batch", "64", *out), 75),
-        Part("step beside the published way", (*published, *out), 90, program=(str(PUBLISHED),)),
+        Part(
+            "step beside the published way",
+            ("--batch", "64", "--sides", "published", *ways, *beside),
+            110,
+            program=(str(PUBLISHED),),
+        ),
+        Part(
+            "the same with 256 images",
+            ("--batch", "256", "--sides", "published", "bf16 residual graphed", *beside),
+            70,
+            program=(str(PUBLISHED),),
+        ),
+        Part(
+            "step against the memory's length",
+            ("--batch", "512", "--sides", "massl-fast", "--memory-size", "65536", "1048576", *beside),
+            60,
+            program=(str(PUBLISHED),),
+        ),
         Part(
             "step, ViT-S, 256 images, compiled",
             ("bench", "step", *small, "--train.global_batch", "256", "--model.compile", "true", "--seconds", "6", *out),
@@ -224,10 +242,11 @@ def headlines(rows: list[dict[str, Any]]) -> list[str]:
             if share := figures.get("model_flops_utilization"):
                 of = f"{share:.1f} % of the data sheet's rate"
             lines.append(f"step, {case['architecture']}, {case['batch']} images: {figures['images_per_second']:.1f} images/s, {of}")
-        elif row["kind"] == "published step":
+        elif row["kind"] in ("published step", "ablation"):
             sides = [name.removesuffix(": times the first") for name in figures if name.endswith(": times the first")]
             rates = ", ".join(f"{side} {case['batch'] / figures[f'{side}: step_seconds']:.1f} images/s" for side in sides)
-            lines.append(f"step beside the published way, {case['architecture']}, {case['batch']} images: {rates}")
+            what = "step beside the published way" if row["kind"] == "published step" else "ways of a step"
+            lines.append(f"{what}, {case['architecture']}, {case['batch']} images, K {case['memory_size']}: {rates}")
         elif row["kind"] == "memory" and "measured_peak" in figures:
             lines.append(
                 f"memory, {case['architecture']}, {case['batch']} images: peak {figures['measured_peak']:.0f} MiB, estimate "
