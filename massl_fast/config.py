@@ -7,6 +7,7 @@ wrong type reads the same wherever it was written. Unknown keys are errors.
 from __future__ import annotations
 
 import difflib
+import textwrap
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -99,12 +100,12 @@ class ModelSection(Section):
     compile: bool = False
     """torch.compile the transformer blocks."""
     recompute: Literal["nothing", "pointwise", "blocks"] = "nothing"
-    """What the student's backward pass computes again instead of keeping it. pointwise: norms, activations and concatenations (no matrix
-    product; little time for about half the activations); blocks: all but each block's input (a third more operations for the student).
-    docs/performance.md has the figures."""
+    """What the student's backward pass computes again instead of keeping it. pointwise: norms, activations and concatenations, no matrix
+    product (by estimate a third less memory for a tenth more time); blocks: all but each block's input (less than a third of the memory, a
+    quarter more time). docs/performance.md has the figures."""
     residual: Literal["fp32", "bf16"] = "fp32"
-    """Format of the tokens between transformer blocks when train.precision is bf16. bf16 halves the bytes of all that is neither product
-    nor attention, for more rounding; docs/performance.md has the figures."""
+    """Format of the tokens between transformer blocks when train.precision is bf16. With bf16 a step moves a quarter fewer bytes, for more
+    rounding; docs/performance.md has the figures."""
 
 
 class ObjectiveSection(Section):
@@ -382,5 +383,6 @@ def describe_settings() -> str:
                 str(setting.annotation).replace("typing.", "") if not isinstance(setting.annotation, type) else setting.annotation.__name__
             )
             kind = kind.replace("Literal", "one of ")
-            lines.append(f"  --{section}.{name} ({kind}, default {setting.default!r})\n      {setting.description}")
+            lines.append(f"  --{section}.{name} ({kind}, default {setting.default!r})")
+            lines += textwrap.wrap(setting.description, width=114, initial_indent=6 * " ", subsequent_indent=6 * " ")
     return "\n".join(lines)
