@@ -27,6 +27,7 @@ from massl_fast.engine.parallel import World, join_world
 from massl_fast.engine.precision import Precision, choose_precision
 from massl_fast.profiling.estimate import RESERVE, capacity, explain_out_of_memory, gib, largest_batch
 from massl_fast.profiling.flops import peak_flops
+from massl_fast.profiling.out_of_memory import is_out_of_memory
 from massl_fast.profiling.sections import NAMES, SectionClock, Sections
 from massl_fast.profiling.synthetic import SyntheticRun, micro_batches_of, synthetic_run
 
@@ -111,7 +112,9 @@ def measure(config: Config, recipe: str, world: World, precision: Precision, sec
         for _ in range(WARM_UP):
             run.step()
         synchronize(device)
-    except torch.OutOfMemoryError:
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
         raise ValueError(explain_out_of_memory(config, world)) from None
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -292,8 +295,9 @@ def rate_at(config: Config, world: World, precision: Precision, batch: int) -> d
         seconds = median(timed(run.step, device)[0] for _ in range(count))
         peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
         result = {"images_per_second": batch / seconds, "step_seconds": seconds, "peak_bytes": peak}
-    except torch.OutOfMemoryError:
-        pass
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
     run = None  # before the cache is emptied
     gc.collect()
     if device.type == "cuda":

@@ -1,8 +1,9 @@
 """Out of memory: how it shows, and the report that is left of it.
 
-A GPU says so with ``torch.OutOfMemoryError``. On a CPU PyTorch raises a RuntimeError, and only where the system refuses memory at once;
-where it grants more than there is, as Linux does, the system ends the process instead (exit code 137) and nothing here can run. So on a
-CPU the estimate is compared with what is free before anything runs (``demand_host_memory``).
+A GPU says so with ``torch.OutOfMemoryError`` where PyTorch's allocator has no more to give, and with other RuntimeErrors where the driver
+has none left for a kernel's code or a library's workspace. On a CPU PyTorch raises a RuntimeError, and only where the system refuses memory
+at once; where it grants more than there is, as Linux does, the system ends the process instead (exit code 137) and nothing here can run. So
+on a CPU the estimate is compared with what is free before anything runs (``demand_host_memory``).
 """
 
 from __future__ import annotations
@@ -19,13 +20,15 @@ from massl_fast.profiling.telling import estimate_lines, folded
 
 # What PyTorch's CPU allocators say (c10/core/impl/alloc_cpu.cpp).
 _CPU_WORDS = ("DefaultCPUAllocator", "can't allocate memory", "not enough memory")
+# What CUDA's run-time, cuBLAS and cuDNN, and Triton say.
+_GPU_WORDS = ("CUDA error: out of memory", "STATUS_ALLOC_FAILED", "Triton Error [CUDA]: out of memory")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that a device or the host has no more memory."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in _CPU_WORDS)
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _CPU_WORDS + _GPU_WORDS)
 
 
 def write_out_of_memory_report(config: Config, world: World, folder: Path | str) -> str:
