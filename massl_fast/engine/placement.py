@@ -1,0 +1,37 @@
+"""Student and teacher from the host's memory to where they train: device, memory format, compiled blocks, shards."""
+
+from __future__ import annotations
+
+import torch
+
+from massl_fast.config import Config
+from massl_fast.engine.parallel import World, synchronise_batch_norms
+from massl_fast.engine.precision import Precision
+from massl_fast.engine.sharding import shard_
+from massl_fast.models.pair import StudentTeacher
+
+
+def demand_residual(config: Config, precision: Precision) -> None:
+    """ValueError where 16-bit tokens between blocks are asked for in a step of another precision."""
+    if config.model.residual == "bf16" and precision.name != "bf16":
+        raise ValueError(
+            f"model.residual is bf16, but the step's precision is {precision.name} ({precision.reason}). Choose "
+            f"train.precision bf16, or model.residual fp32."
+        )
+
+
+def place(pair: StudentTeacher, config: Config, world: World, precision: Precision, strategy: str) -> tuple[StudentTeacher, list[str]]:
+    """(the networks ready to train on ``world.device``, sentences for the user). Under fsdp2 a collective call."""
+    pair, note = synchronise_batch_norms(pair, world)
+    pair.to(world.device, memory_format=torch.channels_last)
+    if config.model.compile:
+        pair.student.compile_blocks()
+        pair.teacher.compile_blocks()
+    if strategy == "fsdp2":
+        if config.optimizer.name != "adamw":
+            raise ValueError(
+                f"parallel.strategy is fsdp2, which PyTorch's fused AdamW steps on shards; {config.optimizer.name} it cannot. "
+                f"Choose optimizer.name adamw, or parallel.strategy ddp."
+            )
+        shard_(pair, world, precision)
+    return pair, [note] if note else []
