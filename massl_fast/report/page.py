@@ -93,8 +93,8 @@ def _name(run: RunFolder) -> str:
 def _header(run: RunFolder) -> str:
     architecture, train = run.setting("model", "architecture"), run.setting("data", "train")
     what = " on ".join(escape(str(part)) for part in (architecture, train) if part)
-    state = "complete" if run.summary else "not complete"
-    mark = "good" if run.summary else "caution"
+    state = run.stopped or ("complete" if run.summary else "not complete")
+    mark = "good" if run.stopped or run.summary else "caution"
     return f'<header><h1>{escape(_name(run))}</h1><span class="state {mark}">{state}</span><p>{what}</p></header>'
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from massl_fast.engine.checkpoint import CheckpointFolder, read_state
 from massl_fast.report.figures import is_number
 
 KNN_KEY = re.compile(r"knn_(untrained|teacher|student)_k(\d+)_percent")
@@ -26,6 +27,8 @@ class RunFolder:
     """summary.json; empty if the run has not ended."""
     bad_files: list[str] = field(default_factory=list)
     """Lines of bad_files.txt."""
+    stopped: str = ""
+    """"stopped at step N of M, as asked" where train.stop_at_step ended the run before its end; otherwise empty."""
     notes: list[str] = field(default_factory=list)
     """Sentences on what is missing or damaged."""
 
@@ -75,13 +78,33 @@ def read_run(path: Path | str) -> RunFolder:
     bad_files = path / "bad_files.txt"
     if bad_files.is_file():
         run.bad_files = [line for line in bad_files.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    if not run.summary:
+    run.stopped = _stopped(run)
+    if run.stopped:
+        run.notes.append(f"The run {run.stopped} (train.stop_at_step); the same command without it continues.")
+    elif not run.summary:
         run.notes.append(f"There is no summary.json: the run has not reached its end. Its last logged step is {run.last_step}.")
     elif is_number(run.summary.get("steps")) and run.last_step > run.summary["steps"]:
         run.notes.append(
             f"summary.json is of an earlier end at step {run.summary['steps']}; the run was continued and has logged step {run.last_step}."
         )
     return run
+
+
+def _stopped(run: RunFolder) -> str:
+    stop, steps, epochs = (run.setting("train", name) for name in ("stop_at_step", "steps", "epochs"))
+    if not is_number(stop) or not 0 < stop <= run.last_step:
+        return ""
+    # A run that is killed in its last step has logged it and has no checkpoint of it.
+    checkpoint = CheckpointFolder(run.path / "checkpoints").last()
+    state = read_state(checkpoint) if checkpoint else {}
+    if state.get("step") != run.last_step:
+        return ""
+    steps_per_epoch = state.get("steps_per_epoch")
+    if not steps and is_number(epochs) and is_number(steps_per_epoch):
+        steps = max(1, round(epochs * steps_per_epoch))
+    if not is_number(steps) or run.last_step >= steps:
+        return ""
+    return f"stopped at step {run.last_step} of {steps}, as asked"
 
 
 def _settings(run: RunFolder) -> dict[str, dict[str, Any]]:

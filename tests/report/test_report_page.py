@@ -197,6 +197,15 @@ def test_runs_cut_off_early_have_a_shorter_page(tmp_path, rows):
     assert ("This run has not been evaluated." in page.text) == (not rows or "loss" in rows[0])
 
 
+def test_a_run_that_stopped_as_asked_is_not_called_incomplete(tmp_path):
+    config = Config()
+    config.train.stop_at_step, config.train.steps = 5, 40
+    run = write_run(tmp_path / "r", rows_of([5]), config)
+    CheckpointFolder(run / "checkpoints").save(5, {"objective/pointer": torch.zeros(1)}, {})
+    html = page_of(read_run(run), NONE)
+    assert '<span class="state good">stopped at step 5 of 40, as asked</span>' in html and "not complete" not in html
+
+
 def test_runs_with_nulls_only_have_no_empty_charts(tmp_path):
     rows = [{"step": 5, "loss": None, "gradient_norm": None, "data_wait_percent": None}]
     page = Page(page_of(read_run(write_run(tmp_path / "r", rows)), NONE))

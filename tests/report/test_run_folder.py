@@ -1,7 +1,9 @@
 import json
 
 import pytest
+import torch
 
+from massl_fast.engine.checkpoint import CheckpointFolder
 from massl_fast.report.run_folder import read_run
 
 
@@ -52,6 +54,31 @@ def test_of_two_lines_for_a_step_the_later_counts_key_by_key(tmp_path):
 def test_a_summary_older_than_the_metrics_is_told(tmp_path):
     run = read_run(write(tmp_path / "r", [{"step": 8}], summary={"steps": 5}))
     assert run.notes == ["summary.json is of an earlier end at step 5; the run was continued and has logged step 8."]
+
+
+@pytest.mark.parametrize(
+    ("train", "saved", "told"),
+    [
+        ("stop_at_step: 8, steps: 20", 8, "stopped at step 8 of 20, as asked"),
+        ("stop_at_step: 8, steps: 0, epochs: 2.5", 8, "stopped at step 8 of 10, as asked"),
+        ("stop_at_step: 6, steps: 20", 8, "stopped at step 8 of 20, as asked"),  # continued from step 8: nothing was left to do
+        ("stop_at_step: 8, steps: 20", 4, ""),  # killed as it saved
+        ("stop_at_step: 8, steps: 20", None, ""),
+        ("stop_at_step: 9, steps: 20", 8, ""),  # killed before
+        ("stop_at_step: 8, steps: 8", 8, ""),  # killed before its summary
+        ("stop_at_step: 0, steps: 20", 8, ""),
+        ("stop_at_step: [8], steps: 20", 8, ""),
+        ("steps: 20", 8, ""),
+    ],
+)
+def test_a_run_that_stopped_as_asked_says_so(tmp_path, train, saved, told):
+    folder = write(tmp_path / "r", [{"step": 4}, {"step": 8}], config=f"train: {{{train}}}\n")
+    if saved:
+        CheckpointFolder(folder / "checkpoints").save(saved, {"objective/pointer": torch.zeros(1)}, {"steps_per_epoch": 4})
+    run = read_run(folder)
+    assert run.stopped == told
+    assert ("as asked (train.stop_at_step); the same command without it continues." in run.notes[0]) == bool(told)
+    assert ("has not reached its end" in run.notes[0]) != bool(told)
 
 
 def test_damaged_files_are_told(tmp_path):
