@@ -14,6 +14,7 @@ from massl_fast.evaluation.knn import KnnEvaluator
 from massl_fast.models.pair import StudentTeacher
 
 HEADLINE_K = 20
+NAMES_SHOWN = 5
 
 
 class RunEvaluation:
@@ -21,6 +22,7 @@ class RunEvaluation:
 
     Attributes:
         sources: (training images, test images), or (None, None).
+        told_unreadable: names of images that were left out and told of.
         percents: k-NN by the keys of metrics.jsonl, as last found.
         best: the teacher's highest headline so far, %; -1 before there is one.
     """
@@ -33,6 +35,7 @@ class RunEvaluation:
         self.every_steps = round(evaluation.every_epochs * steps_per_epoch)
         self.percents: dict[str, float] = {}
         self.best = -1.0
+        self.told_unreadable: set[str] = set()
         self.evaluator: KnnEvaluator | None = None
         self.sources: tuple[Source | None, Source | None] = (None, None)
         if not evaluation.train:
@@ -78,6 +81,17 @@ class RunEvaluation:
         percents = {f"knn_{name}_k{k}_percent": round(value, 3) for name, of_k in found.items() for k, value in of_k.items()}
         self.percents |= percents
         return percents
+
+    def unreadable(self) -> str | None:
+        """A sentence about images that the last evaluation had to leave out and that have not been told of before; None without such."""
+        names = [name for name in self.evaluator.unreadable if name not in self.told_unreadable]
+        if not names:
+            return None
+        self.told_unreadable.update(names)
+        count = "1 image" if len(names) == 1 else f"{len(names)} images"
+        shown = ", ".join(names[:NAMES_SHOWN]) + (f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else "")
+        paths = " and ".join(dict.fromkeys(str(source.path) for source in self.sources))
+        return f"k-NN leaves out {count} of {paths} that cannot be read: {shown}. massl-fast data check says what is wrong with them."
 
     def headline(self, network: str) -> float | None:
         """k-NN of a network at k = 20, or at the k that comes first where 20 was not asked for."""

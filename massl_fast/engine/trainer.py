@@ -182,6 +182,7 @@ class Trainer:
         if evaluating:
             self._doing("evaluating")
             row |= self.evaluation.of_both(self.pair)
+            self._warn(self.evaluation.unreadable())
         row |= speed_of(self, seconds, waited, stragglers)
         self.last_row = row
         self.telemetry.log(row)
@@ -280,6 +281,7 @@ class Trainer:
         if self.evaluation.evaluator:
             self._doing("evaluating")
             self.telemetry.log({"step": 0, "epoch": 0.0, "images_seen": 0, **self.evaluation.of_untrained(self.pair)})
+            self._warn(self.evaluation.unreadable())
 
     def _save(self, best: bool = False) -> None:
         """Begin to write a checkpoint. A disk that fails is told and training goes on; the last good checkpoint stays."""
@@ -300,8 +302,11 @@ class Trainer:
         self._tell_unwritten(self.saver.save(self.step, tensors_of(self.train_step), state, best=best))
 
     def _tell_unwritten(self, problem: str | None) -> None:
-        if problem:
-            self.telemetry.warn(f"{problem}; training goes on. Last good checkpoint: {self.checkpoints.last()}.")
+        self._warn(f"{problem}; training goes on. Last good checkpoint: {self.checkpoints.last()}." if problem else None)
+
+    def _warn(self, sentence: str | None) -> None:
+        if sentence:
+            self.telemetry.warn(sentence)
 
     def _restore(self, path: Path) -> None:
         state = read_state(path)
