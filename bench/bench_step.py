@@ -43,6 +43,7 @@ from massl_fast.models.head import ProjectionHead
 from massl_fast.models.pair import StudentTeacher
 from massl_fast.objectives.massl import MasslObjective
 from massl_fast.profiling.flops import peak_flops, step_flops
+from massl_fast.profiling.out_of_memory import is_out_of_memory
 
 sys.path.insert(0, str(Path(__file__).parent))
 from published_step import PublishedStep, published_encoder
@@ -193,6 +194,7 @@ def _wait(device: torch.device) -> None:
 
 def time_sides(case: Case, sides: list[str], device: torch.device, precision: str, rounds: int) -> dict[str, list[tuple[float, float]]]:
     """(wall, processor) seconds of each round of each side, after steps of warm-up."""
+    torch.compiler.reset()  # Dynamo keeps eight graphs of a function; the sides of a case share theirs
     steps = {side: build(case, side, device, precision) for side in sides}
     for side, step in steps.items():
         for number in range(warm_up_steps(side)):
@@ -211,6 +213,7 @@ def time_sides(case: Case, sides: list[str], device: torch.device, precision: st
 
 def peak_bytes(case: Case, side: str, device: torch.device, precision: str = "auto") -> int:
     """Most bytes allocated at a time by one side alone: weights, optimizer, memory, crops and its first steps."""
+    torch.compiler.reset()
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -241,7 +244,9 @@ def largest_batch(case: Case, side: str, device: torch.device, precision: str = 
         batch = 8 * eights
         try:
             peak_bytes(replace(case, batch=batch, memory_size=-(-case.memory_size // batch) * batch), side, device, precision)
-        except torch.cuda.OutOfMemoryError:
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
             return False
         return True
 

@@ -104,7 +104,7 @@ def gpu_parts(folder: Path, images: str) -> list[Part]:
         Part(
             "step beside the published way",
             ("--batch", "64", "--sides", "published", *ways, *beside),
-            110,
+            150,
             program=(str(PUBLISHED),),
         ),
         Part(
