@@ -10,6 +10,7 @@ import signal
 import threading
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import groupby
+from typing import Any
 
 import numpy as np
 import torch
@@ -105,13 +106,7 @@ class TorchLoader:
             self._running = None
 
     def _batches(self, start_step: int) -> Iterator[Batch]:
-        workers = {}
-        if self.num_workers > 0:
-            # Not fork: a copy of a process that holds CUDA, DALI or OpenMP threads may lock up. The server that workers fork from
-            # imports once what they need.
-            context = multiprocessing.get_context("forkserver")
-            context.set_forkserver_preload(["__main__", "massl_fast.data.worker_server"])
-            workers = dict(multiprocessing_context=context, prefetch_factor=self.prefetch, worker_init_fn=_prepare_worker)
+        workers = worker_arguments() | {"prefetch_factor": self.prefetch} if self.num_workers > 0 else {}
         loaded = iter(
             DataLoader(
                 self._micro_batches,
@@ -154,6 +149,17 @@ class TorchLoader:
                 f"{self.num_workers} loader processes need {needed / 2**20:.0f} MiB of shared memory, /dev/shm has {free / 2**20:.0f} MiB "
                 "left. Give a container more (--shm-size), or set fewer data.num_workers."
             )
+
+
+def worker_arguments() -> dict[str, Any]:
+    """How a DataLoader starts its worker processes, as arguments of it; for one that has any.
+
+    Not fork: a copy of a process that holds CUDA, DALI or OpenMP threads may lock up. The server that workers fork from imports once
+    what they need, for all loaders of the process.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["__main__", "massl_fast.data.worker_server"])
+    return {"multiprocessing_context": context, "worker_init_fn": _prepare_worker}
 
 
 class _Keys:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from massl_fast.data.decode import UnreadableImage, decode_rgb
+from massl_fast.data.torch_loader import worker_arguments
 
 if TYPE_CHECKING:
     from massl_fast.data.sources import Source
@@ -149,7 +150,8 @@ class LabelledImages(Dataset):
             yield from zip(*(t.split(batch_size) for t in self.kept))
             return
         # A generator of its own: without one the DataLoader draws from the global one, and a resumed run would part from an unbroken one.
-        loader = DataLoader(self, batch_size, num_workers=num_workers, generator=torch.Generator())
+        workers = worker_arguments() if num_workers > 0 else {}
+        loader = DataLoader(self, batch_size, num_workers=num_workers, generator=torch.Generator(), **workers)
         kept = []
         for batch in loader:
             if keep:
@@ -194,7 +196,8 @@ def extract(
     Args:
         mean, std: of the normalisation, in the range 0 to 1.
         batch_size: images at a time, on this rank.
-        num_workers: processes that decode; 0: this one.
+        num_workers: processes that decode; 0: this one. They are not forked from this process (`worker_arguments`), so that a script of
+            your own must begin its work under ``if __name__ == "__main__":``.
         amp_dtype: autocast to this type; None: none.
         keep_images: hold the decoded images in memory for the next call.
     """

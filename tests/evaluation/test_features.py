@@ -96,6 +96,12 @@ def test_workers_change_nothing(source):
     assert torch.equal(alone.features, helped.features)
 
 
+def test_workers_are_no_copies_of_this_process(source, monkeypatch):
+    """A fork of a process that holds CUDA or DALI threads may lock up; what only this process knows must not reach a worker."""
+    monkeypatch.setattr(features, "decode_rgb", lambda *_: pytest.fail("the worker is a fork"))
+    assert len(extract_features(flatten, source, image_size=12, num_workers=1, **NORMALISATION).features) == 18
+
+
 def test_one_pass_serves_all_networks_and_leaves_the_random_state(source):
     reads = []
     read = source.read
