@@ -114,15 +114,16 @@ def untrained(network: nn.Module) -> nn.Module:
 
 def _print_table(result: dict[str, Any]) -> None:
     console = Console(highlight=False)
-    table = Table(title=f"k-NN accuracy, %: {result['architecture']} at {result['image_size']} px", title_justify="left")
+    table = Table()
     table.add_column("features of")
     rows = result["knn_percent"]
     for k in next(iter(rows.values())):
         table.add_column(f"k = {k}", justify="right")
     for name, percents in rows.items():
         table.add_row(name, *(f"{value:.2f}" for value in percents.values()))
-    console.print(table)
     say = partial(console.print, markup=False, soft_wrap=True)
+    say(f"k-NN accuracy, %: {result['architecture']} at {result['image_size']} px")
+    console.print(table)
     test, train = result["test"], result["train"]
     say(f"{test['images']} test images of {test['data']}, classified by {train['images']} training images of {train['data']}.")
     for note in result["notes"]:

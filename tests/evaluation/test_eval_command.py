@@ -131,6 +131,15 @@ class TestCheckpoints:
         networks, info = command.networks_of(same, "both", None)
         assert list(networks) == ["teacher"] and "shown once" in info["notes"][-1]
 
+    def test_a_foreign_file_with_one_network_is_one_row_and_a_sentence(self, tmp_path, data, capsys):
+        path = tmp_path / "weights.pth"
+        torch.save({"model": timm.create_model("resnet18", num_classes=0).state_dict()}, path)
+        options = ["--arch", "resnet18", "--image-size", "32", "--k", "3", "--which", "both"]
+        assert main(["eval", "knn", "--checkpoint", str(path), "--train", data[0], "--test", data[1], *options]) == 0
+        out = capsys.readouterr().out
+        assert "k-NN accuracy, %: resnet18 at 32 px\n" in out and "│ teacher " in out and "│ student " not in out
+        assert f"{path} holds one network only; it stands for the teacher." in out and "it is shown once." in out
+
     def test_a_missing_student_is_noted(self, tmp_path):
         path = self.write(tmp_path / "c", {"teacher": self.network(1)})
         networks, info = command.networks_of(path, "both", None)
