@@ -49,7 +49,6 @@ sys.path.insert(0, str(Path(__file__).parent))
 from published_step import PublishedStep, published_encoder
 
 SETTINGS = StepSettings(learning_rate=1e-4, weight_decay=0.1, teacher_momentum=0.996, teacher_temperature=0.05)
-RESULTS = Path(__file__).parent / "results"
 
 
 @dataclass(frozen=True)
@@ -150,8 +149,7 @@ def build(case: Case, side: str, device: torch.device, precision: str = "auto") 
     student = Encoder(*parts(case.drop_path), recompute=options.recompute, **common)
     pair = StudentTeacher(student, Encoder(*parts(0.0), **common)).to(device, memory_format=torch.channels_last)
     if options.compiled:
-        pair.student.compile_blocks()
-        pair.teacher.compile_blocks()
+        pair.compile_blocks()
     objective = MasslObjective(
         case.memory_size,
         256,

@@ -24,13 +24,12 @@ from torch import Tensor
 
 from massl_fast.config import Config, load_config
 from massl_fast.data.loaders import build_loader, open_data, views_of
-from massl_fast.engine.build import build_objective, build_pair
+from massl_fast.engine.build import build_objective, build_pair, build_step
 from massl_fast.engine.graphed_step import GraphedStep
-from massl_fast.engine.optimizer import build_optimizer
 from massl_fast.engine.parallel import World, join_world
 from massl_fast.engine.precision import Precision
 from massl_fast.engine.schedules import Schedules
-from massl_fast.engine.step import StepResult, TrainStep
+from massl_fast.engine.step import StepResult
 
 sys.path.insert(0, str(Path(__file__).parent / "engine"))
 from operator_tape import OperatorTape
@@ -116,18 +115,9 @@ def way_of(name: str, config: Config, world: World, dtype: torch.dtype) -> Calla
                     single = parameter.float()
                     parameter.copy_(torch.nextafter(single, torch.full_like(single, torch.inf)))
     if config.model.compile:
-        pair.student.compile_blocks()
-        pair.teacher.compile_blocks()
+        pair.compile_blocks()
     objective = build_objective(config, precision, 0).to(world.device, dtype)
-    step = TrainStep(
-        pair,
-        objective,
-        build_optimizer(pair.student, config.optimizer),
-        world=world,
-        precision=precision,
-        clip=config.optimizer.clip,
-        clip_mode=config.optimizer.clip_mode,
-    )
+    step = build_step(config, pair, objective, world, precision)
     return GraphedStep(step, None if world.device.type == "cuda" else OperatorTape()) if "recorded" in name else step
 
 

@@ -1,4 +1,4 @@
-"""Student, teacher and objective as the settings describe them, still on the CPU."""
+"""Student, teacher and objective as the settings describe them, still on the CPU; and the step of them, once they are where they train."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from pathlib import Path
 import torch
 
 from massl_fast.config import Config
+from massl_fast.engine.optimizer import build_optimizer
+from massl_fast.engine.parallel import World
 from massl_fast.engine.precision import DTYPES, Precision
+from massl_fast.engine.step import TrainStep
 from massl_fast.models.backbone import Encoder, build_backbone
 from massl_fast.models.head import ProjectionHead
 from massl_fast.models.pair import StudentTeacher
@@ -54,4 +57,29 @@ def build_objective(config: Config, precision: Precision, rank: int) -> MasslObj
         partition_seed=seed if shared else zlib.crc32(f"{seed}/partition/{rank}".encode()),
         memory_dtype=precision.dtype if objective.memory_dtype == "auto" else DTYPES[objective.memory_dtype],
         backend=objective.backend,
+    )
+
+
+def demand_residual(config: Config, precision: Precision) -> None:
+    """ValueError where 16-bit tokens between blocks are asked for in a step of another precision."""
+    if config.model.residual == "bf16" and precision.name != "bf16":
+        raise ValueError(
+            f"model.residual is bf16, but the step's precision is {precision.name} ({precision.reason}). Choose "
+            f"train.precision bf16, or model.residual fp32."
+        )
+
+
+def build_step(config: Config, pair: StudentTeacher, objective: MasslObjective, world: World, precision: Precision) -> TrainStep:
+    """The step of ``pair`` and ``objective``, which lie on ``world.device``, with the optimizer and clipping of the settings.
+
+    Raises ValueError for an optimizer that cannot run here.
+    """
+    return TrainStep(
+        pair,
+        objective,
+        build_optimizer(pair.student, config.optimizer),
+        world=world,
+        precision=precision,
+        clip=config.optimizer.clip,
+        clip_mode=config.optimizer.clip_mode,
     )

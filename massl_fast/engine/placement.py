@@ -11,22 +11,12 @@ from massl_fast.engine.sharding import shard_
 from massl_fast.models.pair import StudentTeacher
 
 
-def demand_residual(config: Config, precision: Precision) -> None:
-    """ValueError where 16-bit tokens between blocks are asked for in a step of another precision."""
-    if config.model.residual == "bf16" and precision.name != "bf16":
-        raise ValueError(
-            f"model.residual is bf16, but the step's precision is {precision.name} ({precision.reason}). Choose "
-            f"train.precision bf16, or model.residual fp32."
-        )
-
-
 def place(pair: StudentTeacher, config: Config, world: World, precision: Precision, strategy: str) -> tuple[StudentTeacher, list[str]]:
     """(the networks ready to train on ``world.device``, sentences for the user). Under fsdp2 a collective call."""
     pair, note = synchronise_batch_norms(pair, world)
     pair.to(world.device, memory_format=torch.channels_last)
     if config.model.compile:
-        pair.student.compile_blocks()
-        pair.teacher.compile_blocks()
+        pair.compile_blocks()
     if strategy == "fsdp2":
         if config.optimizer.name != "adamw":
             raise ValueError(

@@ -25,7 +25,8 @@ class StragglerClock:
         self._started = None
 
     def start(self) -> None:
-        self._started = self._now()
+        if self.world.size > 1:  # one alone waits for nobody, and an event must not be recorded while a CUDA graph is
+            self._started = self._now()
 
     def reached(self) -> None:
         if self._started is not None:

@@ -18,15 +18,14 @@ import torch
 from massl_fast.config import Config, write_config
 from massl_fast.data.loaders import build_loader, views_of
 from massl_fast.engine.announcement import announce
-from massl_fast.engine.build import build_objective, build_pair
+from massl_fast.engine.build import build_objective, build_pair, build_step, demand_residual
 from massl_fast.engine.checkpoint import CheckpointFolder, read_state
 from massl_fast.engine.ended import Diverged, Drifted, Ended, Interrupted, RankLost
 from massl_fast.engine.graphed_step import GraphedStep
 from massl_fast.engine.heartbeat import Heartbeat, end_process
 from massl_fast.engine.integrity import find_drift
-from massl_fast.engine.optimizer import build_optimizer
 from massl_fast.engine.parallel import World, choose_strategy, meet
-from massl_fast.engine.placement import demand_residual, place
+from massl_fast.engine.placement import place
 from massl_fast.engine.precision import choose_precision
 from massl_fast.engine.run_data import divided, open_together
 from massl_fast.engine.run_evaluation import RunEvaluation
@@ -36,7 +35,7 @@ from massl_fast.engine.run_state import demand_equal, restore, tensors_of
 from massl_fast.engine.saving import BackgroundSaver
 from massl_fast.engine.schedules import Schedules, StepSettings
 from massl_fast.engine.signals import StopRequest
-from massl_fast.engine.step import NUM_TEACHER_VIEWS, StepResult, TrainStep
+from massl_fast.engine.step import NUM_TEACHER_VIEWS, StepResult
 from massl_fast.engine.stragglers import StragglerClock
 from massl_fast.engine.telemetry import Telemetry, WindowClock
 from massl_fast.kernels import available_backends
@@ -133,8 +132,7 @@ class Trainer:
         end = min(self.total_steps, config.train.stop_at_step or self.total_steps)
         batches = self.loader.batches(self.step)
         clock, stragglers = WindowClock(), StragglerClock(self.world)
-        if self.world.size > 1:
-            self.train_step.before_exchange = stragglers.reached
+        self.train_step.before_exchange = stragglers.reached
         # Collections in the midst of steps would let other ranks wait; those at logged lines skip all that was there before the loop, which
         # is nearly everything (a tenth of a second and more to look through).
         gc.collect()
@@ -256,15 +254,7 @@ class Trainer:
         self.objective = build_objective(config, self.precision, world.rank).to(world.device)
         asked = config.objective.backend
         self.backend = asked if asked != "auto" else available_backends(world.device, self.objective.memory.dtype)[0]
-        self.train_step = TrainStep(
-            self.pair,
-            self.objective,
-            build_optimizer(self.pair.student, config.optimizer),
-            world=world,
-            precision=self.precision,
-            clip=config.optimizer.clip,
-            clip_mode=config.optimizer.clip_mode,
-        )
+        self.train_step = build_step(config, self.pair, self.objective, world, self.precision)
         self.take_step = GraphedStep(self.train_step) if config.train.cuda_graph else self.train_step
 
     # State

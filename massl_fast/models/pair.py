@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -39,6 +41,11 @@ class StudentTeacher(nn.Module):
             if isinstance(module, _BatchNorm):
                 module.train(mode)
         return self
+
+    def compile_blocks(self, **options: Any) -> None:
+        """``torch.compile`` what repeats in both networks; ``options`` go to ``torch.compile`` (see ``Encoder.compile_blocks``)."""
+        for encoder in (self.student, self.teacher):
+            encoder.compile_blocks(**options)
 
     @torch.no_grad()
     def update_teacher_(self, momentum: float | Tensor) -> None:

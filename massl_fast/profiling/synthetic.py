@@ -12,9 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from massl_fast.config import Config
 from massl_fast.data.loaders import views_of
-from massl_fast.engine.build import build_objective, build_pair
+from massl_fast.engine.build import build_objective, build_pair, build_step, demand_residual
 from massl_fast.engine.graphed_step import GraphedStep
-from massl_fast.engine.optimizer import build_optimizer
 from massl_fast.engine.parallel import World
 from massl_fast.engine.precision import Precision
 from massl_fast.engine.schedules import Schedules, StepSettings
@@ -67,7 +66,11 @@ def micro_batches_of(config: Config, world_size: int = 1) -> tuple[int, int]:
 
 
 def synthetic_run(config: Config, world: World, precision: Precision, *, device_batch: int, accumulation: int = 1) -> SyntheticRun:
-    """Student, teacher, objective, optimizer and crops on ``world.device``. Inside a ``FakeTensorMode`` only shapes come to be."""
+    """Student, teacher, objective, optimizer and crops on ``world.device``. Inside a ``FakeTensorMode`` only shapes come to be.
+
+    Raises ValueError as the trainer does for settings that do not fit the precision.
+    """
+    demand_residual(config, precision)
     fake = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
     with _without(fake), torch.device("meta") if fake else contextlib.nullcontext():
         pair, _ = build_pair(config)
@@ -78,18 +81,9 @@ def synthetic_run(config: Config, world: World, precision: Precision, *, device_
     if config.model.compile and not fake:
         # What was compiled for other shapes counts against Dynamo's limit (8 a function), beyond which steps run uncompiled.
         torch.compiler.reset()
-        pair.student.compile_blocks()
-        pair.teacher.compile_blocks()
+        pair.compile_blocks()
     objective = build_objective(config, precision, world.rank).to(world.device)
-    train_step = TrainStep(
-        pair,
-        objective,
-        build_optimizer(pair.student, config.optimizer),
-        world=world,
-        precision=precision,
-        clip=config.optimizer.clip,
-        clip_mode=config.optimizer.clip_mode,
-    )
+    train_step = build_step(config, pair, objective, world, precision)
     sizes = [view.size for view in views_of(config.crops)]
     generator = None if fake else torch.Generator(world.device).manual_seed(0)
 

@@ -99,3 +99,10 @@ def test_the_documents_table_is_the_commands(capsys):
     documents = (Path(__file__).parents[2] / "docs" / "performance.md").read_text(encoding="utf-8")
     lines = capsys.readouterr().out.split("\n\n")
     assert lines[0] in documents and lines[1] in documents
+
+
+@pytest.mark.parametrize("command", [["profile", "budget", "--gpu", "V100-32"], ["bench", "step", "--recipe", "vit_small_in1k"]])
+def test_tokens_in_bf16_are_not_counted_or_timed_in_a_step_of_another_precision(command, capsys):
+    device = ["--train.device", "cpu"] if command[0] == "bench" else []
+    assert main([*command, *SMALL, *device, "--model.residual", "bf16"]) == 2
+    assert "model.residual is bf16, but the step's precision is" in capsys.readouterr().err
