@@ -133,8 +133,11 @@ def circumstances(row: Row) -> str:
     hardware, git = row["hardware"], row["git"]
     commit = (git["commit"][:7] or "unknown") + (" with changes" if git["dirty"] else "")
     cores = f"{hardware['cores']} cores, load {hardware.get('load_1_minute', 0):g}"
-    torch = f"torch {row['versions'].get('torch', 'unknown')}"
-    return f"{row['date'][:10]}, commit {commit}, {cores}, {torch}: `{row['command']}`"
+    return f"{dated(row)}, commit {commit}, {cores}: `{row['command']}`"
+
+
+def dated(row: Row) -> str:
+    return f"{row['date'][:10]}, torch {row['versions'].get('torch', 'unknown')}"
 
 
 def taken(rows: list[Row]) -> str:
@@ -341,11 +344,12 @@ def headlines_of(rows: list[Row]) -> list[str]:
                 less = 100 * (1 - ours["peak_mib"] / sides["published"]["peak_mib"])
                 what = f"{published_model(row)}; {row['case']['batch']} images, {row['case']['precision']}"
                 times = f"{times_the_first(row, 'massl-fast'):.2f} times as fast as the published way"
-                lines.append(f"a training step ({what}) is {times}, with {less:.0f} % less memory")
+                lines.append(f"a training step ({what}) is {times}, with {less:.0f} % less memory ({dated(row)})")
     measured = [row for row in rows if row["kind"] == "memory" and "measured_peak" in row["figures"]]
     if measured:
         worst = max(abs(row["figures"]["estimate_error"]["median"]) for row in measured)
-        lines.append(f"the memory of a step, estimated from shapes before it runs, is at most {worst:.1f} % off in {len(measured)} cases")
+        cases = f"{len(measured)} cases ({dated(measured[-1])})"
+        lines.append(f"the memory of a step, estimated from shapes before it runs, is at most {worst:.1f} % off in {cases}")
     return lines
 
 
