@@ -12,7 +12,7 @@ from typing import Any
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from massl_fast.benchmarks.intervals import median_interval
-from massl_fast.report.figures import STAND_INS, drawing
+from massl_fast.report.figures import STAND_INS, drawing, plain
 
 COLOURS = ("--blue", "--orange", "--green", "--violet", "--muted")
 MIB = 2**20
@@ -55,7 +55,7 @@ def bars(items: Sequence[Bar], unit: str, *, wide: bool = False) -> str:
         axes.set_yticks(range(len(items)), [item.label for item in items])
         axes.invert_yaxis()
         axes.set_xlim(0, longest * 1.04)
-        _plain(axes)
+        plain(axes)
         axes.tick_params(axis="y", colors=STAND_INS["--ink"])
         axes.xaxis.set_major_locator(NullLocator())
         axes.spines["bottom"].set_visible(False)
@@ -96,7 +96,7 @@ def roofline(dots: Sequence[Dot], matrix_rate: float, bandwidth: float) -> str:
         axes.set_xlim(left, right)
         lowest, highest = min([left * bandwidth, *(dot.rate / 2 for dot in dots)]), matrix_rate * 2.2
         axes.set_ylim(lowest, highest)
-        _plain(axes)
+        plain(axes)
         _powers(axes.xaxis, "")
         _powers(axes.yaxis, "FLOP/s")
         if highest < 100 * lowest:
@@ -128,7 +128,7 @@ def over_sizes(lines: Sequence[Line], x_label: str, unit: str) -> str:
         sizes = sorted({x for line in lines for x, _ in line.points})
         axes.set_xticks(sizes, [f"{size:g}" for size in sizes])
         axes.xaxis.set_minor_locator(NullLocator())
-        _plain(axes, grid=True)
+        plain(axes, grid=True)
         low, high = axes.get_ylim()
         axes.yaxis.set_major_locator(LogLocator(subs=(1,)) if high > 30 * low else LogLocator(subs=(1, 2, 5), numticks=12))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -153,7 +153,7 @@ def split(parts: dict[str, float], unit: str) -> str:
                 )
             left += value
         axes.set_xlim(0, total)
-        _plain(axes)
+        plain(axes)
         axes.yaxis.set_major_locator(NullLocator())
         axes.set_xlabel(unit, color=STAND_INS["--muted"], loc="right")
         _legend(axes, columns=9)
@@ -182,7 +182,7 @@ def waterfall(estimated: dict[str, int], measured: dict[str, int] | None) -> str
         axes.set_yticks(range(len(names) + 1), [*names, "peak"])
         axes.invert_yaxis()
         axes.set_xlim(0, total * 1.09)
-        _plain(axes)
+        plain(axes)
         axes.tick_params(axis="y", colors=STAND_INS["--ink"])
         axes.xaxis.set_major_locator(MaxNLocator(6))
         axes.set_xlabel("MiB", color=STAND_INS["--muted"], loc="right")
@@ -215,23 +215,13 @@ def memory_timeline(line: dict[str, Any], by_moment: bool) -> str:
                 axes.text(middle, highest * 1.05, line["sections"][begin], ha="center", color=STAND_INS["--muted"], fontsize=8)
         axes.set_xlim(xs[0] if xs else 0, xs[-1] if xs else 1)
         axes.set_ylim(0, highest * 1.13 or 1)
-        _plain(axes, grid=True)
+        plain(axes, grid=True)
         axes.yaxis.set_major_locator(MaxNLocator(5))
         axes.set_ylabel("MiB", color=STAND_INS["--muted"])
         x_label = "allocations and releases, in order" if by_moment else "ms, while every operator is watched"
         axes.set_xlabel(x_label, color=STAND_INS["--muted"], loc="right")
         _legend(axes, columns=9)
         return finish()
-
-
-def _plain(axes, grid: bool = False) -> None:
-    if grid:
-        axes.grid(axis="y", color=STAND_INS["--grid"], linewidth=0.8)
-        axes.set_axisbelow(True)
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
-    axes.spines["bottom"].set_color(STAND_INS["--grid"])
-    axes.tick_params(length=0, colors=STAND_INS["--muted"], which="both")
 
 
 def _legend(axes, columns: int = 5) -> None:

@@ -109,13 +109,19 @@ def _draw(axes, curve: Curve) -> None:
         axes.fill_between(steps, low, high, color=colour, alpha=0.18, linewidth=0, zorder=2)
 
 
-def _dress(axes, unit: str, logarithmic: bool, from_zero: bool, several: bool) -> None:
-    axes.grid(axis="y", color=STAND_INS["--grid"], linewidth=0.8)
-    axes.set_axisbelow(True)
+def plain(axes, grid: bool = False) -> None:
+    """Axes with a line below and nothing else, but for lines across with ``grid``."""
+    if grid:
+        axes.grid(axis="y", color=STAND_INS["--grid"], linewidth=0.8)
+        axes.set_axisbelow(True)
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
     axes.spines["bottom"].set_color(STAND_INS["--grid"])
     axes.tick_params(length=0, colors=STAND_INS["--muted"], which="both")
+
+
+def _dress(axes, unit: str, logarithmic: bool, from_zero: bool, several: bool) -> None:
+    plain(axes, grid=True)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.set_xlabel("step", color=STAND_INS["--muted"], loc="right")
