@@ -134,6 +134,11 @@ class ObjectiveSection(Section):
     backend: Literal["auto", "reference", "streaming", "triton"] = "auto"
     """Implementation of the loss. auto: the fastest that runs on the device; an asked-for one that cannot run is an error."""
 
+    @property
+    def entries_in_blocks(self) -> int:
+        """Entries that take part in a step: those of whole blocks."""
+        return self.memory_size // self.block_size * self.block_size
+
 
 class OptimizerSection(Section):
     name: Literal["adamw", "adamw_with_teacher", "adamw_apex", "sgd", "lars"] = "adamw"

@@ -12,7 +12,6 @@ On a CPU a tape of operators stands in for the CUDA graph (tests/engine/operator
 from __future__ import annotations
 
 import argparse
-import contextlib
 import sys
 import tempfile
 import zlib
@@ -23,7 +22,7 @@ import torch
 from torch import Tensor
 
 from massl_fast.config import Config, load_config
-from massl_fast.data.loaders import build_loader, open_data, views_of
+from massl_fast.data.loaders import loader_without_run, open_data
 from massl_fast.engine.build import build_objective, build_pair, build_step
 from massl_fast.engine.graphed_step import GraphedStep
 from massl_fast.engine.parallel import World, join_world
@@ -93,7 +92,8 @@ def curves_of(images: str, steps: int, dtype: torch.dtype) -> dict[str, Tensor]:
         config = configs["plain"]
         ways = {name: way_of(name, config, world, dtype) for name, config in configs.items()}
         losses: dict[str, list[Tensor]] = {name: [] for name in ways}
-        with contextlib.closing(loader_of(config, world, Path(folder))) as loader:
+        source = open_data(config.data.train, "data.train", "train")
+        with loader_without_run(config, source, world, device_batch=config.train.global_batch, accumulation=1) as loader:
             schedules = Schedules(config, steps, loader.steps_per_epoch)
             for number, batch in zip(range(steps), loader.batches(0)):
                 crops = [crop.to(world.device, dtype) for crop in batch.crops]
@@ -119,19 +119,6 @@ def way_of(name: str, config: Config, world: World, dtype: torch.dtype) -> Calla
     objective = build_objective(config, precision, 0).to(world.device, dtype)
     step = build_step(config, pair, objective, world, precision)
     return GraphedStep(step, None if world.device.type == "cuda" else OperatorTape()) if "recorded" in name else step
-
-
-def loader_of(config: Config, world: World, folder: Path):
-    """The run's loader, a step a micro-batch."""
-    return build_loader(
-        config,
-        open_data(config.data.train, "data.train", "train"),
-        views_of(config.crops),
-        device_batch=config.train.global_batch,
-        accumulation=1,
-        world=world,
-        bad_files_path=folder / "bad_files.txt",
-    )
 
 
 if __name__ == "__main__":

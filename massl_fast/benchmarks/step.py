@@ -27,7 +27,7 @@ from massl_fast.engine.parallel import World, join_world
 from massl_fast.engine.precision import Precision, choose_precision
 from massl_fast.profiling.estimate import RESERVE, capacity, explain_out_of_memory, gib, largest_batch
 from massl_fast.profiling.flops import peak_flops
-from massl_fast.profiling.out_of_memory import is_out_of_memory
+from massl_fast.profiling.out_of_memory import explained, is_out_of_memory
 from massl_fast.profiling.sections import NAMES, SectionClock, Sections
 from massl_fast.profiling.synthetic import SyntheticRun, micro_batches_of, synthetic_run
 
@@ -107,15 +107,11 @@ def measure(config: Config, recipe: str, world: World, precision: Precision, sec
     """Time the step, print what was found, return the record."""
     accumulation, batch = micro_batches_of(config)
     device = world.device
-    try:
+    with explained(config, world):
         run = synthetic_run(config, world, precision, device_batch=batch, accumulation=accumulation)
         for _ in range(WARM_UP):
             run.step()
         synchronize(device)
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise ValueError(explain_out_of_memory(config, world)) from None
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     plain, watched, processor, parts = rounds_of(run, seconds)

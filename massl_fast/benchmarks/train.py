@@ -10,11 +10,9 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -24,11 +22,11 @@ from massl_fast.benchmarks import records
 from massl_fast.benchmarks.rates import synchronize
 from massl_fast.benchmarks.step import case_of, describe
 from massl_fast.config import Config, load_config, recipe_names
-from massl_fast.data.loaders import build_loader, open_data, views_of
+from massl_fast.data.loaders import loader_without_run, open_data
 from massl_fast.engine.parallel import World, join_world
 from massl_fast.engine.precision import choose_precision
 from massl_fast.engine.telemetry import WindowClock
-from massl_fast.profiling.estimate import explain_out_of_memory
+from massl_fast.profiling.out_of_memory import explained
 from massl_fast.profiling.synthetic import micro_batches_of, synthetic_run
 
 TAKES_SETTINGS = True
@@ -62,23 +60,10 @@ def run(args: argparse.Namespace) -> int:
     config.train.global_batch = accumulation * batch
     print(describe(config, precision, world))
     source = open_data(config.data.train, "data.train", "train")
-    with tempfile.TemporaryDirectory(prefix="massl_fast_bench_") as folder:
-        loader = build_loader(
-            config,
-            source,
-            views_of(config.crops),
-            device_batch=batch,
-            accumulation=accumulation,
-            world=world,
-            bad_files_path=Path(folder, "bad_files.txt"),
-        )
-        try:
-            print(f"Loader {loader.name} ({loader.reason}), {loader.num_workers} workers; {len(source)} images of {source.path}")
-            found = measure(config, world, precision, loader, args.seconds)
-        except torch.OutOfMemoryError:
-            raise ValueError(explain_out_of_memory(config, world)) from None
-        finally:
-            loader.close()
+    running = loader_without_run(config, source, world, device_batch=batch, accumulation=accumulation)
+    with explained(config, world), running as loader:
+        print(f"Loader {loader.name} ({loader.reason}), {loader.num_workers} workers; {len(source)} images of {source.path}")
+        found = measure(config, world, precision, loader, args.seconds)
     situation = Situation(
         loader=median(found["loader"]),
         model=median(found["model"]),
@@ -93,20 +78,16 @@ def run(args: argparse.Namespace) -> int:
         decode=config.data.decode,
         augment=config.data.augment,
     )
-    for name in ("loader", "model", "together"):
+    for name, words in KINDS.items():
         rates = found[name]
-        print(
-            f"{name + ' alone' if name != 'together' else name:<14}{median(rates):>10.1f} images/s  ({min(rates):.1f} to {max(rates):.1f})"
-        )
+        print(f"{words:<14}{median(rates):>10.1f} images/s  ({min(rates):.1f} to {max(rates):.1f})")
     print(f"{'data wait':<14}{100 * situation.waited:>10.1f} % of the time of both together")
     sentences = verdict(situation)
     print("\n".join(sentences))
     if args.output:
         case = case_of(config, args.recipe, precision, batch, accumulation, world.device)
         case |= {"loader": loader.name, "workers": loader.num_workers, "images": config.data.train}
-        figures = {
-            f"{name}_images_per_second": records.figure(found[name], "images/s", "higher") for name in ("loader", "model", "together")
-        }
+        figures = {f"{name}_images_per_second": records.figure(found[name], "images/s", "higher") for name in KINDS}
         figures["data_wait"] = records.figure([100 * share for share in found["waited"]], "%")
         records.append(args.output, [records.record("train", case, figures, {"verdict": sentences})])
         print(f"Record appended to {args.output}")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -56,7 +59,6 @@ def views_of(crops: CropsSection) -> tuple[View, ...]:
 def build_loader(
     config: Config,
     source: Source,
-    views: tuple[View, ...],
     *,
     device_batch: int,
     accumulation: int,
@@ -64,7 +66,7 @@ def build_loader(
     bad_files_path: Path,
 ):
     """The loader that ``data.loader`` asks for; ``loader.name`` and ``loader.reason`` say which it is and why."""
-    data = config.data
+    data, views = config.data, views_of(config.crops)
     name, reason = choose_loader(data.loader, world.device.type)
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     workers = data.num_workers if data.num_workers >= 0 else max(1, len(os.sched_getaffinity(0)) // ranks_here - 1)
@@ -91,6 +93,22 @@ def build_loader(
         loader = DaliLoader(source, views, **arguments, decode=data.decode, augment=data.augment, dtype=wide)
     loader.reason = reason
     return loader
+
+
+@contextlib.contextmanager
+def loader_without_run(config: Config, source: Source, world: World, *, device_batch: int, accumulation: int) -> Iterator[Any]:
+    """The loader of ``build_loader`` where there is no run folder for its list of unreadable images; closed at the end."""
+    with tempfile.TemporaryDirectory(prefix="massl_fast_loader_") as folder:
+        loader = build_loader(
+            config,
+            source,
+            device_batch=device_batch,
+            accumulation=accumulation,
+            world=world,
+            bad_files_path=Path(folder, "bad_files.txt"),
+        )
+        with contextlib.closing(loader):
+            yield loader
 
 
 def choose_loader(asked: str, device_type: str) -> tuple[str, str]:

@@ -25,10 +25,16 @@ def divided(global_batch: int, device_batch: int, world_size: int) -> tuple[int,
             f"train.global_batch {global_batch} does not divide among {world_size} processes. Choose a multiple of {world_size}."
         )
     per_rank = global_batch // world_size
-    accumulation = -(-per_rank // (device_batch or per_rank))
-    if per_rank % accumulation:
+    accumulation, images = in_micro_batches(per_rank, device_batch)
+    if accumulation * images != per_rank:
         raise ValueError(
             f"{per_rank} images a process (train.global_batch / processes) do not split into {accumulation} equal micro-batches "
             f"of at most train.device_batch {device_batch}. Choose a train.device_batch that divides {per_rank}."
         )
-    return accumulation, per_rank // accumulation
+    return accumulation, images
+
+
+def in_micro_batches(images: int, device_batch: int) -> tuple[int, int]:
+    """(fewest micro-batches of at most ``device_batch`` images, 0: any number; images of the largest of them)."""
+    accumulation = -(-images // (device_batch or images))
+    return accumulation, -(-images // accumulation)

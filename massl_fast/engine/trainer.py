@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from massl_fast.config import Config, write_config
-from massl_fast.data.loaders import build_loader, views_of
+from massl_fast.data.loaders import build_loader
 from massl_fast.engine.announcement import announce
 from massl_fast.engine.build import build_objective, build_pair, build_step, demand_residual
 from massl_fast.engine.checkpoint import CheckpointFolder, read_state
@@ -35,11 +35,11 @@ from massl_fast.engine.run_state import demand_equal, restore, tensors_of
 from massl_fast.engine.saving import BackgroundSaver
 from massl_fast.engine.schedules import Schedules, StepSettings
 from massl_fast.engine.signals import StopRequest
-from massl_fast.engine.step import NUM_TEACHER_VIEWS, StepResult
+from massl_fast.engine.step import StepResult
 from massl_fast.engine.stragglers import StragglerClock
 from massl_fast.engine.telemetry import Telemetry, WindowClock
 from massl_fast.kernels import available_backends
-from massl_fast.profiling.flops import peak_flops, step_flops
+from massl_fast.profiling.flops import flops_of_run, peak_flops
 from massl_fast.report.page import write_report
 
 STORE_SECONDS = 10
@@ -220,12 +220,10 @@ class Trainer:
     def _build_data(self) -> None:
         config, world = self.config, self.world
         self.source = open_together(world, config.data.train, "data.train", "train")
-        self.views = views_of(config.crops)
         self.accumulation, self.device_batch = divided(config.train.global_batch, config.train.device_batch, world.size)
         self.loader = build_loader(
             config,
             self.source,
-            self.views,
             device_batch=self.device_batch,
             accumulation=self.accumulation,
             world=world,
@@ -239,13 +237,7 @@ class Trainer:
         config, world = self.config, self.world
         demand_residual(config, self.precision)
         self.pair, self.build_notes = build_pair(config)
-        self.flops_per_step = step_flops(
-            self.pair.student,
-            crop_sizes=[view.size for view in self.views],
-            num_teacher_views=NUM_TEACHER_VIEWS,
-            batch=config.train.global_batch,
-            memory_size=config.objective.memory_size // config.objective.block_size * config.objective.block_size,
-        )
+        self.flops_per_step = flops_of_run(config, self.pair.student, config.train.global_batch)
         self.peak_flops = (
             peak_flops(torch.cuda.get_device_name(world.device), self.precision.dtype) if world.device.type == "cuda" else None
         )

@@ -155,9 +155,7 @@ def count_step(config: Config, batch: int, accumulation: int) -> Budget:
     """The work of one step of ``accumulation`` micro-batches of ``batch`` images, as a GPU takes it, but for the blocks' compilation."""
     simulated = config.model_copy(deep=True)
     simulated.run.init_from, simulated.objective.backend = "", "streaming"  # the operator counts as one, whatever does its work
-    objective = config.objective
-    entries = objective.memory_size // objective.block_size * objective.block_size
-    loss_flops = 4.0 * config.model.embedding_dim * (config.crops.num_local + 4) * entries * batch
+    loss_flops = 4.0 * config.model.embedding_dim * (config.crops.num_local + 4) * config.objective.entries_in_blocks * batch
     with FakeTensorMode(), attention_of("cuda"):
         world = World(0, 1, 0, torch.device("cpu"))
         taken = synthetic_run(simulated, world, precision_on(config, "cuda"), device_batch=batch, accumulation=accumulation)

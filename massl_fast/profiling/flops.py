@@ -23,6 +23,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from massl_fast.config import Config
+from massl_fast.data.loaders import views_of
+from massl_fast.engine.step import NUM_TEACHER_VIEWS
 from massl_fast.models import packed
 from massl_fast.models.backbone import Encoder
 
@@ -93,6 +96,17 @@ def step_flops(
     teacher = sum(forward[size] + head for size in crop_sizes[:num_teacher_views])
     memory = 4 * embedding_dim * (views + num_teacher_views) * memory_size
     return batch * (student + teacher + memory)
+
+
+def flops_of_run(config: Config, encoder: Encoder, batch: int) -> float:
+    """Operations of one step of the run that ``config`` describes, over ``batch`` images."""
+    return step_flops(
+        encoder,
+        crop_sizes=[view.size for view in views_of(config.crops)],
+        num_teacher_views=NUM_TEACHER_VIEWS,
+        batch=batch,
+        memory_size=config.objective.entries_in_blocks,
+    )
 
 
 def backbone_flops(backbone: nn.Module, size: int, *, whole_last_block: bool = False) -> tuple[float, float]:

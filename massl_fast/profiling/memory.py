@@ -16,7 +16,6 @@ import gc
 import itertools
 import math
 import resource
-import tempfile
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +26,7 @@ import torch
 from massl_fast.benchmarks import records
 from massl_fast.benchmarks.loader import process_tree, proportional_bytes
 from massl_fast.config import Config, load_config, recipe_names
-from massl_fast.data.loaders import build_loader, open_data, views_of
+from massl_fast.data.loaders import loader_without_run, open_data
 from massl_fast.engine.parallel import World, join_world
 from massl_fast.profiling import ledger
 from massl_fast.profiling.estimate import (
@@ -38,7 +37,6 @@ from massl_fast.profiling.estimate import (
     Estimate,
     capacity,
     estimate_step,
-    explain_out_of_memory,
     gib,
     largest_batch,
     precision_on,
@@ -46,7 +44,7 @@ from massl_fast.profiling.estimate import (
 )
 from massl_fast.profiling.holders import holders_of
 from massl_fast.profiling.ledger import Change, Ledger, Peak, find_peak, timeline
-from massl_fast.profiling.out_of_memory import demand_host_memory, is_out_of_memory
+from massl_fast.profiling.out_of_memory import demand_host_memory, explained
 from massl_fast.profiling.profiler import host_allocations
 from massl_fast.profiling.synthetic import SyntheticRun, micro_batches_of, synthetic_run
 from massl_fast.profiling.telling import estimate_lines, folded, in_order, largest_pieces, peak_sentence, table, way_through
@@ -86,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
     if not 0 <= args.device_gib < math.inf:
         raise ValueError(f"--device-gib is {args.device_gib:g}; it takes a number of GiB, or 0 for the memory of this device.")
     if args.output:
-        _demand_writable(Path(args.output))
+        records.check_writable(args.output)
     here = config.train.device != "cuda" or torch.cuda.is_available()
     if not here and not args.estimate:
         raise ValueError("train.device is cuda, but PyTorch finds no GPU here. Add --estimate to have the estimate alone.")
@@ -121,14 +119,6 @@ def run(args: argparse.Namespace) -> int:
         records.append(args.output, [row])
         print(f"Record appended to {args.output}")
     return 0
-
-
-def _demand_writable(path: Path) -> None:
-    """Find out before minutes are spent on what could not be written."""
-    existed = path.exists()
-    records.append(path, [])
-    if not existed:
-        path.unlink()
 
 
 @dataclass
@@ -166,14 +156,10 @@ class Leak:
 def measure(config: Config, world: World, *, device_batch: int, accumulation: int, with_loader: bool = False) -> Measured:
     """Run the step and read its memory. Raises ValueError where the device has not enough."""
     precision = precision_on(config, world.device.type)
-    try:
+    with explained(config, world):
         run = synthetic_run(config, world, precision, device_batch=device_batch, accumulation=accumulation)
         run.crop_sets = run.crop_sets[:1]  # a second set would be counted, too
         return measure_run(run, with_loader=with_loader)
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise ValueError(explain_out_of_memory(config, world)) from None
 
 
 def measure_run(run: SyntheticRun, with_loader: bool = False) -> Measured:
@@ -247,27 +233,16 @@ def _loader_bytes(run: SyntheticRun, wanted: bool) -> dict[str, int]:
     free = torch.cuda.mem_get_info(world.device)[0] if on_gpu else 0
     reserved = torch.cuda.memory_reserved(world.device) if on_gpu else 0
     before = sum(map(proportional_bytes, process_tree()))
-    with tempfile.TemporaryDirectory(prefix="massl_fast_profile_") as folder:
-        loader = build_loader(
-            config,
-            open_data(config.data.train, "data.train", "train"),
-            views_of(config.crops),
-            device_batch=device_batch,
-            accumulation=accumulation,
-            world=world,
-            bad_files_path=Path(folder, "bad_files.txt"),
-        )
-        try:
-            batches = loader.batches(0)
-            for _ in range(4):
-                next(batches)
-            found = {f"loader on the host ({loader.name})": sum(map(proportional_bytes, process_tree())) - before}
-            if on_gpu:
-                torch.cuda.synchronize(world.device)
-                taken = free - torch.cuda.mem_get_info(world.device)[0] - (torch.cuda.memory_reserved(world.device) - reserved)
-                found[f"loader on the device, beside PyTorch ({loader.name})"] = max(0, taken)
-        finally:
-            loader.close()
+    source = open_data(config.data.train, "data.train", "train")
+    with loader_without_run(config, source, world, device_batch=device_batch, accumulation=accumulation) as loader:
+        batches = loader.batches(0)
+        for _ in range(4):
+            next(batches)
+        found = {f"loader on the host ({loader.name})": sum(map(proportional_bytes, process_tree())) - before}
+        if on_gpu:
+            torch.cuda.synchronize(world.device)
+            taken = free - torch.cuda.mem_get_info(world.device)[0] - (torch.cuda.memory_reserved(world.device) - reserved)
+            found[f"loader on the device, beside PyTorch ({loader.name})"] = max(0, taken)
     return {name: max(0, size) for name, size in found.items()}
 
 

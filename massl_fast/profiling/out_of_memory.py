@@ -8,6 +8,8 @@ on a CPU the estimate is compared with what is free before anything runs (``dema
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -29,6 +31,17 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _CPU_WORDS + _GPU_WORDS)
+
+
+@contextlib.contextmanager
+def explained(config: Config, world: World) -> Iterator[None]:
+    """Where a step of this run meets the end of memory inside, ValueError with the ways out."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise ValueError(explain_out_of_memory(config, world)) from None
 
 
 def write_out_of_memory_report(config: Config, world: World, folder: Path | str) -> str:

@@ -16,9 +16,10 @@ from massl_fast.engine.build import build_objective, build_pair, build_step, dem
 from massl_fast.engine.graphed_step import GraphedStep
 from massl_fast.engine.parallel import World
 from massl_fast.engine.precision import Precision
+from massl_fast.engine.run_data import in_micro_batches
 from massl_fast.engine.schedules import Schedules, StepSettings
-from massl_fast.engine.step import NUM_TEACHER_VIEWS, StepResult, TrainStep
-from massl_fast.profiling.flops import step_flops
+from massl_fast.engine.step import StepResult, TrainStep
+from massl_fast.profiling.flops import flops_of_run
 
 NUM_CROP_SETS = 2
 
@@ -48,21 +49,12 @@ class SyntheticRun:
     @property
     def flops(self) -> float:
         """Operations of one step."""
-        objective = self.config.objective
-        return step_flops(
-            self.train_step.pair.student,
-            crop_sizes=[view.size for view in views_of(self.config.crops)],
-            num_teacher_views=NUM_TEACHER_VIEWS,
-            batch=self.batch,
-            memory_size=objective.memory_size // objective.block_size * objective.block_size,
-        )
+        return flops_of_run(self.config, self.train_step.pair.student, self.batch)
 
 
 def micro_batches_of(config: Config, world_size: int = 1) -> tuple[int, int]:
     """(micro-batches of a step, images of one) on one rank, as the trainer divides a global batch; the first may not divide evenly."""
-    per_rank = max(1, config.train.global_batch // world_size)
-    accumulation = -(-per_rank // (config.train.device_batch or per_rank))
-    return accumulation, -(-per_rank // accumulation)
+    return in_micro_batches(max(1, config.train.global_batch // world_size), config.train.device_batch)
 
 
 def synthetic_run(config: Config, world: World, precision: Precision, *, device_batch: int, accumulation: int = 1) -> SyntheticRun:

@@ -24,8 +24,7 @@ from massl_fast.config import load_config, recipe_names
 from massl_fast.engine.parallel import join_world
 from massl_fast.engine.precision import choose_precision
 from massl_fast.profiling import profiler as quiet_profiler  # noqa: F401  sets the profiler's log level
-from massl_fast.profiling.estimate import explain_out_of_memory
-from massl_fast.profiling.out_of_memory import demand_host_memory, is_out_of_memory
+from massl_fast.profiling.out_of_memory import demand_host_memory, explained
 from massl_fast.profiling.sections import END, NAMES, Sections
 from massl_fast.profiling.synthetic import SyntheticRun, micro_batches_of, synthetic_run
 from massl_fast.profiling.telling import folded
@@ -61,16 +60,12 @@ def run(args: argparse.Namespace) -> int:
     demand_host_memory(config, world)
     accumulation, batch = micro_batches_of(config)
     print(folded([f"{describe(config, precision, world)}; {batch} images a micro-batch × {accumulation}"]))
-    try:
+    with explained(config, world):
         synthetic = synthetic_run(config, world, precision, device_batch=batch, accumulation=accumulation)
         for _ in range(WARM_UP):
             synthetic.step()
         found = trace_steps(synthetic, args.steps, folder / "trace.json.gz")
         waits = find_waits(synthetic)
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise ValueError(explain_out_of_memory(config, world)) from None
     print(folded(tell(found, waits, args.top)))
     details = {
         "operators": [vars(row) for row in found.operators[: args.top]],
