@@ -23,12 +23,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from massl_fast.engine.precision import Precision
 from massl_fast.engine.schedules import StepSettings
 from massl_fast.engine.step import NUM_TEACHER_VIEWS
 from massl_fast.kernels import reference
 from massl_fast.models.backbone import Encoder
 from massl_fast.models.head import ProjectionHead
+from massl_fast.models.precision import Precision
 
 
 def published_encoder(backbone: torch.nn.Module, head: ProjectionHead) -> Encoder:

@@ -23,12 +23,12 @@ from torch import Tensor
 
 from massl_fast.config import Config, load_config
 from massl_fast.data.loaders import loader_without_run, open_data
+from massl_fast.distributed.world import World, join_world
 from massl_fast.engine.build import build_objective, build_pair, build_step
 from massl_fast.engine.graphed_step import GraphedStep
-from massl_fast.engine.parallel import World, join_world
-from massl_fast.engine.precision import Precision
 from massl_fast.engine.schedules import Schedules
 from massl_fast.engine.step import StepResult
+from massl_fast.models.precision import Precision
 
 sys.path.insert(0, str(Path(__file__).parent / "engine"))
 from operator_tape import OperatorTape

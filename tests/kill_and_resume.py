@@ -13,7 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from massl_fast.engine.telemetry import CLOCK_KEYS
+from massl_fast.run.outputs import CLOCK_KEYS
 from small_images import write_images
 
 SETTINGS = """

@@ -14,16 +14,16 @@ import torch
 from torch import Tensor
 
 from massl_fast.config import OptimizerSection
-from massl_fast.engine.checkpoint import load_strictly
+from massl_fast.distributed.world import World
 from massl_fast.engine.optimizer import build_optimizer
-from massl_fast.engine.parallel import World
-from massl_fast.engine.precision import Precision
 from massl_fast.engine.schedules import StepSettings
 from massl_fast.engine.step import TrainStep
 from massl_fast.models.backbone import Encoder, build_backbone
 from massl_fast.models.head import ProjectionHead
 from massl_fast.models.pair import StudentTeacher
+from massl_fast.models.precision import Precision
 from massl_fast.objectives.massl import MasslObjective
+from massl_fast.run.checkpoint import load_strictly
 
 
 def replay(path: str, *, crops_pass: str = "auto", backend: str = "auto", accumulation: int = 1) -> dict[str, float]:

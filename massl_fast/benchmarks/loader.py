@@ -30,7 +30,7 @@ from PIL import Image, ImageFilter
 from massl_fast.benchmarks import records
 from massl_fast.data.crops import View, published_views
 from massl_fast.data.sources import Source, open_source
-from massl_fast.data.torch_loader import TorchLoader
+from massl_fast.data.torchvision_loader import TorchvisionLoader
 
 GENERATED = 256  # images
 WIDTH, HEIGHT, QUALITY = 500, 375, 87
@@ -241,8 +241,8 @@ def make_loader(setup: Setup):
     if setup.loader == "published":
         return PublishedLoader(source, setup)
     if setup.loader == "torchvision":
-        return TorchLoader(source, setup.views, **common, pin_memory=setup.device == "cuda")
-    from massl_fast.data.dali_loader import DaliLoader
+        return TorchvisionLoader(source, setup.views, **common, pin_memory=setup.device == "cuda")
+    from massl_fast.data.dali.loader import DaliLoader
 
     return DaliLoader(source, setup.views, **common, decode=setup.decode, augment=setup.augment)
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from massl_fast.config import Config, describe_settings, load_config, recipe_names
 
 if TYPE_CHECKING:
-    from massl_fast.engine.parallel import World
+    from massl_fast.distributed.world import World
 
 TAKES_SETTINGS = True
 
@@ -26,8 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 @contextlib.contextmanager
 def explaining_out_of_memory(config: Config, world: World) -> Iterator[None]:
     """Turn the error of an allocator into ``OutOfMemory``, and leave a report in the run's folder."""
-    from massl_fast.engine.ended import OutOfMemory
     from massl_fast.profiling.out_of_memory import is_out_of_memory, write_out_of_memory_report
+    from massl_fast.run.exits import OutOfMemory
 
     try:
         yield
@@ -45,10 +45,10 @@ def run(args: argparse.Namespace) -> int:
 
         print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), end="")
         return 0
-    from massl_fast.engine.ended import Ended, OutOfMemory, RankLost
-    from massl_fast.engine.heartbeat import end_process
-    from massl_fast.engine.parallel import join_world, leave_world
+    from massl_fast.distributed.heartbeat import end_process
+    from massl_fast.distributed.world import join_world, leave_world
     from massl_fast.engine.trainer import Trainer
+    from massl_fast.run.exits import Ended, OutOfMemory, RankLost
 
     world = join_world(config.train.device, config.parallel.timeout_seconds)
     try:

@@ -17,10 +17,10 @@ from massl_fast.data.bad_files import read_bad_files
 from massl_fast.data.crops import View, published_views
 from massl_fast.data.demo import ensure_demo_images
 from massl_fast.data.sources import Source, open_source
-from massl_fast.data.torch_loader import TorchLoader
+from massl_fast.data.torchvision_loader import TorchvisionLoader
 
 if TYPE_CHECKING:
-    from massl_fast.engine.parallel import World
+    from massl_fast.distributed.world import World
 
 
 DEMO_FOLDER = Path("runs/demo-images")
@@ -84,9 +84,9 @@ def build_loader(
         device=world.device,
     )
     if name == "torchvision":
-        loader = TorchLoader(source, views, **arguments, pin_memory=world.device.type == "cuda")
+        loader = TorchvisionLoader(source, views, **arguments, pin_memory=world.device.type == "cuda")
     else:
-        from massl_fast.data.dali_loader import DaliLoader
+        from massl_fast.data.dali.loader import DaliLoader
 
         # Without autocast half-precision crops would meet float32 weights.
         wide = torch.float32 if config.train.precision == "fp32" else None

@@ -6,6 +6,6 @@ when their server does, but the main process is still to finish its step. The se
 
 import signal
 
-import massl_fast.data.torch_loader  # noqa: F401
+import massl_fast.data.torchvision_loader  # noqa: F401
 
 signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from massl_fast.distributed.world import rank_map
 from massl_fast.engine.advice import known_to_fail
-from massl_fast.engine.parallel import rank_map
 
 if TYPE_CHECKING:
     from massl_fast.engine.trainer import Trainer

@@ -8,13 +8,13 @@ from pathlib import Path
 import torch
 
 from massl_fast.config import Config
+from massl_fast.distributed.world import World
 from massl_fast.engine.optimizer import build_optimizer
-from massl_fast.engine.parallel import World
-from massl_fast.engine.precision import DTYPES, Precision
 from massl_fast.engine.step import TrainStep
 from massl_fast.models.backbone import Encoder, build_backbone
 from massl_fast.models.head import ProjectionHead
 from massl_fast.models.pair import StudentTeacher
+from massl_fast.models.precision import DTYPES, Precision
 from massl_fast.models.published import start_from
 from massl_fast.objectives.massl import MasslObjective
 

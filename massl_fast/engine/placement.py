@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 
 from massl_fast.config import Config
-from massl_fast.engine.parallel import World, synchronise_batch_norms
-from massl_fast.engine.precision import Precision
-from massl_fast.engine.sharding import shard_
+from massl_fast.distributed.sharding import shard_
+from massl_fast.distributed.world import World, synchronise_batch_norms
 from massl_fast.models.pair import StudentTeacher
+from massl_fast.models.precision import Precision
 
 
 def place(pair: StudentTeacher, config: Config, world: World, precision: Precision, strategy: str) -> tuple[StudentTeacher, list[str]]:

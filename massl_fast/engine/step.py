@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
+from massl_fast.distributed.sharding import local
+from massl_fast.distributed.world import World
 from massl_fast.engine.optimizer import update_weights_
-from massl_fast.engine.parallel import World
-from massl_fast.engine.precision import LossScaler, Precision
 from massl_fast.engine.schedules import StepSettings
-from massl_fast.engine.sharding import local
 from massl_fast.models.pair import StudentTeacher
+from massl_fast.models.precision import LossScaler, Precision
 from massl_fast.objectives.massl import MasslObjective, unit_row_spread
 
 NUM_TEACHER_VIEWS = 2

@@ -17,30 +17,30 @@ import torch
 
 from massl_fast.config import Config, write_config
 from massl_fast.data.loaders import build_loader
+from massl_fast.distributed.heartbeat import Heartbeat, end_process
+from massl_fast.distributed.integrity import find_drift
+from massl_fast.distributed.signals import StopRequest
+from massl_fast.distributed.stragglers import StragglerClock
+from massl_fast.distributed.world import World, choose_strategy, meet
 from massl_fast.engine.announcement import announce
 from massl_fast.engine.build import build_objective, build_pair, build_step, demand_residual
-from massl_fast.engine.checkpoint import CheckpointFolder, read_state
-from massl_fast.engine.ended import Diverged, Drifted, Ended, Interrupted, RankLost
 from massl_fast.engine.graphed_step import GraphedStep
-from massl_fast.engine.heartbeat import Heartbeat, end_process
-from massl_fast.engine.integrity import find_drift
-from massl_fast.engine.parallel import World, choose_strategy, meet
 from massl_fast.engine.placement import place
-from massl_fast.engine.precision import choose_precision
-from massl_fast.engine.run_data import divided, open_together
-from massl_fast.engine.run_evaluation import RunEvaluation
-from massl_fast.engine.run_folder import prepare_folder
-from massl_fast.engine.run_record import learning_of, speed_of, summary_of, write_summary
-from massl_fast.engine.run_state import demand_equal, restore, tensors_of
-from massl_fast.engine.saving import BackgroundSaver
 from massl_fast.engine.schedules import Schedules, StepSettings
-from massl_fast.engine.signals import StopRequest
+from massl_fast.engine.state import demand_equal, restore, tensors_of
 from massl_fast.engine.step import StepResult
-from massl_fast.engine.stragglers import StragglerClock
-from massl_fast.engine.telemetry import Telemetry, WindowClock
 from massl_fast.kernels import available_backends
+from massl_fast.models.precision import choose_precision
 from massl_fast.profiling.flops import flops_of_run, peak_flops
 from massl_fast.report.page import write_report
+from massl_fast.run.checkpoint import CheckpointFolder, read_state
+from massl_fast.run.evaluation import RunEvaluation
+from massl_fast.run.exits import Diverged, Drifted, Ended, Interrupted, RankLost
+from massl_fast.run.folder import prepare_folder
+from massl_fast.run.length import divided, open_together
+from massl_fast.run.outputs import Telemetry, WindowClock
+from massl_fast.run.rows import learning_of, speed_of, summary_of, write_summary
+from massl_fast.run.saving import BackgroundSaver
 
 STORE_SECONDS = 10
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from massl_fast.data.decode import UnreadableImage, decode_rgb
-from massl_fast.data.torch_loader import worker_arguments
+from massl_fast.data.torchvision_loader import worker_arguments
 
 if TYPE_CHECKING:
     from massl_fast.data.sources import Source

@@ -27,7 +27,7 @@ from massl_fast.benchmarks import records
 from massl_fast.benchmarks.loader import process_tree, proportional_bytes
 from massl_fast.config import Config, load_config, recipe_names
 from massl_fast.data.loaders import loader_without_run, open_data
-from massl_fast.engine.parallel import World, join_world
+from massl_fast.distributed.world import World, join_world
 from massl_fast.profiling import ledger
 from massl_fast.profiling.estimate import (
     CUDA_ROUNDING,

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from massl_fast.config import Config
-from massl_fast.engine.parallel import World
+from massl_fast.distributed.world import World
 from massl_fast.profiling.estimate import Estimate, Explanation, capacity, estimate_step, explain, explain_out_of_memory, gib
 from massl_fast.profiling.synthetic import micro_batches_of
 from massl_fast.profiling.telling import estimate_lines, folded

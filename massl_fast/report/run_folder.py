@@ -10,8 +10,8 @@ from typing import Any
 
 import yaml
 
-from massl_fast.engine.checkpoint import CheckpointFolder, read_state
 from massl_fast.report.figures import is_number
+from massl_fast.run.checkpoint import CheckpointFolder, read_state
 
 KNN_KEY = re.compile(r"knn_(untrained|teacher|student)_k(\d+)_percent")
 

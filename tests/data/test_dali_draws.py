@@ -5,7 +5,7 @@ import pytest
 
 from massl_fast.data import crops
 from massl_fast.data.crops import LUMA, View, draw, published_views, sample_generator
-from massl_fast.data.dali_draws import ViewTable, draw_batch, random_numbers
+from massl_fast.data.dali.draws import ViewTable, draw_batch, random_numbers
 
 VIEWS = (
     *published_views(num_local=2),

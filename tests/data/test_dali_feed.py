@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from massl_fast.data.dali_feed import plain_jpeg_size
+from massl_fast.data.dali.feed import plain_jpeg_size
 from massl_fast.data.decode import decode_rgb
 
 ODD = Path(__file__).parents[2] / "../shared/data/odd_images"

@@ -10,13 +10,14 @@ from PIL import Image
 
 pytest.importorskip("nvidia.dali", reason="DALI is not installed; the torchvision loader covers what it does")
 
-from massl_fast.data import dali_graph, dali_loader
 from massl_fast.data.bad_files import read_bad_files
 from massl_fast.data.crops import View, published_views
-from massl_fast.data.dali_draws import ViewTable, draw_batch, random_numbers
-from massl_fast.data.dali_loader import DaliLoader
+from massl_fast.data.dali import graph as dali_graph
+from massl_fast.data.dali import loader as dali_loader
+from massl_fast.data.dali.draws import ViewTable, draw_batch, random_numbers
+from massl_fast.data.dali.loader import DaliLoader
 from massl_fast.data.sources import open_source
-from massl_fast.data.torch_loader import TorchLoader
+from massl_fast.data.torchvision_loader import TorchvisionLoader
 
 SHARED = Path(__file__).parents[2] / "../shared/data"
 PHOTOS, ODD = SHARED / "imagenette128/val", SHARED / "odd_images"
@@ -119,7 +120,7 @@ def square_photos(request, tmp_path_factory) -> Path:
 
 def test_every_operation_is_that_of_the_torchvision_path(square_photos):
     views = [view for view, _, _ in OPERATIONS.values()]
-    (ours,), (theirs,) = (take(loader(kind, square_photos, views, batch=12), 0, 1) for kind in (DaliLoader, TorchLoader))
+    (ours,), (theirs,) = (take(loader(kind, square_photos, views, batch=12), 0, 1) for kind in (DaliLoader, TorchvisionLoader))
     assert torch.equal(ours.indices, theirs.indices)
     for (name, (view, mean, most)), a, b in zip(OPERATIONS.items(), ours.crops, theirs.crops):
         difference = (in_values(a, view) - in_values(b, view)).abs()
@@ -165,7 +166,7 @@ def test_what_a_gpu_runs_is_what_the_cpu_runs():
 
 def test_batches_are_those_of_the_torchvision_loader(folder):
     """Same images in the same order with the same crops, over the end of an epoch."""
-    ours, theirs = (loader(kind, folder, accumulation=2, global_batch=6, device_batch=3) for kind in (DaliLoader, TorchLoader))
+    ours, theirs = (loader(kind, folder, accumulation=2, global_batch=6, device_batch=3) for kind in (DaliLoader, TorchvisionLoader))
     assert ours.steps_per_epoch == theirs.steps_per_epoch == 3
     for a, b in zip(take(ours, 0, 8), take(theirs, 0, 8)):
         assert torch.equal(a.indices, b.indices)
@@ -249,7 +250,7 @@ def damaged(folder, tmp_path) -> Path:
 
 def test_a_damaged_file_ends_nothing_and_is_named_once(damaged, tmp_path):
     ours = loader(DaliLoader, damaged, batch=9, max_bad_percent=50, bad_files_path=tmp_path / "ours.txt")
-    theirs = loader(TorchLoader, damaged, batch=9, max_bad_percent=50, bad_files_path=tmp_path / "theirs.txt")
+    theirs = loader(TorchvisionLoader, damaged, batch=9, max_bad_percent=50, bad_files_path=tmp_path / "theirs.txt")
     for a, b in zip(take(ours, 0, 8), take(theirs, 0, 8)):
         assert torch.equal(a.indices, b.indices)
         for view, x, y in zip(VIEWS, a.crops, b.crops):
@@ -331,7 +332,7 @@ def test_odd_images_among_photos(tmp_path):
         (tmp_path / "data" / f"{n:04d}_{file.name}").symlink_to(file.resolve())
     views = published_views(global_size=16, local_size=8, num_local=1)
     named = []
-    for kind in (DaliLoader, TorchLoader):
+    for kind in (DaliLoader, TorchvisionLoader):
         path = tmp_path / f"{kind.name}.txt"
         running = loader(kind, tmp_path / "data", views, batch=70, max_bad_percent=100, bad_files_path=path)
         seen = torch.cat([batch.indices for batch in take(running, 0, running.steps_per_epoch)])

@@ -5,7 +5,7 @@ import torch
 from test_step import CPU, SETTINGS, build_step, crops
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from massl_fast.engine.precision import LossScaler, Precision
+from massl_fast.models.precision import LossScaler, Precision
 
 READS = {"_local_scalar_dense", "item", "nonzero", "nonzero_static", "masked_select", "equal", "is_nonzero", "_unique2", "bincount"}
 # On the CPU these read without an operator that the mode below would see.

@@ -6,15 +6,15 @@ from pathlib import Path
 import torch
 
 from massl_fast.config import OptimizerSection
+from massl_fast.distributed.world import World
 from massl_fast.engine.optimizer import build_optimizer
-from massl_fast.engine.parallel import World
-from massl_fast.engine.precision import Precision
 from massl_fast.engine.schedules import StepSettings
 from massl_fast.engine.step import TrainStep
 from massl_fast.kernels import partition_indices
 from massl_fast.models.backbone import Encoder, build_backbone
 from massl_fast.models.head import ProjectionHead
 from massl_fast.models.pair import StudentTeacher
+from massl_fast.models.precision import Precision
 from massl_fast.objectives.massl import MasslObjective
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))

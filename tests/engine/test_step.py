@@ -2,14 +2,14 @@ import pytest
 import torch
 
 from massl_fast.config import OptimizerSection
+from massl_fast.distributed.world import World
 from massl_fast.engine.optimizer import build_optimizer, optimizer_tensors
-from massl_fast.engine.parallel import World
-from massl_fast.engine.precision import LossScaler, Precision, choose_precision
 from massl_fast.engine.schedules import StepSettings
 from massl_fast.engine.step import TrainStep
 from massl_fast.models.backbone import Encoder, build_backbone
 from massl_fast.models.head import ProjectionHead
 from massl_fast.models.pair import StudentTeacher
+from massl_fast.models.precision import LossScaler, Precision, choose_precision
 from massl_fast.objectives.massl import MasslObjective, unit_row_spread
 
 CPU = torch.device("cpu")

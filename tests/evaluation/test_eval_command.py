@@ -9,10 +9,10 @@ from PIL import Image
 
 from massl_fast.cli import main
 from massl_fast.data.loaders import open_data
-from massl_fast.engine.checkpoint import CheckpointFolder
 from massl_fast.evaluation import command
 from massl_fast.evaluation.knn import KnnEvaluator
 from massl_fast.models.backbone import build_backbone
+from massl_fast.run.checkpoint import CheckpointFolder
 
 ARGUMENTS = dict(patch_size=8, embed_dim=24, depth=1, num_heads=3)
 

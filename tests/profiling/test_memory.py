@@ -7,8 +7,8 @@ import torch
 
 from massl_fast.cli import main
 from massl_fast.config import Config, load_config
-from massl_fast.engine.parallel import World
-from massl_fast.engine.precision import choose_precision
+from massl_fast.distributed.world import World
+from massl_fast.models.precision import choose_precision
 from massl_fast.profiling import ledger, memory
 from massl_fast.profiling.estimate import WayOut, estimate_step, largest_batch, ways_out
 from massl_fast.profiling.ledger import Change, Piece, find_peak, highest_by_section, part_of, timeline

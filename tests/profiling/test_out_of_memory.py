@@ -5,7 +5,7 @@ import torch
 
 from massl_fast.cli import main
 from massl_fast.config import Config, load_config
-from massl_fast.engine.parallel import World
+from massl_fast.distributed.world import World
 from massl_fast.profiling import estimate, memory, out_of_memory, trace
 from massl_fast.profiling.out_of_memory import is_out_of_memory, write_out_of_memory_report
 from massl_fast.profiling.synthetic import synthetic_run

@@ -10,8 +10,8 @@ import torch
 from massl_fast.benchmarks import records
 from massl_fast.cli import main
 from massl_fast.config import load_config
-from massl_fast.engine.parallel import World
-from massl_fast.engine.precision import choose_precision
+from massl_fast.distributed.world import World
+from massl_fast.models.precision import choose_precision
 from massl_fast.profiling import sections, trace
 from massl_fast.profiling.synthetic import SyntheticRun, synthetic_run
 from massl_fast.profiling.waits import find_waits

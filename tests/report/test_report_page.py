@@ -10,11 +10,11 @@ from PIL import Image
 
 from massl_fast.config import Config, write_config
 from massl_fast.data.sources import open_source
-from massl_fast.engine.checkpoint import CheckpointFolder
 from massl_fast.report import pictures
 from massl_fast.report.page import page_of, write_report
 from massl_fast.report.pictures import NeighbourSheet, Pictures, collect_pictures, one_of_each_class
 from massl_fast.report.run_folder import read_run
+from massl_fast.run.checkpoint import CheckpointFolder
 
 NONE = Pictures(attention_note="No attention here.", neighbours_note="No neighbours here.")
 VIT = dict(img_size=16, patch_size=8, embed_dim=24, depth=1, num_heads=3, num_classes=0)

@@ -6,10 +6,10 @@ import json
 import os
 from typing import TYPE_CHECKING, Any
 
-from massl_fast.engine.parallel import device_name
+from massl_fast.distributed.stragglers import StragglerClock
+from massl_fast.distributed.world import device_name
 from massl_fast.engine.schedules import StepSettings
-from massl_fast.engine.stragglers import StragglerClock
-from massl_fast.engine.telemetry import memory_peaks_gib, rows_up_to, versions
+from massl_fast.run.outputs import memory_peaks_gib, rows_up_to, versions
 
 if TYPE_CHECKING:
     from massl_fast.engine.trainer import Trainer

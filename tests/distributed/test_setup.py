@@ -5,12 +5,12 @@ import torch
 import yaml
 
 from massl_fast.config import validated
+from massl_fast.distributed.sharding import blocks_of
+from massl_fast.distributed.stragglers import spread_of
+from massl_fast.distributed.world import World, choose_strategy, join_world, restarted, synchronise_batch_norms
 from massl_fast.engine.build import build_objective, build_pair
-from massl_fast.engine.parallel import World, choose_strategy, join_world, restarted, synchronise_batch_norms
-from massl_fast.engine.precision import Precision
-from massl_fast.engine.sharding import blocks_of
-from massl_fast.engine.stragglers import spread_of
 from massl_fast.models.backbone import build_backbone
+from massl_fast.models.precision import Precision
 
 CPU = torch.device("cpu")
 

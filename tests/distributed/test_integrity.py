@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from massl_fast.engine.integrity import checksum, find_drift
-from massl_fast.engine.parallel import World
+from massl_fast.distributed.integrity import checksum, find_drift
+from massl_fast.distributed.world import World
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.float64])

@@ -18,10 +18,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
-from massl_fast.engine.parallel import World
-from massl_fast.engine.precision import Precision
+from massl_fast.distributed.world import World
 from massl_fast.models.backbone import Encoder
 from massl_fast.models.pair import StudentTeacher
+from massl_fast.models.precision import Precision
 
 
 def shard_(pair: StudentTeacher, world: World, precision: Precision) -> None:

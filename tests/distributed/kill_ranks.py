@@ -1,6 +1,6 @@
 """Kill ranks of a two-process run with SIGKILL at random moments, let torchrun start it again, and compare with a run left alone.
 
-``python tests/parallel/kill_ranks.py [KILLS]`` prints what it compared and exits with 1 where anything differs. Whom it kills goes round:
+``python tests/distributed/kill_ranks.py [KILLS]`` prints what it compared and exits with 1 where anything differs. The kills go round:
 rank 1, rank 0, both, rank 0 while it saves. Everything goes through ``torchrun`` and ``massl-fast train``.
 """
 
@@ -85,7 +85,7 @@ def kill_once(arguments: list[str], folder: Path, step: int, victims) -> tuple[i
 
 def compare(kills: int, workplace: Path, seed: int = 0) -> str:
     """Returns a sentence; AssertionError where the metrics differ."""
-    from massl_fast.engine.telemetry import CLOCK_KEYS
+    from massl_fast.run.outputs import CLOCK_KEYS
     from small_images import write_images
 
     def rows(folder: Path) -> list[dict]:

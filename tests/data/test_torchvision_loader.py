@@ -15,12 +15,12 @@ import pytest
 import torch
 from PIL import Image
 
-from massl_fast.data import torch_loader
+from massl_fast.data import torchvision_loader
 from massl_fast.data.bad_files import read_bad_files
 from massl_fast.data.crops import apply, draw, published_views, sample_generator
 from massl_fast.data.decode import UnreadableImage, decode_rgb
 from massl_fast.data.sources import open_source
-from massl_fast.data.torch_loader import TorchLoader
+from massl_fast.data.torchvision_loader import TorchvisionLoader
 
 SHARED = Path(__file__).parents[2] / "../shared/data"
 VIEWS = published_views(global_size=32, local_size=16, num_local=2)
@@ -36,11 +36,11 @@ def photos(tmp_path_factory):
     return folder
 
 
-def make(folder, views=VIEWS, batch=8, **settings) -> TorchLoader:
-    return TorchLoader(open_source(folder), views, **{"seed": 0, "global_batch": batch, "device_batch": batch, **settings})
+def make(folder, views=VIEWS, batch=8, **settings) -> TorchvisionLoader:
+    return TorchvisionLoader(open_source(folder), views, **{"seed": 0, "global_batch": batch, "device_batch": batch, **settings})
 
 
-def take(loader: TorchLoader, count: int, start: int = 0) -> list:
+def take(loader: TorchvisionLoader, count: int, start: int = 0) -> list:
     found = list(itertools.islice(loader.batches(start), count))
     loader.close()
     return found
@@ -161,7 +161,7 @@ def test_too_little_shared_memory_is_said_before_the_start(photos, monkeypatch):
     class Small:
         f_bavail, f_frsize = 16, 4096
 
-    monkeypatch.setattr(torch_loader.os, "statvfs", lambda path: Small)
+    monkeypatch.setattr(torchvision_loader.os, "statvfs", lambda path: Small)
     with pytest.raises(ValueError, match="shared memory"):
         make(photos, num_workers=2)
     make(photos, num_workers=0)
@@ -171,11 +171,11 @@ SIGNALLED = """
 import os, signal, sys, time
 from massl_fast.data.crops import published_views
 from massl_fast.data.sources import open_source
-from massl_fast.data.torch_loader import TorchLoader
+from massl_fast.data.torchvision_loader import TorchvisionLoader
 
 if __name__ == "__main__":
     views = published_views(global_size=32, local_size=16, num_local=0)
-    loader = TorchLoader(open_source(sys.argv[1]), views, seed=0, global_batch=8, device_batch=8, num_workers=1)
+    loader = TorchvisionLoader(open_source(sys.argv[1]), views, seed=0, global_batch=8, device_batch=8, num_workers=1)
     batches = loader.batches(0)
     next(batches)
     signal.signal(signal.SIGTERM, lambda *_: None)

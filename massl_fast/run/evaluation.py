@@ -7,11 +7,11 @@ from typing import Any
 
 from massl_fast.config import Config
 from massl_fast.data.sources import Source
-from massl_fast.engine.parallel import World
-from massl_fast.engine.precision import Precision
-from massl_fast.engine.run_data import open_together
+from massl_fast.distributed.world import World
 from massl_fast.evaluation.knn import KnnEvaluator
 from massl_fast.models.pair import StudentTeacher
+from massl_fast.models.precision import Precision
+from massl_fast.run.length import open_together
 
 HEADLINE_K = 20
 NAMES_SHOWN = 5

@@ -7,10 +7,10 @@ import shutil
 import pytest
 import torch
 
-from massl_fast.engine.checkpoint import CheckpointFolder, read_checkpoint, read_into, shapes_of
-from massl_fast.engine.parallel import World
-from massl_fast.engine.saving import BackgroundSaver
-from massl_fast.engine.telemetry import Telemetry, rows_up_to
+from massl_fast.distributed.world import World
+from massl_fast.run.checkpoint import CheckpointFolder, read_checkpoint, read_into, shapes_of
+from massl_fast.run.outputs import Telemetry, rows_up_to
+from massl_fast.run.saving import BackgroundSaver
 
 ONE = World(0, 1, 0, torch.device("cpu"))
 

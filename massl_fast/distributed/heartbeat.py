@@ -17,7 +17,7 @@ from collections.abc import Callable
 
 import torch.distributed as dist
 
-from massl_fast.engine.parallel import World
+from massl_fast.distributed.world import World
 
 BEAT_SECONDS = 1.0
 SILENT_BEATS = 3

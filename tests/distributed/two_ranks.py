@@ -18,9 +18,9 @@ import torch
 import yaml
 
 from massl_fast.config import Config, validated
-from massl_fast.engine.ended import Ended
-from massl_fast.engine.parallel import World, join_world, leave_world
+from massl_fast.distributed.world import World, join_world, leave_world
 from massl_fast.engine.trainer import Trainer
+from massl_fast.run.exits import Ended
 
 SETTINGS = """
 data: {num_workers: 0, loader: torchvision}

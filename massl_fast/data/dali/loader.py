@@ -16,23 +16,23 @@ from nvidia.dali import fn, pipeline_def, types
 
 from massl_fast.data.bad_files import BadFiles
 from massl_fast.data.crops import View
-from massl_fast.data.dali_feed import Feed, Prepared
-from massl_fast.data.dali_graph import build_graph, drawn_inputs
+from massl_fast.data.dali.feed import Feed, Prepared
+from massl_fast.data.dali.graph import build_graph, drawn_inputs
 from massl_fast.data.order import Batch, Order
 from massl_fast.data.sources import Source
-from massl_fast.data.torch_loader import JUDGE_AFTER
+from massl_fast.data.torchvision_loader import JUDGE_AFTER
 
 LEAST_FEEDERS, MOST_FEEDERS = 2, 8  # threads that read and draw, a micro-batch each: they mostly wait for storage
 
 
 class DaliLoader:
-    """An endless, seekable source of micro-batches, interchangeable with ``torch_loader.TorchLoader``.
+    """An endless, seekable source of micro-batches, interchangeable with ``torchvision_loader.TorchvisionLoader``.
 
     ``batches(start_step)`` depends on (seed, start_step, rank, world size) alone. A file that DALI cannot decode is decoded by
-    Pillow; one that neither can is named once in ``bad_files_path`` and replaced as in ``TorchLoader``. If a decoder of DALI fails,
+    Pillow; one that neither can is named once in ``bad_files_path`` and replaced as in ``TorchvisionLoader``. If a decoder of DALI fails,
     which ends a pipeline, the loader finds the file, builds the pipeline anew and continues at the same micro-batch.
 
-    Args: those of ``TorchLoader``, and
+    Args: those of ``TorchvisionLoader``, and
         num_workers: DALI's threads, at least 1. prefetch: micro-batches that the pipeline works ahead.
         device: where the crops go; normalisation happens there.
         decode: ``cpu``, or ``mixed`` for the GPU with its share of hardware decoding. augment: ``cpu`` or ``gpu``.

@@ -26,7 +26,7 @@ REPLACEMENTS = 100  # images tried in place of one that cannot be read
 JUDGE_AFTER = 1000  # images seen before the share of unreadable ones can end a run
 
 
-class TorchLoader:
+class TorchvisionLoader:
     """An endless, seekable source of micro-batches.
 
     ``batches(start_step)`` depends on (seed, start_step, rank, world size) alone: not on workers, not on what was loaded before.

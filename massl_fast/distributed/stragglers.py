@@ -12,7 +12,7 @@ import time
 import torch
 from torch import Tensor
 
-from massl_fast.engine.parallel import World
+from massl_fast.distributed.world import World
 
 
 class StragglerClock:

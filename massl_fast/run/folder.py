@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from massl_fast.engine.checkpoint import CheckpointFolder
-from massl_fast.engine.parallel import World, restarted
+from massl_fast.distributed.world import World, restarted
+from massl_fast.run.checkpoint import CheckpointFolder
 
 SHARED_FOLDER_SECONDS = 10
 

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from massl_fast.data.crops import View, sample_generator
-from massl_fast.data.dali_draws import Draws, ViewTable, draw_batch, random_numbers
+from massl_fast.data.dali.draws import Draws, ViewTable, draw_batch, random_numbers
 from massl_fast.data.decode import MOST_PIXELS, ORIENTATION, UnreadableImage, decode_rgb
 from massl_fast.data.sources import Source
-from massl_fast.data.torch_loader import REPLACEMENTS
+from massl_fast.data.torchvision_loader import REPLACEMENTS
 
 BASELINE, EXTENDED, PROGRESSIVE = 0xC0, 0xC1, 0xC2
 START_OF_SCAN, APP1, APP14 = 0xDA, 0xE1, 0xEE
@@ -69,7 +69,7 @@ class Feed:
     def _readable(self, epoch: int, index: int, bad: list[tuple[str, str]]) -> tuple[int, np.ndarray, tuple[int, int], bool] | None:
         """(number, bytes, (width, height), whether DALI decodes it) of the image or of its first readable replacement.
 
-        Replacements are those of ``torch_loader``: decided by the wanted image's number and the epoch.
+        Replacements are those of ``torchvision_loader``: decided by the wanted image's number and the epoch.
         """
         generator = None
         for _ in range(1 + REPLACEMENTS):

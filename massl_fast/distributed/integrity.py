@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from massl_fast.engine.parallel import World
+from massl_fast.distributed.world import World
 
 
 def checksum(tensor: Tensor) -> Tensor:

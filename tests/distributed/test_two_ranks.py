@@ -13,10 +13,10 @@ import torch
 from kill_ranks import command, kill_once, write_recipe
 from two_ranks import configured, play
 
-from massl_fast.engine.checkpoint import read_checkpoint
-from massl_fast.engine.parallel import World
-from massl_fast.engine.telemetry import CLOCK_KEYS
+from massl_fast.distributed.world import World
 from massl_fast.models.published import load_backbone
+from massl_fast.run.checkpoint import read_checkpoint
+from massl_fast.run.outputs import CLOCK_KEYS
 from small_images import write_images
 
 ONE = World(0, 1, 0, torch.device("cpu"))

@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 
-from massl_fast.engine.checkpoint import CheckpointFolder, load_strictly, read_checkpoint
+from massl_fast.run.checkpoint import CheckpointFolder, load_strictly, read_checkpoint
 
 TENSORS = {"student/weight": torch.arange(6.0).view(2, 3).T, "objective/pointer": torch.tensor([5])}
 

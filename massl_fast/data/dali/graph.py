@@ -10,7 +10,7 @@ from nvidia.dali import fn, math, pipeline_def, types
 from nvidia.dali.pipeline import Pipeline
 
 from massl_fast.data.crops import View
-from massl_fast.data.dali_draws import Draws
+from massl_fast.data.dali.draws import Draws
 
 
 def drawn_inputs(views: Sequence[View]) -> list[str]:

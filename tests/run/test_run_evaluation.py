@@ -4,7 +4,7 @@ import json
 
 from test_cli import images, train  # noqa: F401
 
-from massl_fast.engine.run_evaluation import RunEvaluation
+from massl_fast.run.evaluation import RunEvaluation
 from small_images import write_images
 
 

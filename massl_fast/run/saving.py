@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from massl_fast.engine.checkpoint import CheckpointFolder
-from massl_fast.engine.parallel import World
+from massl_fast.distributed.world import World
+from massl_fast.run.checkpoint import CheckpointFolder
 
 
 class BackgroundSaver:

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from massl_fast.engine.checkpoint import demand_same, read_into, shapes_of, with_prefix, without_prefix
+from massl_fast.distributed.sharding import local
 from massl_fast.engine.optimizer import load_optimizer_tensors, optimizer_tensors
-from massl_fast.engine.sharding import local
 from massl_fast.engine.step import TrainStep
+from massl_fast.run.checkpoint import demand_same, read_into, shapes_of, with_prefix, without_prefix
 
 
 def tensors_of(run: TrainStep) -> dict[str, Tensor]:

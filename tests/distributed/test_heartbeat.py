@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from massl_fast.engine import heartbeat
-from massl_fast.engine.heartbeat import Heartbeat
-from massl_fast.engine.parallel import World
+from massl_fast.distributed import heartbeat
+from massl_fast.distributed.heartbeat import Heartbeat
+from massl_fast.distributed.world import World
 
 CPU = torch.device("cpu")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from massl_fast.data.loaders import open_data
 from massl_fast.data.sources import Source
-from massl_fast.engine.parallel import World
+from massl_fast.distributed.world import World
 
 
 def open_together(world: World, path: str, setting: str, role: str) -> Source:
