@@ -1,12 +1,9 @@
-"""The numerics of learning from a memory: loss, read-out, partition and ring. Needs torch, and triton for the fused path."""
+"""The numerics of self-supervised losses: loss, read-out, read-back, partition and ring. Needs torch, and triton for the fused path."""
 
-from massl_fast.kernels.cross_entropy import (
-    MemoryCrossEntropy,
-    available_backends,
-    memory_cross_entropy,
-    memory_readout,
-)
+from massl_fast.kernels.backends import available_backends
+from massl_fast.kernels.cross_entropy import MemoryCrossEntropy, memory_cross_entropy
 from massl_fast.kernels.partition import partition_indices
+from massl_fast.kernels.readout import memory_readback, memory_readout
 from massl_fast.kernels.ring import enqueue_
 
 __all__ = [
@@ -14,6 +11,7 @@ __all__ = [
     "available_backends",
     "enqueue_",
     "memory_cross_entropy",
+    "memory_readback",
     "memory_readout",
     "partition_indices",
 ]

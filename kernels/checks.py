@@ -112,3 +112,64 @@ def check_permutation(partition: Tensor) -> None:
         raise ValueError(
             f"partition must be a permutation; found {int((~named).sum())} of {entries} entries never named and others named twice."
         )
+
+
+def check_values(values: Tensor | None, memory: Tensor) -> None:
+    if values is None:
+        return
+    if values.ndim != 2 or values.shape[0] != memory.shape[0]:
+        raise ValueError(
+            f"values must hold a row for each of the {memory.shape[0]} entries of the memory; found shape {list(values.shape)}."
+        )
+    if values.dtype != memory.dtype or values.device != memory.device:
+        raise ValueError(
+            f"values must have the memory's dtype and device, {memory.dtype} on {memory.device}; found {values.dtype} on {values.device}."
+        )
+
+
+def check_key_bias(key_bias: Tensor | None, memory: Tensor) -> None:
+    if key_bias is None:
+        return
+    if key_bias.shape != memory.shape[:1] or not key_bias.is_floating_point():
+        raise ValueError(
+            f"key_bias must be a float tensor with a number for each of the {memory.shape[0]} entries; found {key_bias.dtype} of shape "
+            f"{list(key_bias.shape)}."
+        )
+    if key_bias.device != memory.device:
+        raise ValueError(f"key_bias must lie on the memory's device, {memory.device}; found {key_bias.device}.")
+
+
+def check_groups(row_group: Tensor | None, key_group: Tensor | None, rows: Tensor, memory: Tensor) -> None:
+    if row_group is None and key_group is None:
+        return
+    if row_group is None or key_group is None:
+        raise ValueError("row_group and key_group go together; found one of them. Pass both, or neither.")
+    for name, group, shape in (("row_group", row_group, rows.shape[:-1]), ("key_group", key_group, memory.shape[:1])):
+        if group.dtype not in (torch.int32, torch.int64) or group.shape != shape:
+            raise ValueError(
+                f"{name} must be an int32 or int64 tensor of shape {list(shape)}; found {group.dtype} of shape {list(group.shape)}."
+            )
+        if group.device != memory.device:
+            raise ValueError(f"{name} must lie on the memory's device, {memory.device}; found {group.device}.")
+
+
+def check_of_rows(name: str, tensor: Tensor, rows: Tensor, blocks: int) -> None:
+    """A number for each row, or for each row and block."""
+    shapes = (rows.shape[:-1], (*rows.shape[:-1], blocks))
+    if tensor.shape not in shapes or not tensor.is_floating_point():
+        raise ValueError(
+            f"{name} must be a float tensor of shape {list(shapes[0])} or {list(shapes[1])}; found {tensor.dtype} of shape "
+            f"{list(tensor.shape)}."
+        )
+    if tensor.device != rows.device:
+        raise ValueError(f"{name} must lie on the rows' device, {rows.device}; found {tensor.device}.")
+
+
+def check_row_values(row_values: Tensor, rows: Tensor) -> None:
+    if row_values.ndim != rows.ndim or row_values.shape[:-1] != rows.shape[:-1] or not row_values.is_floating_point():
+        raise ValueError(
+            f"row_values must be a float tensor of shape {[*rows.shape[:-1], 'Dv']}; found {row_values.dtype} of shape "
+            f"{list(row_values.shape)}."
+        )
+    if row_values.device != rows.device:
+        raise ValueError(f"row_values must lie on the rows' device, {rows.device}; found {row_values.device}.")

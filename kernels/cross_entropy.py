@@ -1,10 +1,9 @@
-"""The loss and the read-out as their users meet them: checks, choice of backend, custom ops, autograd.
+"""MaSSL's loss as its users meet it: checks, choice of backend, custom op, autograd.
 
-The gradient is a by-product of the forward pass (kernels/loss.py), so each op returns a fixed tuple of plain tensors, autograd stays
+The gradient is a by-product of the forward pass (kernels/loss.py), so the op returns a fixed tuple of plain tensors, autograd stays
 outside it, and backward is one multiplication.
 """
 
-from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
@@ -12,15 +11,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from massl_fast.kernels import checks, reference, streaming
+from massl_fast.kernels.backends import TRITON, autocast, choose_backend, partition_of, split_scalar, wide_dtype
 from massl_fast.kernels.loss import assemble
-from massl_fast.kernels.partition import partition_indices
-
-if find_spec("triton") is not None:
-    from massl_fast.kernels import fused
-else:
-    fused = None
-
-BACKENDS = ("auto", "reference", "streaming", "triton")
 
 
 class MemoryCrossEntropy(NamedTuple):
@@ -70,116 +62,32 @@ def memory_cross_entropy(
 
     Raises ValueError with the argument's name for anything that does not fit.
     """
-    student, teacher, memory = _autocast(student, teacher, memory)
+    student, teacher, memory = autocast(student, teacher, memory)
     checks.check_views(student, teacher, memory)
     checks.check_blocks(memory, block_size)
     if block_reduction not in ("mean", "sum"):
         raise ValueError(f'block_reduction must be "mean" or "sum"; found {block_reduction!r}.')
-    backend = _choose_backend(backend, memory)
+    backend = choose_backend(backend, memory, "memory_cross_entropy")
     student_temp = checks.check_temperature("student_temp", student_temp, memory)
     teacher_temp = checks.check_temperature("teacher_temp", teacher_temp, memory)
     step = checks.check_partition(partition, step, memory)
     teacher, memory = teacher.detach(), memory.detach()
 
     if backend == "reference":
-        if partition is None:
-            partition = partition_indices(memory.shape[0], seed=seed, step=step, device=memory.device)
-        else:
-            checks.check_permutation(partition)
+        partition = partition_of(partition, memory, seed, step)
         values = reference.memory_cross_entropy(student, teacher, memory, partition, block_size, student_temp, teacher_temp)
         loss, *telemetry = values
         telemetry = [value.detach() for value in telemetry]
     else:
         statistics, gradient = torch.ops.massl_fast.memory_cross_entropy(
-            student.detach(), teacher, memory, partition, block_size, *_split(student_temp), *_split(teacher_temp),
-            seed, *_split(step), backend,
+            student.detach(), teacher, memory, partition, block_size, *split_scalar(student_temp), *split_scalar(teacher_temp),
+            seed, *split_scalar(step), backend,
         )  # fmt: skip
         value, *telemetry = statistics.unbind()
         loss = _AttachGradient.apply(student, value, gradient)
     if block_reduction == "sum":
         loss = loss * (memory.shape[0] // block_size)
     return MemoryCrossEntropy(loss, *telemetry)
-
-
-def memory_readout(
-    rows: Tensor,
-    memory: Tensor,
-    *,
-    block_size: int,
-    temperature: float | Tensor,
-    partition: Tensor | None = None,
-    seed: int = 0,
-    step: int | Tensor = 0,
-    backend: str = "auto",
-) -> tuple[Tensor, Tensor]:
-    """The memory read out at each row: (readout [..., D], logsumexp [...]), both summed over blocks, float32 (float64 for float64).
-
-    readout = Σ_b softmax_b(rows · M_bᵀ / τ) M_b, logsumexp = Σ_b logsumexp_b(rows · M_bᵀ / τ); rows [..., D]. The other arguments and
-    errors are those of ``memory_cross_entropy``. The results carry no gradient: ∂logsumexp/∂rows is readout / τ.
-    """
-    rows, memory = _autocast(rows, memory)
-    checks.check_rows("rows", rows, memory)
-    checks.check_blocks(memory, block_size)
-    backend = _choose_backend(backend, memory)
-    temperature = checks.check_temperature("temperature", temperature, memory)
-    step = checks.check_partition(partition, step, memory)
-    flat, memory = rows.detach().reshape(-1, rows.shape[-1]), memory.detach()
-
-    if backend == "reference":
-        if partition is None:
-            partition = partition_indices(memory.shape[0], seed=seed, step=step, device=memory.device)
-        else:
-            checks.check_permutation(partition)
-        readout, logsumexp = reference.memory_readout(flat, memory, partition, block_size, temperature)
-    else:
-        readout, logsumexp = torch.ops.massl_fast.memory_readout(
-            flat, memory, partition, block_size, *_split(temperature), seed, *_split(step), backend
-        )
-    return readout.view(rows.shape), logsumexp.view(rows.shape[:-1])
-
-
-def available_backends(device: torch.device | str, dtype: torch.dtype) -> tuple[str, ...]:
-    """Backends that can run on ``device`` with rows of ``dtype``, fastest first."""
-    device = torch.device(device)
-    if dtype not in checks.DTYPES:
-        return ()
-    if triton_obstacle(device, dtype) is not None:
-        return ("streaming", "reference")
-    # Interpreted on a CPU, Triton is there for tests and slower than anything else.
-    return ("triton", "streaming", "reference") if device.type == "cuda" else ("streaming", "reference", "triton")
-
-
-def _choose_backend(asked: str, memory: Tensor) -> str:
-    if asked not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; found {asked!r}.")
-    if asked not in ("auto", "triton"):
-        return asked
-    obstacle = triton_obstacle(memory.device, memory.dtype, memory.shape[1])
-    if asked == "triton" and obstacle is not None:
-        raise ValueError(f'backend "triton" cannot run here: {obstacle} Use "streaming" or "auto".')
-    return "triton" if obstacle is None and (asked == "triton" or memory.device.type == "cuda") else "streaming"
-
-
-def triton_obstacle(device: torch.device, dtype: torch.dtype, width: int | None = None) -> str | None:
-    """A sentence saying why the fused kernel cannot run, or None."""
-    if fused is None:
-        return "Triton is not installed."
-    return fused.obstacle(device, dtype, width)
-
-
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors as autocast would have them: 16-bit or 32-bit ones in its dtype, others untouched."""
-    checks.check_plain_tensors(tensors)
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
-
-
-def _split(value: float | int | Tensor) -> tuple[float | int, Tensor | None]:
-    """A scalar argument as the op takes it: the number, or 0 and the tensor that holds it on the device."""
-    return (0, value) if isinstance(value, Tensor) else (value, None)
 
 
 class _AttachGradient(torch.autograd.Function):
@@ -217,12 +125,12 @@ def _memory_cross_entropy(
     """Statistics [4] of ``loss.assemble`` and the gradient [V, N, D], float32 (float64 for float64)."""
     student_temp = student_temp if student_temp_tensor is None else student_temp_tensor
     teacher_temp = teacher_temp if teacher_temp_tensor is None else teacher_temp_tensor
-    partition = _partition(partition, memory, seed, step, step_tensor)
+    partition = partition_of(partition, memory, seed, step if step_tensor is None else step_tensor)
     if backend == "triton":
-        return fused.memory_cross_entropy(student, teacher, memory, partition, block_size, student_temp, teacher_temp)
+        return TRITON["memory_cross_entropy"](student, teacher, memory, partition, block_size, student_temp, teacher_temp)
     (V, N, D), T = student.shape, teacher.shape[0]
     rows = torch.cat((student, teacher)).view(-1, D)
-    wide = _wide(memory)
+    wide = wide_dtype(memory)
     inverse = torch.empty((V + T) * N, device=memory.device, dtype=wide)
     inverse[: V * N] = 1 / student_temp
     inverse[V * N :] = 1 / teacher_temp
@@ -233,46 +141,5 @@ def _memory_cross_entropy(
 
 @_memory_cross_entropy.register_fake
 def _(student, teacher, memory, *_):
-    wide = _wide(memory)
+    wide = wide_dtype(memory)
     return memory.new_empty(4, dtype=wide), student.new_empty(student.shape, dtype=wide)
-
-
-@torch.library.custom_op("massl_fast::memory_readout", mutates_args=())
-def _memory_readout(
-    rows: Tensor,
-    memory: Tensor,
-    partition: Tensor | None,
-    block_size: int,
-    temperature: float,
-    temperature_tensor: Tensor | None,
-    seed: int,
-    step: int,
-    step_tensor: Tensor | None,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    """Read-out [R, D] and logsumexp [R] of rows [R, D]."""
-    temperature = temperature if temperature_tensor is None else temperature_tensor
-    partition = _partition(partition, memory, seed, step, step_tensor)
-    if backend == "triton":
-        return fused.memory_readout(rows, memory, partition, block_size, temperature)
-    inverse = torch.empty(rows.shape[0], device=memory.device, dtype=_wide(memory))
-    inverse[:] = 1 / temperature
-    return streaming.memory_readout(rows, memory, partition, block_size, inverse)
-
-
-@_memory_readout.register_fake
-def _(rows, memory, *_):
-    wide = _wide(memory)
-    return rows.new_empty(rows.shape, dtype=wide), rows.new_empty(rows.shape[:1], dtype=wide)
-
-
-def _partition(partition: Tensor | None, memory: Tensor, seed: int, step: int, step_tensor: Tensor | None) -> Tensor:
-    if partition is None:
-        step = step if step_tensor is None else step_tensor
-        return partition_indices(memory.shape[0], seed=seed, step=step, device=memory.device)
-    checks.check_permutation(partition)
-    return partition
-
-
-def _wide(tensor: Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32

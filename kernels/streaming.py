@@ -1,11 +1,15 @@
-"""The read-out in O(tile) memory with plain PyTorch: the path of CPUs, of GPUs older than compute capability 8.0, and of float64.
+"""Both passes in O(tile) memory with plain PyTorch: the path of CPUs, of GPUs older than compute capability 8.0, and of float64.
 
-All rows, student and teacher together, pass over the memory once. A tile of entries is gathered, multiplied with the rows, exponentiated
-against a running row maximum, and multiplied again as values: one load serves both products. Nothing of size rows × K exists, no operation
-synchronises, and any temperature or row norm is safe because the maximum is the true one.
+Read-out: all rows, student and teacher together, pass over the memory once. A tile of entries is gathered, multiplied with the rows,
+exponentiated against a running row maximum, and multiplied again as values: one load serves both products. Read-back: the same tile stays
+while the rows pass, and is written once. Nothing of size rows × K exists, no operation synchronises, and any temperature or row norm is
+safe because the maximum is the true one.
 
 Half-precision tiles are widened to float32 on the CPU; on a GPU both products use the tensor cores and return float32.
 """
+
+import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -19,20 +23,35 @@ HALF_HEADROOM = 10.0
 
 @torch.autocast("cpu", enabled=False)
 @torch.autocast("cuda", enabled=False)
-def memory_readout(rows: Tensor, memory: Tensor, partition: Tensor, block_size: int, inverse_temperature: Tensor) -> tuple[Tensor, Tensor]:
-    """Read-out [R, D] and logsumexp [R], summed over blocks, in float32 (float64 for float64).
+def memory_readout(
+    rows: Tensor,
+    memory: Tensor,
+    partition: Tensor | None,
+    block_size: int,
+    inverse_temperature: Tensor,
+    *,
+    values: Tensor | None = None,
+    key_bias: Tensor | None = None,
+    row_group: Tensor | None = None,
+    key_group: Tensor | None = None,
+    per_block: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Read-out [R, Dv] and logsumexp [R], summed over blocks, or logsumexp [R, B]; in float32 (float64 for float64).
 
-    ``rows`` [R, D] and ``memory`` [K, D] share a dtype; ``partition`` integer [K]; ``inverse_temperature`` [R], 1/τ of each row in the
-    dtype of the result. Autocast stays outside: it would narrow the products again.
+    ``rows`` [R, D], ``memory`` [K, D] and ``values`` [K, Dv] share a dtype; ``partition`` integer [K], or None for blocks of entries as
+    they lie; ``inverse_temperature`` [R], 1/τ of each row, and ``key_bias`` [K] in the dtype of the result. Autocast stays outside: it
+    would narrow the products again.
     """
     wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
     on_cpu = rows.device.type == "cpu"
     most_rows, most_logits = CPU_TILE if on_cpu else GPU_TILE
     narrow = wide if on_cpu else rows.dtype  # dtype of both products' operands
     headroom = HALF_HEADROOM if narrow == torch.float16 else 0.0
-    readout = rows.new_zeros(rows.shape, dtype=wide)
-    logsumexp = rows.new_zeros(rows.shape[:1], dtype=wide)
-    kept = partition[: memory.shape[0] // block_size * block_size]
+    blocks = memory.shape[0] // block_size
+    readout = rows.new_zeros((rows.shape[0], (memory if values is None else values).shape[1]), dtype=wide)
+    logsumexp = rows.new_zeros((rows.shape[0], blocks if per_block else 1), dtype=wide)
+    masked = key_bias is not None or row_group is not None  # a row may see no entry of a tile, or of a block
+    least = torch.finfo(wide).min
 
     for start in range(0, rows.shape[0], most_rows):
         part = slice(start, start + most_rows)
@@ -40,31 +59,120 @@ def memory_readout(rows: Tensor, memory: Tensor, partition: Tensor, block_size: 
         if narrow == wide:
             x, scale = x * scale, None  # one pass less over each tile of logits
         tile_size = min(block_size, max(64, most_logits // x.shape[0]))
-        for block in kept.split(block_size):
-            pivot = total = values = None
-            for indices in block.split(tile_size):
-                tile = memory.index_select(0, indices).to(narrow)  # [t, D]
-                logits = _product(x, tile.T, wide)  # [r, t]
+        for block in range(blocks):
+            pivot = total = sums = None
+            for where in _tiles(partition, block, block_size, tile_size):
+                keys = _gather(memory, where).to(narrow)  # [t, D]
+                tile = keys if values is None else _gather(values, where).to(narrow)  # [t, Dv]
+                logits = _product(x, keys.T, wide)  # [r, t]
                 if scale is not None:
                     logits.mul_(scale)
+                if key_bias is not None:
+                    logits.add_(_gather(key_bias, where))
+                if row_group is not None:
+                    logits.masked_fill_(row_group[part, None] == _gather(key_group, where), -torch.inf)
                 tile_pivot = logits.amax(1, keepdim=True).sub_(headroom)
+                if masked:
+                    tile_pivot.clamp_(min=least)  # -inf less -inf is no number
                 if pivot is None:
                     weights = logits.sub_(tile_pivot).exp_()
-                    pivot, total, values = tile_pivot, weights.sum(1, keepdim=True), _product(weights.to(narrow), tile, wide)
+                    pivot, total, sums = tile_pivot, weights.sum(1, keepdim=True), _product(weights.to(narrow), tile, wide)
                     continue
                 torch.maximum(pivot, tile_pivot, out=tile_pivot)
                 rescale = pivot.sub_(tile_pivot).exp_()
                 pivot = tile_pivot
                 weights = logits.sub_(pivot).exp_()
                 total.mul_(rescale).add_(weights.sum(1, keepdim=True))
-                values.mul_(rescale)
+                sums.mul_(rescale)
                 if narrow == wide:
-                    values.addmm_(weights, tile)
+                    sums.addmm_(weights, tile)
                 else:
-                    values.add_(_product(weights.to(narrow), tile, wide))
-            readout[part] += values.div_(total)
-            logsumexp[part] += total.log_().add_(pivot).squeeze(1)
-    return readout, logsumexp
+                    sums.add_(_product(weights.to(narrow), tile, wide))
+            readout[part] += sums.div_(total.clamp_min(torch.finfo(wide).tiny) if masked else total)
+            logsumexp[part, block if per_block else 0] += total.log_().add_(pivot).squeeze(1)
+    return readout, logsumexp if per_block else logsumexp.squeeze(1)
+
+
+@torch.autocast("cpu", enabled=False)
+@torch.autocast("cuda", enabled=False)
+def memory_readback(
+    rows: Tensor,
+    memory: Tensor,
+    logsumexp: Tensor,
+    partition: Tensor | None,
+    block_size: int,
+    inverse_temperature: Tensor,
+    *,
+    row_values: Tensor | None = None,
+    row_weight: Tensor | None = None,
+    key_bias: Tensor | None = None,
+    row_group: Tensor | None = None,
+    key_group: Tensor | None = None,
+) -> Tensor:
+    """What the entries get back from the rows, [K, Dv], or [K] without ``row_values``; in float32 (float64 for float64).
+
+    As the read-out, but the entries of a tile stay while the rows pass. ``logsumexp`` [R, B], of every row and block, makes a running
+    maximum needless; ``row_weight`` [R, 1] or [R, B]; both in the dtype of the result.
+    """
+    wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
+    on_cpu = rows.device.type == "cpu"
+    most_rows, most_logits = CPU_TILE if on_cpu else GPU_TILE
+    narrow = wide if on_cpu else rows.dtype
+    headroom = HALF_HEADROOM if narrow == torch.float16 else 0.0
+    shift = logsumexp.masked_fill(logsumexp == -torch.inf, torch.inf).sub_(headroom)  # rows that see nothing give nothing
+    given = rows.new_ones((rows.shape[0], 1), dtype=wide) if row_values is None else row_values.to(wide)  # y
+    result = rows.new_zeros((memory.shape[0], given.shape[1]), dtype=wide)
+    if rows.shape[0] == 0:
+        return result if row_values is not None else result.squeeze(1)
+    x, scale = rows.to(narrow), inverse_temperature
+    if narrow == wide:
+        x, scale = x * scale[:, None], None
+    tile_size = min(block_size, max(64, most_logits // min(most_rows, rows.shape[0])))
+    for block in range(memory.shape[0] // block_size):
+        if block == 0 or (row_weight is not None and row_weight.shape[1] > 1):
+            y = given if row_weight is None else given * row_weight[:, min(block, row_weight.shape[1] - 1), None]  # c·y of this block
+            # float16 holds no weight of a mean over many rows: bring the largest to 1
+            size = y.abs().amax().clamp_(min=torch.finfo(wide).tiny) if narrow == torch.float16 else None
+            y = y if size is None else y / size
+        for where in _tiles(partition, block, block_size, tile_size):
+            keys = _gather(memory, where).to(narrow)  # [t, D]
+            bias = None if key_bias is None else _gather(key_bias, where)[:, None]
+            group = None if key_group is None else _gather(key_group, where)[:, None]
+            sums = None  # [t, Dv]
+            for start in range(0, rows.shape[0], most_rows):
+                part = slice(start, start + most_rows)
+                weights = _product(keys, x[part].T, wide)  # [t, r]
+                if scale is not None:
+                    weights.mul_(scale[part])
+                if bias is not None:
+                    weights.add_(bias)
+                if group is not None:
+                    weights.masked_fill_(group == row_group[part], -torch.inf)
+                weights.sub_(shift[part, block]).exp_()
+                if sums is None:
+                    sums = _product(weights.to(narrow), y[part].to(narrow), wide)
+                elif narrow == wide:
+                    sums.addmm_(weights, y[part])
+                else:
+                    sums.add_(_product(weights.to(narrow), y[part].to(narrow), wide))
+            if headroom:
+                sums.mul_(size * math.exp(-headroom))
+            if isinstance(where, slice):
+                result[where] = sums
+            else:
+                result.index_copy_(0, where.long(), sums)
+    return result if row_values is not None else result.squeeze(1)
+
+
+def _tiles(partition: Tensor | None, block: int, block_size: int, tile_size: int) -> Iterator[slice | Tensor]:
+    """Where the entries of a block lie, a tile at a time: indices, or a slice where blocks are made of entries as they lie."""
+    for start in range(block * block_size, (block + 1) * block_size, tile_size):
+        tile = slice(start, min(start + tile_size, (block + 1) * block_size))
+        yield tile if partition is None else partition[tile]
+
+
+def _gather(of_entries: Tensor, where: slice | Tensor) -> Tensor:
+    return of_entries[where] if isinstance(where, slice) else of_entries.index_select(0, where)
 
 
 def _product(a: Tensor, b: Tensor, wide: torch.dtype) -> Tensor:

@@ -35,7 +35,7 @@ from massl_fast.benchmarks import records
 from massl_fast.benchmarks.intervals import spread_percent
 from massl_fast.benchmarks.rates import chosen_device
 from massl_fast.kernels import reference
-from massl_fast.kernels.cross_entropy import triton_obstacle
+from massl_fast.kernels.backends import triton_obstacle
 from massl_fast.kernels.loss import assemble, count_pairs
 from massl_fast.kernels.partition import round_keys, shuffle
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from massl_fast.kernels import cross_entropy
+from massl_fast.kernels import cross_entropy, readout
 from massl_fast.profiling import sections
 from massl_fast.profiling.places import calling_line
 
@@ -294,5 +294,5 @@ def part_of(module_name: str) -> str:
 def _implementation(func):
     """The Python function behind one of the kernels' operators."""
     name = func._schema.name.split("::")[1]
-    definition = {"memory_cross_entropy": cross_entropy._memory_cross_entropy, "memory_readout": cross_entropy._memory_readout}.get(name)
+    definition = {"memory_cross_entropy": cross_entropy._memory_cross_entropy, "memory_readout": readout._memory_readout}.get(name)
     return definition._init_fn if definition is not None else None
