@@ -43,6 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog=f"massl-fast {command}",
         description=summary[0].upper() + summary[1:] + ".",
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        conflict_handler="resolve",  # a command may answer --help itself
     )
     module.add_arguments(parser)
     # A command with settings of its own (--section.key VALUE) takes what the parser does not know.

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from massl_fast.config import Config, describe_settings, load_config, recipe_names
+from massl_fast.config import Config, chosen_objective, describe_settings, load_config, recipe_names
 
 if TYPE_CHECKING:
     from massl_fast.distributed.world import World
@@ -18,9 +18,23 @@ TAKES_SETTINGS = True
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = "massl-fast train --recipe NAME|FILE [--section.key VALUE ...]"
-    parser.add_argument("--recipe", required=True, help=f"one of {', '.join(recipe_names())}, or the path of a YAML file")
+    parser.add_argument("--recipe", default="", help=f"one of {', '.join(recipe_names())}, or the path of a YAML file")
     parser.add_argument("--print-config", action="store_true", help="print the resolved settings and exit")
-    parser.epilog = f"Settings, each --section.key VALUE:\n{describe_settings()}"
+    # The settings to show depend on arguments that may follow, so help waits for all of them.
+    parser.add_argument("-h", "--help", action="store_true", help="show this text, with the settings of the chosen objective, and exit")
+    parser.set_defaults(parser=parser)
+
+
+def print_help(args: argparse.Namespace) -> None:
+    objective = chosen_objective(args.recipe, args.settings)
+    args.parser.epilog = f"Settings, each --section.key VALUE:\n{describe_settings(objective)}"
+    args.parser.print_help()
+    args.parser.exit()
+
+
+def print_notes(config: Config) -> None:
+    for note in config.notes:
+        print(f"massl-fast train: {note}", file=sys.stderr)
 
 
 @contextlib.contextmanager
@@ -39,10 +53,15 @@ def explaining_out_of_memory(config: Config, world: World) -> Iterator[None]:
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.help:
+        print_help(args)
+    if not args.recipe:
+        raise ValueError(f"--recipe is missing. Shipped recipes: {', '.join(recipe_names())}; or give the path of a YAML file.")
     config = load_config(args.recipe, args.settings)
     if args.print_config:
         import yaml
 
+        print_notes(config)
         print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), end="")
         return 0
     from massl_fast.distributed.heartbeat import end_process
@@ -51,6 +70,8 @@ def run(args: argparse.Namespace) -> int:
     from massl_fast.run.exits import Ended, OutOfMemory, RankLost
 
     world = join_world(config.train.device, config.parallel.timeout_seconds)
+    if world.is_main:
+        print_notes(config)
     try:
         with explaining_out_of_memory(config, world):
             Trainer(config, world).run()

@@ -16,7 +16,7 @@ from massl_fast.models.head import ProjectionHead
 
 # Set by massl-fast itself, or they would fetch weights or change what comes out.
 RESERVED_MODEL_ARGS = {
-    "img_size": "data.global_crop_size sets it",
+    "img_size": "crops.global_size sets it",
     "drop_path_rate": "model.drop_path sets it",
     "num_classes": "features are pooled, never classified",
     "in_chans": "images are RGB",

@@ -1,6 +1,15 @@
 import pytest
 
-from massl_fast.config import Config, describe_settings, load_config, parse_overrides, read_config, recipe_names, write_config
+from massl_fast.config import (
+    Config,
+    MasslSettings,
+    describe_settings,
+    load_config,
+    parse_overrides,
+    read_config,
+    recipe_names,
+    write_config,
+)
 
 
 @pytest.mark.parametrize("recipe", recipe_names())
@@ -32,7 +41,7 @@ def test_published_settings():
 def test_command_line_overrides():
     config = load_config("demo", ["--train.steps", "7", "--optimizer.learning-rate=1e-3", "--crops.global_scale", "[0.2, 0.9]"])
     assert (config.train.steps, config.optimizer.learning_rate, config.crops.global_scale) == (7, 1e-3, (0.2, 0.9))
-    assert parse_overrides(["--model.compile=true"]) == {"model": {"compile": True}}
+    assert parse_overrides(["--model.compile=true"]) == [(("model", "compile"), True)]
 
 
 @pytest.mark.parametrize(
@@ -41,6 +50,11 @@ def test_command_line_overrides():
         (["--train.stepz", "1"], ["train.stepz", "train.steps"]),
         (["--trian.steps", "1"], ["trian", "train"]),
         (["--optimizer.memory_size", "1"], ["optimizer.memory_size", "objective.memory_size"]),
+        (["--data.loader", "dalli"], ["data.loader", "'dalli'", "Did you mean dali?", "torchvision"]),
+        (["--objective.name", "masl"], ["objective.name", "'masl'", "Did you mean massl?"]),
+        (["--objective.name", "[massl]"], ["objective.name", "['massl']"]),
+        (["--data.loader_settings.width", "3"], ["data.loader_settings.width", "Settings of data.loader_settings: none"]),
+        (["--train.steps.more", "3"], ["train.steps holds no keys"]),
         (["--optimizer.name", "adam"], ["optimizer.name", "'adam'", "adamw", "lars"]),
         (["--train.steps", "many"], ["train.steps", "'many'", "integer"]),
         (["--train.global_batch", "0"], ["train.global_batch", "greater than or equal to 1"]),
@@ -60,6 +74,12 @@ def test_mistakes_are_sentences_that_name_the_culprit(arguments, words):
         assert word in str(caught.value)
 
 
+def test_a_key_of_more_than_one_dot_sets_one_entry_of_a_mapping():
+    config = load_config("cifar10", ["--model.model_args.depth", "4"])
+    assert config.model.model_args == {"patch_size": 4, "depth": 4}
+    assert load_config("cifar10", ["--model.model_args", "{depth: 4}"]).model.model_args == {"depth": 4}
+
+
 def test_unknown_recipe_and_damaged_file(tmp_path):
     with pytest.raises(ValueError, match="Did you mean cifar10"):
         load_config("cifar100")
@@ -74,6 +94,9 @@ def test_unknown_recipe_and_damaged_file(tmp_path):
 
 def test_every_setting_is_described():
     text = describe_settings()
+    assert "typing" not in text and "Annotated" not in text
+    for name in MasslSettings.model_fields:
+        assert f"--objective.{name} " in text
     for section, field in Config.model_fields.items():
         for name, setting in field.annotation.model_fields.items():
             assert f"--{section}.{name} " in text

@@ -1,0 +1,65 @@
+"""Every setting of a training run.
+
+``sections`` and ``objectives`` hold the models, ``whole`` puts them together, ``text`` reads recipes, command lines and run folders.
+"""
+
+from massl_fast.config.objectives import SETTINGS, MasslSettings, ObjectiveSettings, register_settings
+from massl_fast.config.registry import Registry
+from massl_fast.config.sections import (
+    LOADERS,
+    CheckpointSection,
+    CropsSection,
+    DataSection,
+    EvaluationSection,
+    LoggingSection,
+    ModelSection,
+    OptimizerSection,
+    ParallelSection,
+    RunSection,
+    Section,
+    TeacherSection,
+    TrainSection,
+    register_loader_settings,
+)
+from massl_fast.config.text import (
+    chosen_objective,
+    describe_settings,
+    load_config,
+    parse_overrides,
+    read_config,
+    recipe_names,
+    validated,
+    write_config,
+)
+from massl_fast.config.whole import Config
+
+__all__ = [
+    "LOADERS",
+    "SETTINGS",
+    "CheckpointSection",
+    "Config",
+    "CropsSection",
+    "DataSection",
+    "EvaluationSection",
+    "LoggingSection",
+    "MasslSettings",
+    "ModelSection",
+    "ObjectiveSettings",
+    "OptimizerSection",
+    "ParallelSection",
+    "Registry",
+    "RunSection",
+    "Section",
+    "TeacherSection",
+    "TrainSection",
+    "chosen_objective",
+    "describe_settings",
+    "load_config",
+    "parse_overrides",
+    "read_config",
+    "recipe_names",
+    "register_loader_settings",
+    "register_settings",
+    "validated",
+    "write_config",
+]

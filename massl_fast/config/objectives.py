@@ -1,0 +1,81 @@
+"""The settings of each objective: one model per objective, chosen by ``objective.name``.
+
+A new objective adds a model here and names it in ``SETTINGS``; one that lives outside the package calls ``register_settings``.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from massl_fast.config.registry import Registry
+from massl_fast.config.sections import Epochs, Section, Temperature
+
+if TYPE_CHECKING:
+    from massl_fast.config.whole import Config
+
+
+class ObjectiveSettings(Section):
+    """What all objectives' settings have. The first line of a model's docstring is its line in ``massl-fast train --help``."""
+
+    name: str
+    """Which objective is trained."""
+
+    def check(self, config: Config) -> None:
+        """Raise ValueError where these settings do not fit together or do not fit ``config``, whose sections are valid by themselves."""
+
+
+class MasslSettings(ObjectiveSettings):
+    """Learning from Memory (Silva et al., ICML 2024): similarities to random blocks of a memory of past embeddings."""
+
+    name: Literal["massl"] = "massl"
+    memory_size: int = Field(65536, ge=2, lt=2**31)
+    """Entries of the memory, K."""
+    block_size: int = Field(16384, ge=2, lt=2**31)
+    """Entries of a block; the last K modulo block_size entries of each partition sit out a step."""
+    partition: Literal["stochastic", "blockwise"] = "stochastic"
+    """stochastic: a fresh random partition every step; blockwise: contiguous blocks (the ablation that collapses, paper table 13)."""
+    partition_scope: Literal["shared", "rank"] = "shared"
+    """shared: all ranks cut the memory into the same blocks; rank: each into its own, so that a step sees more different blocks."""
+    student_temperature: Temperature = 0.1
+    """Temperature of the student's softmax."""
+    teacher_temperature_start: Temperature = 0.04
+    """Temperature of the teacher's softmax at step 0."""
+    teacher_temperature: Temperature = 0.07
+    """Temperature of the teacher's softmax after its warm-up."""
+    teacher_temperature_warmup_epochs: Epochs = 30
+    """Epochs over which the teacher temperature rises linearly."""
+    block_reduction: Literal["mean", "sum"] = "mean"
+    """Losses of the blocks are averaged (published code) or summed (paper, eq. 3)."""
+    enqueue_view: Literal["first", "second"] = "second"
+    """Which global crop's teacher embedding enters the memory: the second (published code) or the first (paper's listing)."""
+    memory_dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Storage of the memory. auto: that of the step's precision."""
+    backend: Literal["auto", "reference", "streaming", "triton"] = "auto"
+    """Implementation of the loss. auto: the fastest that runs on the device; an asked-for one that cannot run is an error."""
+
+    @property
+    def entries_in_blocks(self) -> int:
+        """Entries that take part in a step: those of whole blocks."""
+        return self.memory_size // self.block_size * self.block_size
+
+    def check(self, config: Config) -> None:
+        if self.block_size > self.memory_size:
+            raise ValueError(
+                f"objective.block_size is {self.block_size}, larger than objective.memory_size {self.memory_size}: "
+                f"there would be no block. Choose a block of at most the memory."
+            )
+        if self.memory_size < config.train.global_batch:
+            raise ValueError(
+                f"objective.memory_size is {self.memory_size}, smaller than train.global_batch {config.train.global_batch}: one step's "
+                f"embeddings would not fit. Choose a memory of at least the batch (the published one holds 65536)."
+            )
+
+
+SETTINGS: Registry[type[ObjectiveSettings]] = Registry("objective.name", {"massl": MasslSettings})
+
+
+def register_settings(name: str, model: type[ObjectiveSettings]) -> None:
+    """Make ``model`` the settings of ``objective.name`` ``name``; raises ValueError where the name is taken."""
+    SETTINGS.add(name, model)

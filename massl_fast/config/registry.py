@@ -1,0 +1,29 @@
+"""Names that a setting may take and what each stands for: a dictionary that refuses in sentences."""
+
+from __future__ import annotations
+
+import difflib
+from typing import TypeVar
+
+Entry = TypeVar("Entry")
+
+
+class Registry(dict[str, Entry]):
+    """What the names of ``setting`` stand for, in the order in which they were added."""
+
+    def __init__(self, setting: str, entries: dict[str, Entry]) -> None:
+        super().__init__(entries)
+        self.setting = setting
+
+    def add(self, name: str, entry: Entry) -> None:
+        """Raises ValueError where another entry has the name already."""
+        if self.setdefault(name, entry) is not entry:
+            raise ValueError(f"{self.setting} {name} is taken already. Choose another name for what you register.")
+
+    def chosen(self, name: str) -> Entry:
+        """What ``name`` stands for; raises ValueError with the choices where it stands for nothing."""
+        if name in self:
+            return self[name]
+        near = difflib.get_close_matches(name, self, n=1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        raise ValueError(f"{self.setting} is {name!r}.{hint} It can be {', '.join(self)}, or what a plugin (run.plugins) registers.")

@@ -1,0 +1,275 @@
+"""Settings as people write them: recipes, command lines, run folders, mistakes and help.
+
+A recipe (YAML), the recipe it starts from (``base``) and the command line (``--section.key VALUE``) are laid over each other as plain
+dictionaries and validated once, so a misspelt key or a wrong type reads the same wherever it was written.
+"""
+
+from __future__ import annotations
+
+import difflib
+import textwrap
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import yaml
+from pydantic import ValidationError
+
+from massl_fast.config.objectives import SETTINGS
+from massl_fast.config.sections import LOADERS, Section
+from massl_fast.config.whole import DEFAULT_OBJECTIVE, Config
+from massl_fast.plugins import load_plugins
+
+Layer = list[tuple[tuple[str, ...], Any]]
+"""Settings of one origin in their order: (path of the key, value)."""
+
+
+def recipe_names() -> list[str]:
+    return sorted(p.name.removesuffix(".yaml") for p in resources.files("massl_fast.recipes").iterdir() if p.name.endswith(".yaml"))
+
+
+def load_config(recipe: str, overrides: Sequence[str] = ()) -> Config:
+    """The recipe's settings with the command line's on top, validated. Imports the files that ``run.plugins`` names.
+
+    Raises ValueError naming every key that is unknown, of the wrong type or out of range, with the choices.
+    """
+    name, settings, notes = _settings_of(recipe, overrides)
+    config = validated(settings, f"Recipe {name}")
+    config.notes.extend(notes)
+    if not config.run.folder:
+        config.run.folder = f"runs/{name}"
+    return config
+
+
+def read_config(path: Path) -> Config:
+    """The resolved configuration that a run wrote into its folder, with its plugins imported: for folders of one's own."""
+    settings = _mapping_of(Path(path).read_text(encoding="utf-8"), str(path))
+    _lay_over({}, _layer(settings, str(path), folder=Path()), str(path))
+    return validated(settings, str(path))
+
+
+def write_config(config: Config, path: Path) -> None:
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def validated(settings: dict[str, Any], origin: str) -> Config:
+    """``settings`` as a Config; imports nothing. Raises ValueError with a sentence per problem, and ``origin``."""
+    try:
+        return Config.model_validate(settings)
+    except ValidationError as error:
+        raise ValueError("\n".join(_sentence(problem, settings) for problem in error.errors()) + f"\n({origin})") from None
+
+
+def chosen_objective(recipe: str, overrides: Sequence[str]) -> str:
+    """``objective.name`` of a recipe ("": the default) and a command line; raises ValueError for one that does not exist."""
+    _, settings, _ = _settings_of(recipe, overrides)
+    name = settings.get("objective", {}).get("name", DEFAULT_OBJECTIVE)
+    SETTINGS.chosen(name)
+    return name
+
+
+def parse_overrides(arguments: Sequence[str]) -> Layer:
+    """``["--train.steps", "10", "--model.model_args.depth=4"]`` → ``[(("train", "steps"), 10), (("model", "model_args", "depth"), 4)]``."""
+    overrides: Layer = []
+    waiting = iter(arguments)
+    for argument in waiting:
+        key, equals, value = argument.partition("=")
+        path = tuple(key[2:].replace("-", "_").split("."))
+        if not key.startswith("--") or len(path) < 2 or not all(path):
+            raise ValueError(f"'{key}' is not a setting. Settings are written --section.key VALUE, for example --train.steps 100.")
+        if not equals:
+            value = next(waiting, None)
+            if value is None:
+                raise ValueError(f"{key} has no value. Settings are written --section.key VALUE.")
+        overrides.append((path, _parsed(value, f"The value of {key}, '{value}',") if value else ""))
+    return overrides
+
+
+def _settings_of(recipe: str, overrides: Sequence[str]) -> tuple[str, dict[str, Any], list[str]]:
+    """(the recipe's name, settings with ``overrides`` on top, notes); plugins are imported."""
+    given = parse_overrides(overrides)
+    name, settings, notes = _recipe(recipe, ()) if recipe else ("", {}, [])
+    return name, settings, notes + _lay_over(settings, given, f"Recipe {recipe}")
+
+
+def _recipe(recipe: str, inheriting: tuple[str, ...], folder: Path = Path()) -> tuple[str, dict[str, Any], list[str]]:
+    """(name, settings, notes) of a shipped recipe or a file, with those of its base below. ``inheriting``: the recipes that led here."""
+    name, text, place = _recipe_text(recipe, folder)
+    origin = f"Recipe {recipe}"
+    identity = str(place.resolve()) if place else name
+    if identity in inheriting:
+        raise ValueError(f"{origin} is its own base, by way of {' and '.join(inheriting[inheriting.index(identity) :])}. Remove one base.")
+    own = _mapping_of(text, origin)
+    base = own.pop("base", "")
+    if not isinstance(base, str):
+        raise ValueError(f"{origin}: base is {base!r}; it must be the name of a shipped recipe or the path of a YAML file.")
+    here = place.parent if place else Path()
+    _, settings, notes = _recipe(base, (*inheriting, identity), here) if base else ("", {}, [])
+    return name, settings, notes + _lay_over(settings, _layer(own, origin, here), origin)
+
+
+def _recipe_text(recipe: str, folder: Path) -> tuple[str, str, Path | None]:
+    """(name, YAML text, its file if it is none of ours) of a shipped recipe's name or a file's path, seen from ``folder``."""
+    if recipe in recipe_names():
+        return recipe, resources.files("massl_fast.recipes").joinpath(f"{recipe}.yaml").read_text(encoding="utf-8"), None
+    path = folder / recipe
+    try:
+        if path.is_file():
+            return path.stem, path.read_text(encoding="utf-8"), path
+    except (OSError, ValueError) as error:  # not ours to read, not text, or a name that no file can have
+        raise ValueError(f"Recipe {recipe} cannot be read: {error}.") from None
+    near = difflib.get_close_matches(recipe, recipe_names(), n=1)
+    hint = f" Did you mean {near[0]}?" if near else ""
+    raise ValueError(f"There is no recipe '{recipe}'.{hint} Shipped recipes: {', '.join(recipe_names())}; or give the path of a YAML file.")
+
+
+def _layer(settings: dict[str, Any], origin: str, folder: Path) -> Layer:
+    """A recipe's settings key by key; plugins, which it names as seen from its own ``folder``, as seen from here."""
+    layer: Layer = []
+    for section, values in settings.items():
+        if not isinstance(section, str):
+            raise ValueError(f"{origin}: {section!r} is no section of settings. Sections: {', '.join(Config.model_fields)}.")
+        if values is None:
+            continue
+        if not isinstance(values, dict):
+            raise ValueError(f"{origin}: {section} holds no keys; it must be a section of settings.")
+        for key, value in values.items():
+            if (section, key) == ("run", "plugins"):
+                value = _plugin_paths(value, folder) or value
+            layer.append(((section, str(key)), value))
+    return layer
+
+
+def _lay_over(settings: dict[str, Any], layer: Layer, origin: str) -> list[str]:
+    """Put ``layer`` over ``settings``; returns notes.
+
+    Plugins come first, as they say which objectives there are. Where the layer names another objective than the settings below it, keys
+    that only the other objective has are left out.
+    """
+    notes = []
+    for path, value in layer:
+        if path == ("run", "plugins"):
+            load_plugins(_plugin_paths(value) or [])
+    named = [value for path, value in layer if path == ("objective", "name")]
+    below = settings.get("objective", {})
+    before = below.get("name", DEFAULT_OBJECTIVE)
+    if named and isinstance(named[-1], str) and named[-1] != before and named[-1] in SETTINGS:
+        left_out = [key for key in below if key not in SETTINGS[named[-1]].model_fields]
+        for key in left_out:
+            del below[key]
+        if left_out:
+            notes.append(f"objective.name is {named[-1]}: {', '.join(left_out)}, which the recipe sets for {before}, are left out.")
+    for path, value in layer:
+        place = settings
+        for depth, part in enumerate(path[:-1]):
+            place = place.setdefault(part, {})
+            if not isinstance(place, dict):
+                raise ValueError(f"{origin}: {'.'.join(path[: depth + 1])} holds no keys, so there is no {'.'.join(path)}.")
+        place[path[-1]] = (_plugin_paths(value) or value) if path == ("run", "plugins") else value
+    return notes
+
+
+def _plugin_paths(value: Any, folder: Path = Path()) -> list[str] | None:
+    """The files that a value of run.plugins names, as seen from ``folder``, as absolute paths; None where it is no list of text."""
+    paths = [value] if isinstance(value, str) else value
+    if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
+        return None
+    return [str((folder / path).absolute()) for path in paths]
+
+
+def _mapping_of(text: str, origin: str) -> dict[str, Any]:
+    settings = _parsed(text, origin) or {}
+    if not isinstance(settings, dict):
+        raise ValueError(f"{origin} must be a mapping of sections to settings; found {type(settings).__name__}.")
+    return settings
+
+
+def _parsed(text: str, origin: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a month 13, a number of thousands of digits
+        raise ValueError(f"{origin} is not valid YAML: {error}") from None
+
+
+def _models(objective: str) -> dict[str, type[Section]]:
+    """The sections with the model of each, of a run that trains with ``objective``."""
+    models = {name: field.annotation for name, field in Config.model_fields.items()}
+    return {**models, "objective": SETTINGS.get(objective, models["objective"])}
+
+
+def _sentence(problem: dict[str, Any], settings: dict[str, Any]) -> str:
+    """One pydantic problem as a sentence that names the key, what was found and what would do."""
+    location = [str(part) for part in problem["loc"]]
+    key = ".".join(location)
+    if problem["type"] == "extra_forbidden":
+        return _unknown(location, settings)
+    if problem["type"] == "value_error":
+        message = str(problem["ctx"]["error"])
+        return message if not key or message.startswith(key) else f"{key}: {message}"
+    found = repr(problem["input"])
+    found = found if len(found) <= 200 else f"{found[:200]}…"
+    return f"{key} is {found}: {problem['msg'][0].lower()}{problem['msg'][1:]}."
+
+
+def _unknown(location: list[str], settings: dict[str, Any]) -> str:
+    objective = settings["objective"].get("name", DEFAULT_OBJECTIVE) if isinstance(settings.get("objective"), dict) else DEFAULT_OBJECTIVE
+    models, name = _models(objective), location[-1]
+    key = ".".join(location)
+    if location[0] == "objective":
+        owners = [other for other, model in SETTINGS.items() if name in model.model_fields]
+        if owners:
+            return f"{key} is a setting of {', '.join(owners)}, but objective.name is {objective}."
+    if location[:2] == ["data", "loader_settings"]:
+        choices = list(LOADERS.get(settings["data"].get("loader", "auto"), Section).model_fields)
+    else:
+        choices = list(models[location[0]].model_fields) if len(location) > 1 else list(models)
+    near = difflib.get_close_matches(name, choices, n=1)
+    elsewhere = [f"{section}.{name}" for section, model in models.items() if name in model.model_fields]
+    hint = f" Did you mean {'.'.join([*location[:-1], near[0]])}?" if near else f" Did you mean {elsewhere[0]}?" if elsewhere else ""
+    group = "Sections" if len(location) == 1 else f"Settings of {'.'.join(location[:-1])}"
+    return f"There is no setting {key}.{hint} {group}: {', '.join(choices) or 'none'}."
+
+
+def describe_settings(objective: str = DEFAULT_OBJECTIVE) -> str:
+    """All settings of a run with ``objective``, with defaults and meaning, and the other objectives, for ``massl-fast train --help``."""
+    lines = []
+    for section, model in _models(objective).items():
+        lines.append(f"\n{section}:")
+        if section == "objective":
+            lines += _objectives_but(objective)
+        for name, setting in model.model_fields.items():
+            default = setting.get_default(call_default_factory=True)
+            shown = "none" if isinstance(default, Section) else repr(list(default) if isinstance(default, tuple) else default)
+            lines.append(f"  --{section}.{name} ({_kind(setting.annotation)}, default {shown})")
+            lines += textwrap.wrap(setting.description or "", width=114, initial_indent=6 * " ", subsequent_indent=6 * " ")
+    return "\n".join(lines)
+
+
+def _objectives_but(shown: str) -> list[str]:
+    lines = [f"  (of {shown})"]
+    for name, model in SETTINGS.items():
+        if name != shown:
+            summary = (model.__doc__ or "").strip().split("\n")[0]
+            lines += textwrap.wrap(f"{name}: {summary}", width=114, initial_indent=2 * " ", subsequent_indent=6 * " ")
+    if len(lines) > 1:
+        lines.append("  --objective.name NAME --help shows the settings of another.")
+    return lines
+
+
+KINDS = {bool: "true or false", int: "whole number", float: "number", str: "text", dict: "mapping"}
+
+
+def _kind(annotation: Any) -> str:
+    """What a setting takes, in words."""
+    arguments = get_args(annotation)
+    if get_origin(annotation) is Literal:
+        return f"one of {', '.join(map(str, arguments))}"
+    if get_origin(annotation) is Annotated:
+        return _kind(arguments[0])
+    if get_origin(annotation) is tuple:
+        some = f"{_kind(arguments[0])}s"
+        return f"list of {some}" if arguments[-1] is Ellipsis else f"{len(arguments)} {some}"
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return "settings"
+    return KINDS[get_origin(annotation) or annotation]

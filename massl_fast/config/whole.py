@@ -1,0 +1,74 @@
+"""All sections of a run's settings together, and what has to fit between them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import PrivateAttr, SerializeAsAny, field_validator, model_validator
+
+from massl_fast.config.objectives import SETTINGS, MasslSettings, ObjectiveSettings
+from massl_fast.config.sections import (
+    CheckpointSection,
+    CropsSection,
+    DataSection,
+    EvaluationSection,
+    LoggingSection,
+    ModelSection,
+    OptimizerSection,
+    ParallelSection,
+    RunSection,
+    Section,
+    TeacherSection,
+    TrainSection,
+)
+
+DEFAULT_OBJECTIVE = MasslSettings().name
+
+
+class Config(Section):
+    """A whole run."""
+
+    run: RunSection = RunSection()
+    data: DataSection = DataSection()
+    crops: CropsSection = CropsSection()
+    model: ModelSection = ModelSection()
+    objective: SerializeAsAny[ObjectiveSettings] = MasslSettings()
+    optimizer: OptimizerSection = OptimizerSection()
+    teacher: TeacherSection = TeacherSection()
+    train: TrainSection = TrainSection()
+    parallel: ParallelSection = ParallelSection()
+    evaluation: EvaluationSection = EvaluationSection()
+    logging: LoggingSection = LoggingSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+
+    _notes: list[str] = PrivateAttr(default_factory=list)
+
+    @property
+    def notes(self) -> list[str]:
+        """What a user should know about how these settings were read, a sentence each."""
+        return self._notes
+
+    @field_validator("objective", mode="before")
+    @classmethod
+    def _of_the_named_objective(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        value = {"name": DEFAULT_OBJECTIVE, **value}
+        if not isinstance(value["name"], str):
+            raise ValueError(f"objective.name is {value['name']!r}; it is one of {', '.join(SETTINGS)}.")
+        return SETTINGS.chosen(value["name"]).model_validate(value)
+
+    @model_validator(mode="after")
+    def _settings_fit_together(self) -> Config:
+        self.objective.check(self)
+        evaluation = self.evaluation
+        if bool(evaluation.train) != bool(evaluation.test):
+            missing = "test" if evaluation.train else "train"
+            raise ValueError(
+                f"evaluation.{missing} is empty: k-NN needs labelled images to compare with and to classify. Set both, or neither."
+            )
+        for name in ("global_scale", "local_scale", "blur_sigma"):
+            low, high = getattr(self.crops, name)
+            if not 0 < low <= high:
+                raise ValueError(f"crops.{name} is ({low}, {high}); it takes two positive numbers, the smaller first.")
+        return self
