@@ -19,7 +19,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from massl_fast.kernels import fused
+from massl_fast.kernels import disassembly, fused
+from massl_fast.kernels.configurations import Configuration, configuration, padded_width
+from massl_fast.kernels.fused_kernels import read_kernel
 
 KIB = 1024
 
@@ -55,14 +57,17 @@ class Variant:
     width: int
     dtype: torch.dtype
     constant_pivot: bool
-    choice: fused.Configuration
+    choice: Configuration
+    temps_on_device: bool = False
+    even_blocks: bool = True
 
     @property
     def name(self) -> str:
         c = self.choice
         pivot = "constant" if self.constant_pivot else "running"
         tile = f"{c.block_rows}x{c.block_entries} parts={c.parts} warps={c.warps} stages={c.stages}"
-        return f"{TRITON_NAMES[self.dtype]} D={self.width} {pivot} pivot, {tile}"
+        rest = ", temperatures on the device" * self.temps_on_device + ", uneven blocks" * (not self.even_blocks)
+        return f"{TRITON_NAMES[self.dtype]} D={self.width} {pivot} pivot, {tile}{rest}"
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,8 @@ class Resources:
     shared_bytes_limit: int
     tensor_core_instructions: int
     async_copy_instructions: int
+    overwritten_operands: int
+    """Instructions of the inner loop that write a register which a product may still read."""
     pipeline_buffers: int
     instructions: int
     warps: int
@@ -90,7 +97,7 @@ def shipped(arch: str) -> Iterator[Variant]:
     architecture = ARCHITECTURES[arch]
     for dtype in TRITON_NAMES:
         for width in WIDTHS:
-            choice = fused.configuration(architecture.capability, width, dtype, architecture.shared_bytes)
+            choice = configuration(architecture.capability, width, dtype, architecture.shared_bytes)
             if choice is not None:
                 for constant_pivot in (False,) if dtype == torch.float16 else (True, False):
                     yield Variant(width, dtype, constant_pivot, choice)
@@ -98,16 +105,16 @@ def shipped(arch: str) -> Iterator[Variant]:
 
 def compile_variant(variant: Variant, arch: str):
     """Triton's compiled kernel; needs no GPU."""
-    kernel, choice, name = fused._read_kernel, variant.choice, TRITON_NAMES[variant.dtype]
+    kernel, choice, name = read_kernel, variant.choice, TRITON_NAMES[variant.dtype]
     constants = {
         "WIDTH": variant.width,
-        "PADDED_WIDTH": fused.padded_width(variant.width),
+        "PADDED_WIDTH": padded_width(variant.width),
         "PARTS": choice.parts,
         "BLOCK_ROWS": choice.block_rows,
         "BLOCK_ENTRIES": choice.block_entries,
-        "EVEN_BLOCK": True,
+        "EVEN_BLOCK": variant.even_blocks,
         "CONSTANT_PIVOT": variant.constant_pivot,
-        "TEMPS_ON_DEVICE": False,
+        "TEMPS_ON_DEVICE": variant.temps_on_device,
         "HEADROOM": fused.headroom(variant.dtype),
         "PRECISION": fused.PRECISION,
         "STAGES": choice.stages,
@@ -120,9 +127,10 @@ def compile_variant(variant: Variant, arch: str):
         **dict.fromkeys(("values_ptr", "totals_ptr", "pivots_ptr"), "*fp32"),
     }
     signature = dict.fromkeys(kernel.arg_names, "i32")
-    signature |= pointers | {"student_temp": "fp32", "teacher_temp": "fp32"} | dict.fromkeys(constants, "constexpr")
+    temperature = "*fp32" if variant.temps_on_device else "fp32"
+    signature |= pointers | {"student_temp": temperature, "teacher_temp": temperature} | dict.fromkeys(constants, "constexpr")
     # As the run-time specialises aligned pointers and round numbers; without it nothing is copied asynchronously.
-    aligned = [*pointers, "block_size"]
+    aligned = [*pointers, *(["block_size"] if variant.even_blocks else [])]
     attributes = {(kernel.arg_names.index(argument),): [["tt.divisibility", 16]] for argument in aligned}
     major, minor = ARCHITECTURES[arch].capability
     return triton.compile(
@@ -137,7 +145,7 @@ def resources(variant: Variant, arch: str) -> Resources:
     compiled = compile_variant(variant, arch)
     usage, code = _disassemble(compiled.asm["cubin"])
     registers, stack = (int(re.search(rf"\b{key}:(\d+)", usage).group(1)) for key in ("REG", "STACK"))
-    opcodes = re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", code, re.MULTILINE)
+    found = disassembly.instructions(code)
     # The tile buffers are the allocations with a leading dimension; all others hold one tensor.
     buffers = [int(depth) for depth in re.findall(r"local_alloc\b.*?memdesc<(\d+)x\d+x\d+x", compiled.asm["ttgir"])]
     architecture, shared = ARCHITECTURES[arch], compiled.metadata.shared
@@ -156,10 +164,11 @@ def resources(variant: Variant, arch: str) -> Resources:
         spill_bytes=stack,
         shared_bytes=shared,
         shared_bytes_limit=architecture.shared_bytes,
-        tensor_core_instructions=sum(opcode.endswith("MMA") for opcode in opcodes),
-        async_copy_instructions=sum(opcode in ("LDGSTS", "UTMALDG", "UBLKCP") for opcode in opcodes),
+        tensor_core_instructions=sum(one.is_product for one in found),
+        async_copy_instructions=sum(one.opcode in ("LDGSTS", "UTMALDG", "UBLKCP") for one in found),
+        overwritten_operands=len(disassembly.overwritten(disassembly.inner_loop(code))),
         pipeline_buffers=min(buffers, default=1),
-        instructions=len(opcodes),
+        instructions=len(found),
         warps=warps,
         programs_per_multiprocessor=programs,
         occupancy_percent=round(100 * programs * warps / architecture.warps, 1),

@@ -44,6 +44,28 @@ def test_what_is_wrong_gets_no_time(monkeypatch, capsys):
     assert sum(line.startswith("  streaming") for line in told.splitlines()) == 1
 
 
+def test_a_graph_is_timed_beside_its_call_where_it_gives_the_same(monkeypatch):
+    """CUDA graphs need a GPU; here the recording is replaced."""
+    case = kernels.Case("loss", 3, 2, 1, 8, 64, 32, "float32")
+    device = torch.device("cpu")
+    call = kernels.variants(case, device, compiled=False)[0]["streaming"]
+    calls, copies = {"reference": call, "triton": call}, [kernels.make_inputs(case, seed, device) for seed in range(2)]
+    monkeypatch.setattr(kernels, "graphed", lambda call, copies: call)
+    replays, differing = kernels.graphs(case, calls, copies)
+    assert list(replays) == ["triton, graph"] and not differing
+    stale = call(copies[0])
+    monkeypatch.setattr(kernels, "graphed", lambda call, copies: lambda inputs: stale)
+    replays, differing = kernels.graphs(case, calls, copies)
+    assert not replays and list(differing) == ["triton, graph"]
+
+
+def test_a_reference_that_is_right_by_luck_fails_nobody():
+    case = kernels.Case("readout", 3, 2, 1, 8, 64, 32, "float32")
+    eps = torch.finfo(torch.float32).eps
+    assert not kernels.excess(case, {"reference": (0.0, 0.0), "streaming": (2 * eps, 3 * eps)})
+    assert set(kernels.excess(case, {"reference": (0.0, 0.0), "streaming": (0.0, 6 * eps)})) == {"streaming"}
+
+
 def test_correctness_finds_a_wrong_partition(monkeypatch, capsys):
     monkeypatch.setattr(
         "massl_fast.benchmarks.correctness.cases", lambda device, quick: [kernels.Case("partition", 3, 2, 1, 8, 64, 1, "float32")]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from test_loss_backends import GOLDEN, case, loss_and_gradient
 
-from massl_fast.kernels import fused, partition_indices
+from massl_fast.kernels import fused, partition_indices, streaming
 
 
 def launch(tensors, block_size, choice, programs, temps=(0.1, 0.05)):
@@ -25,6 +25,18 @@ def test_any_number_of_programs_deals_the_work_out_to_the_same_result():
     for programs in (2, 13, 1000):
         for one, other in zip(launch(tensors, 48, fused.INTERPRETED, programs), expected):
             torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_more_partials_and_blocks_than_are_combined_at_a_time():
+    tensors, temps = case(2, 1, 3, 24, 1600, dtype=torch.float32), (0.1, 0.01)
+    rows = torch.cat([part.flatten(0, 1) for part in tensors[:2]])
+    inverse = torch.tensor([1 / temps[0]] * 6 + [1 / temps[1]] * 3)
+    # Ten partials for each of 5 blocks, eight at a time; then one or two for each of 25, sixteen at a time.
+    for block_size, programs in ((320, 1000), (64, 3)):
+        found = launch(tensors, block_size, fused.INTERPRETED, programs, temps)
+        expected = streaming.memory_readout(rows, tensors[2], partition_indices(1600, seed=0, step=0), block_size, inverse)
+        for one, other in zip(found, expected):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("temps", [(0.1, 0.05), (0.1, 0.01)], ids=["constant-pivot", "running-maximum"])

@@ -75,6 +75,23 @@ def test_results_repeat_bit_for_bit():
         assert torch.equal(torch.stack(list(result)), torch.stack(list(first))) and torch.equal(gradient, first_gradient)
 
 
+def test_a_thousand_calls_over_rotating_memories_repeat_bit_for_bit():
+    """Copies that tensor cores read before they are visible would show as the tile that lay there before, of another memory."""
+    student, teacher, _ = on_gpu(SHAPES[0][0], torch.bfloat16)
+    memories = [torch.nn.functional.normalize(torch.randn(16384, 256, device=DEVICE), dim=-1).bfloat16() for _ in range(4)]
+    arguments = dict(block_size=4096, student_temp=0.1, teacher_temp=0.05, backend="triton")
+
+    def figures(memory):
+        result, gradient = loss_and_gradient(student, teacher, memory, **arguments)
+        return torch.cat((torch.stack(list(result)).detach(), gradient.float().flatten()))
+
+    expected = [figures(memory) for memory in memories]
+    differing = torch.zeros((), dtype=torch.int64, device=DEVICE)
+    for call in range(1000):
+        differing += (figures(memories[call % 4]) != expected[call % 4]).sum()
+    assert differing.item() == 0
+
+
 def test_a_cuda_graph_follows_temperature_step_memory_and_pointer():
     student, teacher, memory = on_gpu((4, 2, 32, 64, 4096), torch.bfloat16)
     temperature, step = torch.tensor(0.04, device=DEVICE), torch.zeros((), dtype=torch.int64, device=DEVICE)

@@ -11,7 +11,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from massl_fast import cli
-from massl_fast.kernels import fused, machine_code, partition_kernel, ring_kernel
+from massl_fast.kernels import disassembly, fused_kernels, machine_code, partition_kernel, ring_kernel
+from massl_fast.kernels.configurations import neighbours
 
 ALL = "MASSL_FAST_TEST_ALL_CONFIGURATIONS"
 SHIPPED = [(arch, variant) for arch in machine_code.ARCHITECTURES for variant in machine_code.shipped(arch)]
@@ -38,6 +39,7 @@ def test_shipped_configuration(arch, variant):
     older = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9)
     allowed = 240 if older and arch == "sm_100" and variant.width == 256 else 0
     assert found.spill_bytes <= allowed, f"{found.spill_bytes} bytes of registers spilled"
+    assert found.overwritten_operands == 0, "a register changes while a product may still read it"
     assert 0 < found.shared_bytes <= found.shared_bytes_limit == machine_code.ARCHITECTURES[arch].shared_bytes
     assert 0 < found.registers <= 255 and found.programs_per_multiprocessor >= variant.choice.programs
 
@@ -49,6 +51,62 @@ def test_every_architecture_ships_16_bits_at_the_published_width():
 
 def one(arch: str) -> machine_code.Variant:
     return next(variant for at, variant in SHIPPED if at == arch and variant.width == 256 and variant.dtype == torch.bfloat16)
+
+
+@pytest.mark.parametrize("constant_pivot", [True, False], ids=["constant pivot", "running pivot"])
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_temperatures_on_the_device_and_uneven_blocks_cost_no_spill(arch, constant_pivot):
+    variant = replace(one(arch), constant_pivot=constant_pivot, temps_on_device=True, even_blocks=False)
+    found = machine_code.resources(variant, arch)
+    assert found.spill_bytes == found.overwritten_operands == 0 and found.pipeline_buffers > 1
+
+
+def hopper_neighbours() -> dict[str, machine_code.Variant]:
+    """What the tuner tries at the published width, by name: some differ in the number of programs alone."""
+    shipped = [variant for arch, variant in SHIPPED if arch == "sm_90" and (variant.width, variant.dtype) == (256, torch.bfloat16)]
+    tried = [replace(variant, choice=choice) for variant in shipped for choice in neighbours(variant.choice, variant.width)[1:]]
+    return {variant.name: variant for variant in tried if os.environ.get(ALL) == "1" or variant.constant_pivot}
+
+
+@pytest.mark.parametrize("variant", [pytest.param(one, id=name) for name, one in hopper_neighbours().items()])
+def test_what_the_tuner_tries_on_hopper_keeps_operands_until_products_have_read_them(variant):
+    assert machine_code.resources(variant, "sm_90").overwritten_operands == 0
+
+
+LOOP = """
+.L_x_1:
+        /*0000*/                   HGMMA.64x64x16.F32.BF16 R152, gdesc[UR12], RZ, !UPT, gsb0 ;
+        /*0010*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
+        /*0020*/                   F2FP.BF16.F32.PACK_AB R184, R153, R152 ;
+        /*0030*/                   HGMMA.64x128x16.F32.BF16 R88, R184, gdesc[UR12].tnspB, R88, gsb0 ;
+        /*0040*/                   {middle} ;
+        /*0050*/              @!P0 BRA `(.L_x_1) ;
+"""
+
+
+@pytest.mark.parametrize(
+    ("middle", "hazards"),
+    [
+        ("FADD R7, R184, R8", 0),
+        ("MOV R187, RZ", 1),
+        ("@P1 LDG.E.64 R182, desc[UR16][R152.64]", 0),
+        ("@P1 LDG.E.128 R182, desc[UR16][R152.64]", 1),
+        ("ISETP.GE.AND P0, PT, R184, 0x1, PT", 0),
+        ("SHFL.BFLY PT, R185, R4, 0x2, 0x1f", 1),
+        ("FMUL R151, R151, R2", 1),
+        ("STS.128 [R184], R88", 0),
+        ("WARPGROUP.DEPBAR.LE gsb0, 0x0", 0),
+    ],
+)
+def test_the_walk_notices_a_register_that_changes_while_a_product_may_read_it(middle, hazards):
+    found = disassembly.overwritten(disassembly.inner_loop(LOOP.replace("{middle}", middle)))
+    assert len(found) == hazards
+
+
+def test_the_walk_follows_a_product_into_the_next_turn():
+    body = disassembly.inner_loop(LOOP.replace("{middle}", "NOP").replace("R152, gdesc[UR12], RZ", "R152, gdesc[UR14], RZ"))
+    early = disassembly.Instruction(-16, "MOV", ("R186", "RZ"))
+    assert disassembly.overwritten([early, *body]) == [early]
 
 
 def test_counts_notice_a_kernel_without_a_pipeline():
@@ -103,15 +161,20 @@ COMBINE = dict.fromkeys(("values_ptr", "totals_ptr", "pivots_ptr", "readout_ptr"
 TEMPS = {"student_temp": "fp32", "teacher_temp": "fp32"}
 DEVICE_TEMPS = dict.fromkeys(TEMPS, FLOAT)
 WIDTHS = {"WIDTH": 24, "PADDED_WIDTH": 32}
+PARTIALS = {"WIDTH": 24, "COLUMNS": 32, "BLOCKS": 4, "SLOTS": 8, "BLOCK_ROWS": 16}
 WRITE = {"memory_ptr": HALF, "pointer_ptr": INT64, "rows_ptr": HALF, "enabled_ptr": FLAG}
 SMALL_KERNELS = {
-    "assemble": (fused._assemble_kernel, ASSEMBLE | TEMPS, WIDTHS | {"TEMPS_ON_DEVICE": False}),
-    "assemble, temperatures on the device": (fused._assemble_kernel, ASSEMBLE | DEVICE_TEMPS, WIDTHS | {"TEMPS_ON_DEVICE": True}),
-    "combine": (fused._combine_kernel, COMBINE | TEMPS, WIDTHS | {"BLOCK_ROWS": 16, "CONSTANT_PIVOT": False, "TEMPS_ON_DEVICE": False}),
+    "assemble": (fused_kernels.assemble_kernel, ASSEMBLE | TEMPS, WIDTHS | {"TEACHERS": 2, "TEMPS_ON_DEVICE": False}),
+    "assemble, temperatures on the device": (
+        fused_kernels.assemble_kernel,
+        ASSEMBLE | DEVICE_TEMPS,
+        WIDTHS | {"TEACHERS": 2, "TEMPS_ON_DEVICE": True},
+    ),
+    "combine": (fused_kernels.combine_kernel, COMBINE | TEMPS, PARTIALS | {"CONSTANT_PIVOT": False, "TEMPS_ON_DEVICE": False}),
     "combine, temperatures on the device": (
-        fused._combine_kernel,
+        fused_kernels.combine_kernel,
         COMBINE | DEVICE_TEMPS,
-        WIDTHS | {"BLOCK_ROWS": 16, "CONSTANT_PIVOT": True, "TEMPS_ON_DEVICE": True},
+        PARTIALS | {"CONSTANT_PIVOT": True, "TEMPS_ON_DEVICE": True},
     ),
     "partition": (
         partition_kernel._partition_kernel,
@@ -137,3 +200,12 @@ def test_small_kernels_compile(kernel, ones):
         constants |= dict.fromkeys(single, 1)
     compiled = triton.compile(ASTSource(function, signature, constants, {}), target=GPUTarget("cuda", 80, 32))
     assert compiled.asm["cubin"]
+
+
+def test_counts_of_rows_views_and_tiles_compile_nothing_anew():
+    """Each would be a second and a third compile of a second or two: one where it is 1, one where 16 divides it."""
+    kept = {"student_rows", "teacher_rows", "student_tiles", "blocks", "tiles", "share", "extra"}
+    kernels = (fused_kernels.read_kernel, fused_kernels.combine_kernel, fused_kernels.assemble_kernel)
+    for kernel in kernels:
+        free = {p.name for p in kernel.params if not p.is_constexpr and not p.do_not_specialize and not p.name.endswith(("_ptr", "_temp"))}
+        assert free <= {"block_size"} and free.isdisjoint(kept)
