@@ -33,16 +33,17 @@ from massl_fast.benchmarks import records
 from massl_fast.config import OptimizerSection
 from massl_fast.distributed.world import World
 from massl_fast.engine import graphed_step
+from massl_fast.engine.flops import step_flops
 from massl_fast.engine.graphed_step import GraphedStep
 from massl_fast.engine.optimizer import build_optimizer
 from massl_fast.engine.schedules import StepSettings
 from massl_fast.engine.step import NUM_TEACHER_VIEWS, TrainStep
+from massl_fast.hardware import peak_flops
 from massl_fast.models.backbone import Encoder, build_backbone
 from massl_fast.models.head import ProjectionHead
 from massl_fast.models.pair import StudentTeacher
 from massl_fast.models.precision import choose_precision
 from massl_fast.objectives.massl import MasslObjective
-from massl_fast.profiling.flops import peak_flops, step_flops
 from massl_fast.profiling.out_of_memory import is_out_of_memory
 
 sys.path.insert(0, str(Path(__file__).parent))

@@ -1,4 +1,4 @@
-"""What every test shares: nothing is downloaded, threads do not multiply, and the replay script can be imported."""
+"""What every test shares: nothing is downloaded, threads do not multiply, and the scripts of tests/ and bench/ can be imported."""
 
 import os
 import sys
@@ -9,4 +9,5 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 
 torch.set_num_threads(2)
-sys.path.insert(0, str(Path(__file__).parent))
+for folder in (Path(__file__).parents[1] / "bench", Path(__file__).parent):
+    sys.path.insert(0, str(folder))

@@ -14,7 +14,7 @@ import torch
 
 from massl_fast.benchmarks import records
 from massl_fast.benchmarks.kernels import DTYPES, OURS, Case, errors, excess, variants
-from massl_fast.benchmarks.rates import chosen_device
+from massl_fast.hardware import chosen_device
 
 CHECKED = ("reference", *OURS)
 

@@ -23,8 +23,9 @@ import torch
 from massl_fast.benchmarks import records
 from massl_fast.benchmarks.loader import importable, write_images
 from massl_fast.benchmarks.page import latest, page_of
+from massl_fast.hardware import ROOT, device_slug
 
-PUBLISHED = records.ROOT / "bench" / "bench_step.py"
+PUBLISHED = ROOT / "bench" / "bench_step.py"
 LAUNCHERS = ("massl-fast", "massl_fast_here.py")
 GPU_ALONE = ("triton kernels", "largest batch", "gaps of the device", "decoding on the GPU")
 SHORTEST = 10.0  # seconds that a part must still have to be started
@@ -65,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     on_gpu = args.device != "cpu" and torch.cuda.is_available()
     if args.device == "cuda" and not on_gpu:
         raise ValueError("--device is cuda, and torch finds no GPU here.")
-    folder = Path(args.to or Path("bench", "results", records.device_slug() if on_gpu else "cpu"))
+    folder = Path(args.to or Path("bench", "results", device_slug() if on_gpu else "cpu"))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "log.txt").open("a").close()

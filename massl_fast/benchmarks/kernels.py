@@ -33,7 +33,7 @@ from torch import Tensor
 from massl_fast import kernels
 from massl_fast.benchmarks import records
 from massl_fast.benchmarks.intervals import spread_percent
-from massl_fast.benchmarks.rates import chosen_device
+from massl_fast.hardware import chosen_device, device_slug, processor_name
 from massl_fast.kernels import reference
 from massl_fast.kernels.backends import triton_obstacle
 from massl_fast.kernels.loss import assemble, count_pairs
@@ -502,9 +502,7 @@ def run(args: argparse.Namespace) -> int:
         records.check_writable(output)
     compiled = args.compile or device.type == "cuda"
     check_names(cases, args.variants, compiled, device)
-    print(
-        f"{records.processor_name() if device.type == 'cpu' else torch.cuda.get_device_name(device)}, torch {torch.__version__}", end=", "
-    )
+    print(f"{processor_name() if device.type == 'cpu' else torch.cuda.get_device_name(device)}, torch {torch.__version__}", end=", ")
     print(f"{torch.get_num_threads()} threads, {rounds} rounds, load {os.getloadavg()[0]:.1f}")
     wrong = 0
     for case in cases:
@@ -560,7 +558,7 @@ def chosen_cases(args: argparse.Namespace, device: torch.device) -> list[Case]:
 
 
 def _slug(device: torch.device) -> str:
-    return records.device_slug() if device.type == "cuda" else "cpu"
+    return device_slug() if device.type == "cuda" else "cpu"
 
 
 def measure(case: Case, wanted: Sequence[str], rounds: int, compiled: bool, device: torch.device) -> tuple[list[dict], dict[str, str]]:

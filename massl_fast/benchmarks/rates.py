@@ -1,4 +1,4 @@
-"""The device that is measured, and what it does at best: products of matrices, the yardstick beside a data sheet's figure."""
+"""What a device does at best, measured: products of matrices, the yardstick beside a data sheet's figure."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import time
 from statistics import median
 
 import torch
+
+from massl_fast.hardware import synchronize
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype, *, seconds: float = 1.0) -> float:
@@ -29,23 +31,3 @@ def matrix_rate(device: torch.device, dtype: torch.dtype, *, seconds: float = 1.
         synchronize(device)
         times.append((time.perf_counter() - start) / copies)
     return 2 * size**3 / (median(times) if device.type == "cuda" else min(times))
-
-
-def chosen_device(name: str) -> torch.device:
-    """The device that ``--device`` names; the GPU, else the CPU, where it names none."""
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise ValueError(f"--device is {name}; it can be cpu, cuda, or cuda:1 and so on.")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device is {name}, and torch finds no GPU here. --device cpu does without.")
-    if device.index is not None and device.index >= (torch.cuda.device_count() if device.type == "cuda" else 1):
-        raise ValueError(f"--device is {name}; there are {torch.cuda.device_count()} GPUs here, counted from 0.")
-    return device
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -8,16 +8,10 @@ line, and whoever reads puts the samples of equal cases together.
 
 from __future__ import annotations
 
-import functools
-import importlib.metadata
 import json
 import math
 import os
-import platform
-import re
 import shlex
-import shutil
-import subprocess
 import sys
 from collections.abc import Iterable, Sequence
 from datetime import datetime, timezone
@@ -25,11 +19,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import torch
+from massl_fast.hardware import git_state, machine, versions
 
 SCHEMA = 1
-ROOT = Path(__file__).resolve().parents[2]
-PACKAGES = ("torch", "torchvision", "triton", "timm", "numpy", "pillow", "nvidia-dali-cuda130", "nvidia-dali-cuda120")
 REQUIRED = ("kind", "date", "command", "hardware", "versions", "git", "case", "figures")
 DIGITS = 6  # significant, of a sample
 
@@ -53,7 +45,7 @@ def record(kind: str, case: dict[str, Any], figures: dict[str, Any], details: di
         "kind": kind,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": command(),
-        "hardware": hardware() | {"load_1_minute": round(os.getloadavg()[0], 2)},
+        "hardware": machine() | {"load_1_minute": round(os.getloadavg()[0], 2)},
         "versions": versions(),
         "git": git_state(),
         "case": case,
@@ -134,75 +126,3 @@ def command() -> str:
     program = Path(sys.argv[0]).name
     words = ["massl-fast" if program in ("__main__.py", "massl-fast", "massl_fast_here.py") else program, *sys.argv[1:]]
     return shlex.join(words)
-
-
-@functools.cache
-def hardware() -> dict[str, Any]:
-    found: dict[str, Any] = {"processor": processor_name(), "cores": os.cpu_count(), "memory_gib": _memory_gib()}
-    if torch.cuda.is_available():
-        properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-        found["gpu"] = properties.name
-        found["gpu_memory_gib"] = round(properties.total_memory / 2**30, 1)
-        found["gpu_multiprocessors"] = properties.multi_processor_count
-        found["compute_capability"] = f"{properties.major}.{properties.minor}"
-        found |= _driver()
-    return found
-
-
-def processor_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
-
-
-def _memory_gib() -> float:
-    return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
-
-
-def _driver() -> dict[str, str]:
-    """Driver and clock and power limits, where nvidia-smi tells them."""
-    if not shutil.which("nvidia-smi"):
-        return {}
-    keys = {"driver_version": "driver", "clocks.max.sm": "max_clock", "power.limit": "power_limit"}
-    query = ["nvidia-smi", f"--query-gpu={','.join(keys)}", "--format=csv,noheader", f"--id={torch.cuda.current_device()}"]
-    answer = subprocess.run(query, capture_output=True, text=True)
-    if answer.returncode:
-        return {}
-    return dict(zip(keys.values(), (value.strip() for value in answer.stdout.strip().split(","))))
-
-
-def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    if torch.version.cuda:
-        found["cuda"] = torch.version.cuda
-    return found
-
-
-@functools.cache
-def git_state() -> dict[str, Any]:
-    """Commit and whether tracked files other than records differ from it. Where the files came without git, MASSL_FAST_COMMIT names it."""
-    if named := os.environ.get("MASSL_FAST_COMMIT"):
-        return {"commit": named, "dirty": None}
-    commit = _git("rev-parse", "HEAD")
-    changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results")
-    return {"commit": commit, "dirty": bool(changed) if commit else None}
-
-
-def _git(*arguments: str) -> str:
-    try:
-        answer = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True)
-    except OSError:
-        return ""
-    return answer.stdout.strip() if answer.returncode == 0 else ""
-
-
-def device_slug(found: dict[str, Any] | None = None) -> str:
-    """Name of the folder under bench/results for a device: its GPU's, or cpu (records tell which)."""
-    return re.sub(r"[^a-z0-9]+", "-", (found or hardware()).get("gpu", "cpu").lower()).strip("-")

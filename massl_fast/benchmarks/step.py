@@ -20,13 +20,13 @@ import torch
 
 from massl_fast.benchmarks import records
 from massl_fast.benchmarks.intervals import FEWEST_SAMPLES, spread_percent
-from massl_fast.benchmarks.rates import matrix_rate, synchronize
+from massl_fast.benchmarks.rates import matrix_rate
 from massl_fast.config import Config, load_config, recipe_names
 from massl_fast.distributed.world import World, join_world
 from massl_fast.engine import graphed_step
+from massl_fast.hardware import peak_flops, synchronize
 from massl_fast.models.precision import Precision, choose_precision
 from massl_fast.profiling.estimate import RESERVE, capacity, explain_out_of_memory, gib, largest_batch
-from massl_fast.profiling.flops import peak_flops
 from massl_fast.profiling.out_of_memory import explained, is_out_of_memory
 from massl_fast.profiling.sections import NAMES, SectionClock, Sections
 from massl_fast.profiling.synthetic import SyntheticRun, micro_batches_of, synthetic_run

@@ -19,11 +19,11 @@ from typing import Any
 import torch
 
 from massl_fast.benchmarks import records
-from massl_fast.benchmarks.rates import synchronize
 from massl_fast.benchmarks.step import case_of, describe
 from massl_fast.config import Config, load_config, recipe_names
 from massl_fast.data.loaders import loader_without_run, open_data
 from massl_fast.distributed.world import World, join_world
+from massl_fast.hardware import synchronize
 from massl_fast.models.precision import choose_precision
 from massl_fast.profiling.out_of_memory import explained
 from massl_fast.profiling.synthetic import micro_batches_of, synthetic_run

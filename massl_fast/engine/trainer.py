@@ -24,14 +24,15 @@ from massl_fast.distributed.stragglers import StragglerClock
 from massl_fast.distributed.world import World, choose_strategy, meet
 from massl_fast.engine.announcement import announce
 from massl_fast.engine.build import build_objective, build_pair, build_step, demand_residual
+from massl_fast.engine.flops import flops_of_run
 from massl_fast.engine.graphed_step import GraphedStep
 from massl_fast.engine.placement import place
 from massl_fast.engine.schedules import Schedules, StepSettings
 from massl_fast.engine.state import demand_equal, restore, tensors_of
 from massl_fast.engine.step import StepResult
+from massl_fast.hardware import peak_flops
 from massl_fast.kernels import available_backends
 from massl_fast.models.precision import choose_precision
-from massl_fast.profiling.flops import flops_of_run, peak_flops
 from massl_fast.report.page import write_report
 from massl_fast.run.checkpoint import CheckpointFolder, read_state
 from massl_fast.run.evaluation import RunEvaluation

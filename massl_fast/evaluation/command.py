@@ -16,6 +16,7 @@ from torch import nn
 from massl_fast.data.loaders import open_data
 from massl_fast.evaluation.features import FeatureFunction, raw_pixels
 from massl_fast.evaluation.knn import DEFAULT_KS, KnnEvaluator
+from massl_fast.hardware import chosen_device
 from massl_fast.models.published import load_backbone, rebuild
 
 UNTRAINED_SEED = 0
@@ -97,12 +98,6 @@ def networks_of(checkpoint: Path, which: str, arch: str | None) -> tuple[dict[st
             else:
                 info["notes"] = [*info["notes"], f"Student and teacher of {checkpoint} are the same network; it is shown once."]
     return networks, info
-
-
-def chosen_device(name: str) -> torch.device:
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device is cuda, but PyTorch finds no GPU here. Choose cpu, or auto.")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def untrained(network: nn.Module) -> nn.Module:

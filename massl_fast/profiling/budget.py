@@ -26,7 +26,7 @@ from torch.utils.flop_counter import flop_registry
 from massl_fast.benchmarks import records
 from massl_fast.config import Config, load_config, recipe_names
 from massl_fast.distributed.world import World
-from massl_fast.planning import GPUS, Gpu
+from massl_fast.hardware import GPUS, Gpu
 from massl_fast.profiling import sections
 from massl_fast.profiling.estimate import attention_of, bring_optimizer_state, precision_on
 from massl_fast.profiling.synthetic import micro_batches_of, synthetic_run

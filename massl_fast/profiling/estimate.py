@@ -24,13 +24,14 @@ from massl_fast.config import Config
 from massl_fast.data.loaders import views_of
 from massl_fast.distributed.world import World
 from massl_fast.engine.build import build_pair
+from massl_fast.engine.flops import step_flops
 from massl_fast.engine.step import NUM_TEACHER_VIEWS
 from massl_fast.kernels import streaming
 from massl_fast.models import packed
+from massl_fast.models.flops import backbone_flops
 from massl_fast.models.precision import Precision, choose_precision
 from massl_fast.profiling import ledger, sections
 from massl_fast.profiling.allocator import reserved_bytes
-from massl_fast.profiling.flops import backbone_flops, step_flops
 from massl_fast.profiling.ledger import Change, Ledger, Peak, find_peak
 from massl_fast.profiling.synthetic import SyntheticRun, micro_batches_of, synthetic_run
 

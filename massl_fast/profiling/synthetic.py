@@ -14,11 +14,11 @@ from massl_fast.config import Config
 from massl_fast.data.loaders import views_of
 from massl_fast.distributed.world import World
 from massl_fast.engine.build import build_objective, build_pair, build_step, demand_residual
+from massl_fast.engine.flops import flops_of_run
 from massl_fast.engine.graphed_step import GraphedStep
 from massl_fast.engine.schedules import Schedules, StepSettings
 from massl_fast.engine.step import StepResult, TrainStep
 from massl_fast.models.precision import Precision
-from massl_fast.profiling.flops import flops_of_run
 from massl_fast.run.length import in_micro_batches
 
 NUM_CROP_SETS = 2

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from massl_fast.evaluation.command import chosen_device
+from massl_fast.hardware import chosen_device
 from massl_fast.report.page import write_report
 
 

@@ -1,7 +1,7 @@
 """What a person sees of a run: progress bar, metrics.jsonl, TensorBoard, Weights & Biases, summary.json.
 
 Rates are taken over the steps since the line before. ``data_wait_percent`` is the share of that time in which the host waited for a batch.
-``model_flops_utilization_percent`` = operations a step needs (profiling.flops, nothing recomputed counted) / (seconds a step × devices ×
+``model_flops_utilization_percent`` = operations a step needs (engine.flops, nothing recomputed counted) / (seconds a step × devices ×
 dense peak of the device in the step's precision).
 """
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from massl_fast.benchmarks import kernels, records
-from massl_fast.benchmarks.rates import chosen_device
 from massl_fast.cli import main
+from massl_fast.hardware import chosen_device
 from massl_fast.kernels import fused
 
 SMALL = ["--images", "2", "--entries", "64", "--block", "32", "--width", "8", "--rounds", "2", "--device", "cpu"]
@@ -81,7 +81,7 @@ def test_correctness_finds_a_wrong_partition(monkeypatch, capsys):
     [
         (["--variants", "flashy"], "no variant has flashy in its name; there are reference, loss only; reference; streaming"),
         (["--variants", "triton"], "triton cannot be measured: it needs a GPU"),
-        (["--device", "abacus"], "--device is abacus; it can be cpu, cuda"),
+        (["--device", "abacus"], "--device is abacus; it can be auto, cpu, cuda"),
         (["--device", "meta"], "--device is meta; it can be cpu, cuda"),
         (["--device", "cpu:3"], "--device is cpu:3"),
         (["--images", "65"], "--images is 65, more than the 64 entries of the memory"),

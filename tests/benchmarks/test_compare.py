@@ -8,6 +8,7 @@ from collections import Counter
 
 import pytest
 
+from massl_fast import hardware
 from massl_fast.benchmarks import intervals, records
 from massl_fast.benchmarks.compare import BETTER, FEW, NOISY, SAME, WORSE, compare
 from massl_fast.benchmarks.intervals import median_interval, shift, spread_percent
@@ -220,8 +221,8 @@ def test_records_themselves_are_no_change_of_the_code(tmp_path, monkeypatch):
     git("init")
     git("add", ".")
     git("-c", "user.name=a", "-c", "user.email=a@b", "commit", "-m", "first")
-    monkeypatch.setattr(records, "ROOT", tmp_path)
-    state = records.git_state.__wrapped__  # uncached
+    monkeypatch.setattr(hardware, "ROOT", tmp_path)
+    state = hardware.git_state.__wrapped__  # uncached
     monkeypatch.delenv("MASSL_FAST_COMMIT", raising=False)
     (tmp_path / "bench" / "results" / "records.jsonl").write_text("after")
     assert len(state()["commit"]) == 40 and state()["dirty"] is False
@@ -244,5 +245,5 @@ def test_a_place_that_cannot_be_written_gets_a_sentence(tmp_path):
 
 
 def test_devices_have_folders_of_their_own():
-    assert records.device_slug({"processor": "AMD EPYC 9R14", "gpu": "NVIDIA H200"}) == "nvidia-h200"
-    assert records.device_slug({"processor": "AMD EPYC 9R14"}) == "cpu"
+    assert hardware.device_slug({"processor": "AMD EPYC 9R14", "gpu": "NVIDIA H200"}) == "nvidia-h200"
+    assert hardware.device_slug({"processor": "AMD EPYC 9R14"}) == "cpu"

@@ -2,9 +2,11 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from massl_fast.engine.flops import step_flops
+from massl_fast.hardware import peak_flops
 from massl_fast.models.backbone import Encoder, build_backbone, patch_size
+from massl_fast.models.flops import backbone_flops
 from massl_fast.models.head import ProjectionHead
-from massl_fast.profiling.flops import backbone_flops, peak_flops, step_flops
 
 SMALL = {"depth": 2, "embed_dim": 64, "num_heads": 2}
 

@@ -10,10 +10,10 @@ from massl_fast.cli import main
 from massl_fast.config import load_config
 from massl_fast.data.loaders import views_of
 from massl_fast.engine.build import build_pair
+from massl_fast.engine.flops import step_flops
 from massl_fast.engine.step import NUM_TEACHER_VIEWS
-from massl_fast.planning import GPUS
+from massl_fast.hardware import GPUS
 from massl_fast.profiling import budget, sections
-from massl_fast.profiling.flops import step_flops
 
 SMALL = ["--crops.global_size", "64", "--crops.local_size", "32", "--crops.num_local", "2", "--train.global_batch", "6"]
 SMALL += ["--model.architecture", "vit_tiny_patch16_224", "--model.model_args", "{depth: 2}", "--objective.memory_size", "2048"]

@@ -1,7 +1,7 @@
 """What a training will take on machines that are not here: step time, efficiency, memory and GPU hours for 8 to 512 GPUs.
 
-    python -m massl_fast.planning                          the tables of docs/scaling.md
-    python -m massl_fast.planning --model vit_small --gpu H100 --images-per-second 1800 --launch-seconds 0.02
+    python bench/planning.py                          the tables of docs/scaling.md
+    python bench/planning.py --model vit_small --gpu H100 --images-per-second 1800 --launch-seconds 0.02
 
 Everything here is arithmetic on figures from elsewhere, and what comes out is a prediction. Sources of the figures stand beside them; a
 rate measured on one GPU replaces the assumption (``--images-per-second``).
@@ -22,6 +22,8 @@ import argparse
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+
+from massl_fast.hardware import GPUS, Gpu
 
 GIB, MIB = 2**30, 2**20
 IMAGENET_IMAGES = 1_281_167
@@ -54,7 +56,7 @@ class Network:
     name: str
     parameters: int
     flops_per_image: float
-    """Of a whole step with 2 × 224 + 10 × 96 px and a memory of 65536 (profiling.flops.step_flops)."""
+    """Of a whole step with 2 × 224 + 10 × 96 px and a memory of 65536 (engine.flops.step_flops)."""
     bytes_per_image: float
     """Activations and crops a step keeps per image of a micro-batch, bf16: slope of ``massl-fast profile memory --estimate``."""
     workspace_bytes: float
@@ -68,36 +70,6 @@ NETWORKS = {
 }
 
 
-@dataclass(frozen=True)
-class Gpu:
-    """A GPU in its usual host of eight. Rates of link and network are bytes a second in one direction, as published, for one GPU."""
-
-    name: str
-    bytes: float
-    peak_flops: float
-    bandwidth: float
-    link: float
-    network: float
-
-
-def _gpu(name: str, gigabytes: float, teraflops: float, terabytes_a_second: float, link_gigabytes: float, network_gigabits: float) -> Gpu:
-    return Gpu(name, gigabytes * 1e9, teraflops * 1e12, terabytes_a_second * 1e12, link_gigabytes * 1e9, network_gigabits * 1e9 / 8)
-
-
-# NVIDIA's data sheets of V100 (SXM2), A100 (SXM4), H100 (SXM5) and H200: memory, dense 16-bit peak, memory bandwidth, NVLink (half of the
-# 300, 600, 900 and 900 GB/s that are given for both directions). NVIDIA's data sheets of DGX-1 (4 × 100 Gb/s for 8 GPUs), DGX A100
-# (8 × 200 Gb/s), DGX H100 and DGX H200 (8 × 400 Gb/s): network for one GPU.
-GPUS = {
-    gpu.name: gpu
-    for gpu in (
-        _gpu("V100-16", 16, 125, 0.9, 150, 50),
-        _gpu("V100-32", 32, 125, 0.9, 150, 50),
-        _gpu("A100-40", 40, 312, 1.555, 300, 200),
-        _gpu("A100-80", 80, 312, 2.039, 300, 200),
-        _gpu("H100", 80, 989.4, 3.35, 450, 400),
-        _gpu("H200", 141, 989.4, 4.8, 450, 400),
-    )
-}
 HOST_GPUS = 8
 
 
@@ -334,7 +306,7 @@ def report() -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m massl_fast.planning", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python bench/planning.py", description=__doc__.split("\n")[0])
     parser.add_argument("--model", choices=NETWORKS, help="one table instead of those of docs/scaling.md")
     parser.add_argument("--gpu", choices=GPUS, default="H100")
     parser.add_argument("--strategy", choices=STRATEGIES, default="ddp")

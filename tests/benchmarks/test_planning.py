@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from massl_fast import planning
+import planning
+from massl_fast.engine.flops import step_flops
+from massl_fast.hardware import GPUS
 from massl_fast.models.backbone import Encoder, build_backbone
 from massl_fast.models.head import ProjectionHead
-from massl_fast.planning import GPUS, NETWORKS, Cluster, ddp_step, fsdp2_step
-from massl_fast.profiling.flops import step_flops
+from planning import NETWORKS, Cluster, ddp_step, fsdp2_step
 
 H100, SMALL, LARGE = GPUS["H100"], NETWORKS["vit_small"], NETWORKS["vit_large"]
 
