@@ -27,7 +27,7 @@ model:
   embedding_dim: 16
 objective: {memory_size: 64, block_size: 16, teacher_temperature_warmup_epochs: 1}
 teacher: {momentum: 0.9}
-train: {steps: 40, global_batch: 8, device_batch: 4}
+train: {steps: 40, global_batch: 8, micro_batch: 4}
 evaluation: {every_epochs: 2, ks: [3, 20], image_size: 16}
 logging: {every_steps: 1, tensorboard: false}
 checkpoint: {every_steps: 7}

@@ -201,7 +201,7 @@ class TrainSection(Section):
     """End this session early at that step (schedules unchanged); 0: at the end. Resuming continues from there."""
     global_batch: int = Field(1024, ge=1, lt=2**31)
     """Images of one optimizer step over all devices."""
-    device_batch: int = Field(0, ge=0, lt=2**31)
+    micro_batch: int = Field(0, ge=0, lt=2**31)
     """Most images a device takes at once; the rest follows by gradient accumulation. 0: as many as the step needs."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """auto: bf16 from compute capability 8, fp16 with loss scaling on older GPUs, fp32 on the CPU."""

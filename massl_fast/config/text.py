@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -20,6 +20,9 @@ from massl_fast.config.objectives import SETTINGS
 from massl_fast.config.sections import LOADERS, Section
 from massl_fast.config.whole import DEFAULT_OBJECTIVE, Config
 from massl_fast.plugins import load_plugins
+
+RENAMED = {"train.device_batch": "train.micro_batch"}
+"""Settings that have another name since the last version: old name, new name. The old one is taken for one version, with a note."""
 
 Layer = list[tuple[tuple[str, ...], Any]]
 """Settings of one origin in their order: (path of the key, value)."""
@@ -44,9 +47,12 @@ def load_config(recipe: str, overrides: Sequence[str] = ()) -> Config:
 
 def read_config(path: Path) -> Config:
     """The resolved configuration that a run wrote into its folder, with its plugins imported: for folders of one's own."""
-    settings = _mapping_of(Path(path).read_text(encoding="utf-8"), str(path))
-    _lay_over({}, _layer(settings, str(path), folder=Path()), str(path))
-    return validated(settings, str(path))
+    settings: dict[str, Any] = {}
+    stored = _mapping_of(Path(path).read_text(encoding="utf-8"), str(path))
+    notes = _lay_over(settings, _layer(stored, str(path), folder=Path()), str(path))
+    config = validated(settings, str(path))
+    config.notes.extend(notes)
+    return config
 
 
 def write_config(config: Config, path: Path) -> None:
@@ -86,11 +92,22 @@ def parse_overrides(arguments: Sequence[str]) -> Layer:
     return overrides
 
 
+def with_new_names(layer: Layer, origin: str, renamed: Mapping[str, str] = RENAMED) -> tuple[Layer, list[str]]:
+    """(``layer`` with the new name for every old one, a note for each); raises ValueError where it has a setting under both names."""
+    keys = {".".join(path) for path, _ in layer}
+    old_names = sorted(keys & renamed.keys())
+    for old in old_names:
+        if renamed[old] in keys:
+            raise ValueError(f"{origin}: {old} is the old name of {renamed[old]}, and both are set. Remove {old}.")
+    notes = [f"{old} is called {renamed[old]} now; the next version knows the new name only." for old in old_names]
+    return [(tuple(renamed.get(".".join(path), ".".join(path)).split(".")), value) for path, value in layer], notes
+
+
 def _settings_of(recipe: str, overrides: Sequence[str]) -> tuple[str, dict[str, Any], list[str]]:
     """(the recipe's name, settings with ``overrides`` on top, notes); plugins are imported."""
     given = parse_overrides(overrides)
     name, settings, notes = _recipe(recipe, ()) if recipe else ("", {}, [])
-    return name, settings, notes + _lay_over(settings, given, f"Recipe {recipe}")
+    return name, settings, notes + _lay_over(settings, given, "The command line")
 
 
 def _recipe(recipe: str, inheriting: tuple[str, ...], folder: Path = Path()) -> tuple[str, dict[str, Any], list[str]]:
@@ -147,7 +164,7 @@ def _lay_over(settings: dict[str, Any], layer: Layer, origin: str) -> list[str]:
     Plugins come first, as they say which objectives there are. Where the layer names another objective than the settings below it, keys
     that only the other objective has are left out.
     """
-    notes = []
+    layer, notes = with_new_names(layer, origin)
     for path, value in layer:
         if path == ("run", "plugins"):
             load_plugins(_plugin_paths(value) or [])

@@ -221,7 +221,7 @@ class Trainer:
     def _build_data(self) -> None:
         config, world = self.config, self.world
         self.source = open_together(world, config.data.train, "data.train", "train")
-        self.accumulation, self.device_batch = divided(config.train.global_batch, config.train.device_batch, world.size)
+        self.accumulation, self.device_batch = divided(config.train.global_batch, config.train.micro_batch, world.size)
         self.loader = build_loader(
             config,
             self.source,

@@ -279,7 +279,7 @@ def ways_out(config: Config, *, device_type: str, world_size: int, budget: int, 
         fitting = [n for n in divisors if now.bytes - slope * (batch - accumulation * batch // n) <= budget]
         more = fitting[0] if fitting else divisors[-1]
         attempt(
-            f"--train.device_batch {accumulation * batch // more}",
+            f"--train.micro_batch {accumulation * batch // more}",
             "batch norms see fewer images, otherwise the same training" if works.batch_norm else "the same training",
             f"as many operations, in {more} micro-batches a step instead of {accumulation}: smaller products, more launches",
             batch=accumulation * batch // more,

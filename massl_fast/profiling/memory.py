@@ -75,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", metavar="FILE", default="", help="file to which the record is appended, a JSON object on a line")
     parser.epilog = (
         "Every setting of a run can be given; massl-fast train --help lists them. For example, for a GPU that is not here:\n"
-        "  massl-fast profile memory --recipe vit_small_in1k --train.device cuda --train.device_batch 64 --estimate --device-gib 32"
+        "  massl-fast profile memory --recipe vit_small_in1k --train.device cuda --train.micro_batch 64 --estimate --device-gib 32"
     )
 
 

@@ -54,7 +54,7 @@ def write_out_of_memory_report(config: Config, world: World, folder: Path | str)
         explanation = explain(config, world)
     except (RuntimeError, MemoryError) as error:
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
-        return f"Out of memory; and the report on it could not be made: {reason}. A smaller train.device_batch needs less."
+        return f"Out of memory; and the report on it could not be made: {reason}. A smaller train.micro_batch needs less."
     path = Path(folder) / ("out_of_memory.txt" if world.size == 1 else f"out_of_memory_rank_{world.rank}.txt")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

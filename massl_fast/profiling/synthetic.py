@@ -54,7 +54,7 @@ class SyntheticRun:
 
 def micro_batches_of(config: Config, world_size: int = 1) -> tuple[int, int]:
     """(micro-batches of a step, images of one) on one rank, as the trainer divides a global batch; the first may not divide evenly."""
-    return in_micro_batches(max(1, config.train.global_batch // world_size), config.train.device_batch)
+    return in_micro_batches(max(1, config.train.global_batch // world_size), config.train.micro_batch)
 
 
 def synthetic_run(config: Config, world: World, precision: Precision, *, device_batch: int, accumulation: int = 1) -> SyntheticRun:

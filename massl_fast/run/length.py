@@ -29,7 +29,7 @@ def divided(global_batch: int, device_batch: int, world_size: int) -> tuple[int,
     if accumulation * images != per_rank:
         raise ValueError(
             f"{per_rank} images a process (train.global_batch / processes) do not split into {accumulation} equal micro-batches "
-            f"of at most train.device_batch {device_batch}. Choose a train.device_batch that divides {per_rank}."
+            f"of at most train.micro_batch {device_batch}. Choose a train.micro_batch that divides {per_rank}."
         )
     return accumulation, images
 

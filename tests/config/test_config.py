@@ -1,5 +1,6 @@
 import pytest
 
+from massl_fast.cli import main
 from massl_fast.config import (
     Config,
     MasslSettings,
@@ -101,3 +102,20 @@ def test_every_setting_is_described():
         for name, setting in field.annotation.model_fields.items():
             assert f"--{section}.{name} " in text
             assert setting.description, f"{section}.{name} has no docstring"
+
+
+def test_the_old_name_of_a_setting_is_taken_with_a_note(tmp_path, capsys):
+    config = load_config("demo", ["--train.device_batch", "8"])
+    assert config.train.micro_batch == 8 and config.notes == [
+        "train.device_batch is called train.micro_batch now; the next version knows the new name only."
+    ]
+    assert main(["train", "--recipe", "demo", "--train.device_batch", "8", "--print-config"]) == 0
+    printed = capsys.readouterr()
+    assert "micro_batch: 8" in printed.out and "train.device_batch is called train.micro_batch now" in printed.err
+    (tmp_path / "config.yaml").write_text("train: {device_batch: 4}")
+    assert read_config(tmp_path / "config.yaml").train.micro_batch == 4
+    (tmp_path / "mine.yaml").write_text("base: demo\ntrain: {device_batch: 4}")
+    assert load_config(str(tmp_path / "mine.yaml"), ["--train.micro_batch", "2"]).train.micro_batch == 2, "the command line lies on top"
+    with pytest.raises(ValueError, match=r"train.device_batch is the old name of train.micro_batch, and both are set"):
+        load_config("demo", ["--train.device_batch", "8", "--train.micro_batch", "4"])
+    assert not load_config("demo", ["--train.micro_batch", "8"]).notes

@@ -64,7 +64,7 @@ def test_print_config(capsys):
         (["--train.bacth", "4"], ["train.bacth"]),
         (["--train.epochs", "long"], ["train.epochs", "'long'"]),
         (["--model.architecture", "vit_tinny"], ["vit_tinny"]),
-        (["--train.device_batch", "3"], ["train.device_batch", "3", "8"]),
+        (["--train.micro_batch", "3"], ["train.micro_batch", "3", "8"]),
         (["--run.resume", "must"], ["run.resume", "no complete checkpoint"]),
         (["--objective.backend", "triton"], ["triton"]),
         (["--optimizer.warmup_epochs", "9"], ["warmup_epochs"]),
@@ -121,7 +121,7 @@ def test_out_of_memory_leaves_a_report_and_a_sentence(images, tmp_path, capsys, 
     monkeypatch.setattr(Trainer, "_loop", refuse)
     assert train(tmp_path, images) == 1
     told = capsys.readouterr().err
-    assert "Traceback" not in told and "out of memory" in told.lower() and "train.device_batch" in told and "continues from it" in told
+    assert "Traceback" not in told and "out of memory" in told.lower() and "train.micro_batch" in told and "continues from it" in told
     assert "activations" in (tmp_path / "run" / "out_of_memory.txt").read_text()
 
 

@@ -16,7 +16,7 @@ from massl_fast.run.outputs import CLOCK_KEYS
 
 STEPS = 12
 SETTINGS = [
-    *("--train.steps", str(STEPS), "--train.device_batch", "4", "--optimizer.name", "adamw_with_teacher", "--model.drop_path", "0.2"),
+    *("--train.steps", str(STEPS), "--train.micro_batch", "4", "--optimizer.name", "adamw_with_teacher", "--model.drop_path", "0.2"),
     *("--objective.teacher_temperature_start", "0.04", "--objective.teacher_temperature_warmup_epochs", "3"),
     *("--evaluation.every_epochs", "1", "--logging.every_steps", "1", "--checkpoint.every_steps", "5"),
 ]

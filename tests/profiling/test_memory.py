@@ -44,7 +44,7 @@ def real_run(config: Config) -> SyntheticRun:
     "changes",
     [
         ["--train.global_batch", "24"],
-        ["--train.precision", "bf16", "--train.device_batch", "4"],
+        ["--train.precision", "bf16", "--train.micro_batch", "4"],
         ["--model.architecture", "test_resnet", "--model.model_args", "{}", "--optimizer.name", "lars"],
     ],
     ids=["more images", "bf16 in micro-batches", "convolutions"],
@@ -180,7 +180,7 @@ def test_ways_out_lower_the_estimate_and_fit():
     ways = ways_out(config, device_type="cpu", world_size=1, budget=budget)
     assert len(ways) == 3
     assert all(isinstance(way, WayOut) and way.bytes < now.bytes for way in ways)
-    assert [way.settings.split()[0] for way in ways] == ["--objective.backend", "--train.device_batch", "--model.recompute"]
+    assert [way.settings.split()[0] for way in ways] == ["--objective.backend", "--train.micro_batch", "--model.recompute"]
     assert all(way.saved == now.bytes - way.bytes and way.time for way in ways)
     sharded = ways_out(settings("--optimizer.name", "adamw"), device_type="cpu", world_size=4, budget=budget, most=6)
     assert any("fsdp2" in way.settings for way in sharded)

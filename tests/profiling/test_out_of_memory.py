@@ -48,7 +48,7 @@ def test_a_step_that_runs_out_leaves_a_report(tmp_path):
         sentence = write_out_of_memory_report(config, CPU, tmp_path / "run")
     path = tmp_path / "run" / "out_of_memory.txt"
     assert sentence.startswith("Out of memory: a step with micro-batches of 16 images needs about")
-    assert "Cheapest way out: --train.device_batch 8, which saves" in sentence and str(path) in sentence and "\n" not in sentence
+    assert "Cheapest way out: --train.micro_batch 8, which saves" in sentence and str(path) in sentence and "\n" not in sentence
     text = path.read_text(encoding="utf-8")
     assert [number for number in "1234" if f"\n  {number}. --" in text] == list("123")
     assert text.count(" saves ") == text.count("Time: ") == 3
