@@ -8,11 +8,14 @@ import os
 import sys
 from collections.abc import Sequence
 
+from massl_fast.evaluation.registry import PROTOCOLS
+
+EVALUATIONS = "massl_fast.commands.eval"
 # Sub-commands and the modules that hold their `add_arguments(parser)` and `run(args) -> exit code`, imported when asked for, so
 # that `massl-fast --help` answers at once.
 COMMANDS = {
     "train": ("massl_fast.commands.train", "train a student and its teacher"),
-    "eval knn": ("massl_fast.evaluation.command", "weighted k-NN accuracy of a checkpoint"),
+    **{f"eval {name}": (EVALUATIONS, summary) for name, (_, summary) in PROTOCOLS.items()},
     "export": ("massl_fast.models.export", "write a backbone as a folder that timm loads"),
     "data check": ("massl_fast.data.check", "find unreadable, tiny, duplicated and rotated images"),
     "report": ("massl_fast.report.command", "render report.html of a run again"),
@@ -33,28 +36,14 @@ COMMANDS = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    words = 2 if " ".join(arguments[:2]) in COMMANDS else 1
+    # An evaluation may be that of a plugin, which nobody knows yet.
+    evaluation = arguments[:1] == ["eval"] and len(arguments) > 1 and not arguments[1].startswith("-")
+    words = 2 if evaluation or " ".join(arguments[:2]) in COMMANDS else 1
     command = " ".join(arguments[:words])
-    if command not in COMMANDS:
+    if not evaluation and command not in COMMANDS:
         return _overview(arguments)
-    module_name, summary = COMMANDS[command]
-    module = importlib.import_module(module_name)
-    parser = argparse.ArgumentParser(
-        prog=f"massl-fast {command}",
-        description=summary[0].upper() + summary[1:] + ".",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        conflict_handler="resolve",  # a command may answer --help itself
-    )
-    module.add_arguments(parser)
-    # A command with settings of its own (--section.key VALUE) takes what the parser does not know.
-    if getattr(module, "TAKES_SETTINGS", False):
-        args, args.settings = parser.parse_known_args(arguments[words:])
-    else:
-        args = parser.parse_args(arguments[words:])
     try:
-        code = module.run(args)
-        sys.stdout.flush()
-        return code
+        return _run(command, arguments[words:])
     except ValueError as error:
         print(f"massl-fast {command}: {error}", file=sys.stderr)
         return 2
@@ -64,6 +53,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+
+
+def _run(command: str, arguments: list[str]) -> int:
+    module_name, summary = COMMANDS.get(command, (EVALUATIONS, ""))
+    module = importlib.import_module(module_name)
+    if module_name == EVALUATIONS:
+        module = module.Evaluation(command.split()[1], arguments)
+        summary = module.summary
+    parser = argparse.ArgumentParser(
+        prog=f"massl-fast {command}",
+        description=summary[0].upper() + summary[1:] + ".",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        conflict_handler="resolve",  # a command may answer --help itself
+    )
+    module.add_arguments(parser)
+    # A command with settings of its own (--section.key VALUE) takes what the parser does not know.
+    if getattr(module, "TAKES_SETTINGS", False):
+        args, args.settings = parser.parse_known_args(arguments)
+    else:
+        args = parser.parse_args(arguments)
+    code = module.run(args)
+    sys.stdout.flush()
+    return code
 
 
 def _overview(arguments: list[str]) -> int:

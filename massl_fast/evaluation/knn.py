@@ -12,14 +12,18 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field, field_validator
 from torch import Tensor
 
+from massl_fast.evaluation.base import Figure, Protocol, Result, Settings, described
 from massl_fast.evaluation.features import FeatureFunction, Features, LabelledImages, extract, fixed_subset
+from massl_fast.evaluation.subject import Subject
 
 if TYPE_CHECKING:
     from massl_fast.data.sources import Source
 
 DEFAULT_KS = (10, 20, 100, 200)
+HEADLINE_K = 20
 QUERY_CHUNK = 512
 KEY_CHUNK = 32768
 CACHE_BYTES = 2**30
@@ -123,9 +127,15 @@ def clipped_ks(ks: Sequence[int], num_train: int) -> list[str]:
     return [f"k-NN with k = {', '.join(above)} compares with all {num_train} training images: there are no more."]
 
 
-def _check(train: Features, test: Features, ks: Sequence[int], temperature: float) -> None:
+def checked_ks(ks: Sequence[int]) -> tuple[int, ...]:
+    """``ks``, if they are one or more positive numbers; otherwise a ValueError."""
     if not ks or min(ks) < 1:
         raise ValueError(f"k-NN was asked for k = {list(ks)}; it takes one or more positive numbers of neighbours.")
+    return tuple(ks)
+
+
+def _check(train: Features, test: Features, ks: Sequence[int], temperature: float) -> None:
+    checked_ks(ks)
     if not temperature > 0:
         raise ValueError(f"The temperature of the k-NN votes is {temperature}; it must be positive.")
     if train.features.shape[1] != test.features.shape[1]:
@@ -148,6 +158,79 @@ def _check(train: Features, test: Features, ks: Sequence[int], temperature: floa
             f"The test images have classes that no training image has: {shown}. k-NN can never name them; "
             f"class folders must be called the same in both sets."
         )
+
+
+class KnnSettings(Settings):
+    train: str
+    """Labelled images that vote."""
+    test: str
+    """Labelled images that are classified."""
+    k: tuple[int, ...] = DEFAULT_KS
+    """Numbers of neighbours."""
+    temperature: float = Field(0.07, gt=0)
+    """Votes weigh exp(similarity / temperature)."""
+    max_train_images: int = Field(0, ge=0)
+    """Compare with a fixed random subset of the training images; 0: all."""
+
+    @field_validator("k")
+    @classmethod
+    def _positive(cls, ks: tuple[int, ...]) -> tuple[int, ...]:
+        return checked_ks(ks)
+
+
+class Knn(Protocol):
+    """Weighted k-NN: every test image takes the class that its k nearest training images vote for, by cosine similarity of
+    frozen features. Untrained network and raw pixels give the floor.
+    """
+
+    name = "knn"
+    title = "k-NN accuracy, %"
+    Settings = KnnSettings
+    settings: KnnSettings
+
+    def figures(self) -> list[Figure]:
+        return [Figure(f"k{k}_percent", f"k = {k}") for k in self.settings.k]
+
+    @property
+    def headline(self) -> Figure:
+        """k = 20, or the k that comes first where 20 is not among them."""
+        return next((figure for figure in self.figures() if figure.key == f"k{HEADLINE_K}_percent"), self.figures()[0])
+
+    def prepare(self, subject: Subject) -> list[str]:
+        train, test = self._images(subject)
+        return [*train.source.notes, *test.source.notes, *clipped_ks(self.settings.k, len(train.labels))]
+
+    def run(self, subject: Subject) -> Result:
+        settings, notes = self.settings, self.prepare(subject)
+        images = self._images(subject)
+        recipe = subject.features_name()
+        train, test = (subject.features(part, recipe) for part in images)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the notes have said it
+            chosen = dict(ks=settings.k, temperature=settings.temperature, device=subject.device)
+            percents = {name: knn_accuracy(train[name], test[name], **chosen) for name in train}
+        data = {"train": described(settings.train, images[0]), "test": described(settings.test, images[1])}
+        return Result(
+            results={name: {f"k{k}_percent": value for k, value in of_k.items()} for name, of_k in percents.items()},
+            data=data,
+            features=recipe,
+            image_size=images[0].image_size,
+            about=f"{data['test']['images']} test images of {settings.test}, classified by {data['train']['images']} training images of "
+            f"{settings.train}.",
+            notes=notes,
+            unreadable=tuple(name for part in (train, test) for name in next(iter(part.values())).unreadable),
+            more={
+                "temperature": settings.temperature,
+                **{role: {"data": of["path"], "images": of["images"]} for role, of in data.items()},
+                "knn_percent": percents,
+            },
+        )
+
+    def _images(self, subject: Subject) -> tuple[LabelledImages, LabelledImages]:
+        settings = self.settings
+        train = subject.source(settings.train, "train", "train")
+        subset = fixed_subset(len(train), settings.max_train_images)
+        return subject.labelled(train, positions=subset), subject.labelled(subject.source(settings.test, "test", "test"))
 
 
 class KnnEvaluator:

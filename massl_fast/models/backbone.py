@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from massl_fast.models import packed
 from massl_fast.models.head import ProjectionHead
+from massl_fast.models.recipes import features_of
 
 # Set by massl-fast itself, or they would fetch weights or change what comes out.
 RESERVED_MODEL_ARGS = {
@@ -198,9 +199,9 @@ class Encoder(nn.Module):
         rows = embeddings.split([len(crops[view]) for view in order])
         return torch.cat([rows[order.index(view)] for view in range(len(crops))])
 
-    def features(self, images: Tensor) -> Tensor:
-        """Images of one size, [N, 3, H, W] → pooled features [N, C], by timm's own forward: what evaluation and export use."""
-        return self.backbone(images)
+    def features(self, images: Tensor, recipe: str = "pooled") -> Tensor:
+        """Images of one size, [N, 3, H, W] → features by timm's own forward (``recipes.features_of``): what evaluation and export use."""
+        return features_of(self.backbone, images, recipe)
 
     def compile_blocks(self, **options: Any) -> None:
         """``torch.compile`` what repeats: one graph serves all blocks of a packed pass; otherwise the backbone is compiled.

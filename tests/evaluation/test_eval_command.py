@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 
 from massl_fast.cli import main
+from massl_fast.commands import eval as command
 from massl_fast.data.loaders import open_data
-from massl_fast.evaluation import command
 from massl_fast.evaluation.knn import KnnEvaluator
 from massl_fast.models.backbone import build_backbone
 from massl_fast.run.checkpoint import CheckpointFolder
@@ -96,7 +96,7 @@ def test_mistakes_are_sentences_with_exit_code_2(data, networks, capsys, tmp_pat
 
 def test_help_names_every_option():
     parser = argparse.ArgumentParser()
-    command.add_arguments(parser)
+    command.Evaluation("knn", []).add_arguments(parser)
     text = parser.format_help()
     for option in ("--checkpoint", "--train", "--test", "--which", "--k", "--image-size", "--arch", "--json", "--temperature"):
         assert option in text

@@ -1,0 +1,241 @@
+"""`massl-fast eval NAME`: a checkpoint under one of the protocols of `evaluation.registry`, or of a plugin.
+
+Options common to all protocols are here; those of a protocol are made from its settings.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import time
+import types
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin
+
+import torch
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from massl_fast.evaluation.base import Protocol, Result, Settings
+from massl_fast.evaluation.registry import PROTOCOLS, protocol_named
+from massl_fast.evaluation.subject import Subject
+from massl_fast.hardware import chosen_device, versions
+from massl_fast.models.published import load_backbone, rebuild
+from massl_fast.models.recipes import RECIPES
+from massl_fast.plugins import load_plugins
+
+UNTRAINED = "untrained"
+UNTRAINED_SEED = 0
+NAMES_SHOWN = 5
+
+
+class Evaluation:
+    """The command of one protocol. Imports the files that ``--plugin`` names in ``arguments``.
+
+    Raises ValueError for a protocol that neither the package nor a plugin has.
+    """
+
+    def __init__(self, name: str, arguments: list[str]) -> None:
+        early = argparse.ArgumentParser(add_help=False)
+        early.add_argument("--plugin", action="append", default=[])
+        load_plugins(early.parse_known_args(arguments)[0].plugin)
+        self.protocol = protocol_named(name)
+        self.summary = PROTOCOLS[name][1]
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        parser.description = inspect.cleandoc(self.protocol.__doc__ or self.summary) + f"\n\n{DATA_HELP}"
+        add_common_arguments(parser)
+        group = parser.add_argument_group(f"of {self.protocol.name}")
+        for name, field in self.protocol.Settings.model_fields.items():
+            _add_option(group, name, field)
+
+    def run(self, args: argparse.Namespace) -> int:
+        started = time.perf_counter()
+        protocol = self.protocol(settings_from(args, self.protocol.Settings))
+        subject, info = subject_of(args)
+        result = protocol.run(subject)
+        found = {
+            "protocol": protocol.name,
+            "checkpoint": str(args.checkpoint),
+            "architecture": info["architecture"],
+            "features": result.features,
+            "image_size": result.image_size,
+            "precision": subject.precision,
+            "settings": protocol.settings.model_dump(mode="json"),
+            "data": result.data,
+            "departures": result.departures,
+            "notes": info["notes"] + result.notes,
+            "unreadable": result.unreadable,
+            "results": result.results,
+            "published": result.published,
+            "seconds": round(time.perf_counter() - started, 2),
+            "versions": versions(),
+            **result.more,
+        }
+        if args.json:
+            print(json.dumps(found))
+        else:
+            print_table(protocol, result, found)
+        return 0
+
+
+DATA_HELP = (
+    "DATA is a folder of class folders, WebDataset tars (path/train-{000..003}.tar), or `demo`, where the options of the\n"
+    "protocol name no other layout."
+)
+
+
+def add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--checkpoint", required=True, type=Path, metavar="PATH", help="a checkpoint folder, or a published .pth file")
+    parser.add_argument(
+        "--which", choices=("teacher", "student", "both"), default="both", help="networks of the checkpoint (default: both)"
+    )
+    parser.add_argument("--arch", metavar="NAME", help="timm name of the network, for checkpoints that do not say it")
+    parser.add_argument("--features", choices=RECIPES, help="which features of the network (default: the protocol's)")
+    parser.add_argument("--image-size", type=int, help="side of the images, pixels (default: that of the checkpoint's global crops)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, or cuda:1 and so on (default: auto)")
+    parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="of the forward pass (default: fp32)")
+    parser.add_argument("--batch-size", type=int, default=256, help="images at a time (default: 256)")
+    parser.add_argument("--num-workers", type=int, default=0, help="processes that decode images (default: 0, this one)")
+    parser.add_argument("--seed", type=int, default=0, help="of whatever a protocol draws (default: 0)")
+    parser.add_argument("--no-baselines", action="store_true", help="leave out the untrained network and raw pixels")
+    parser.add_argument("--plugin", action="append", default=[], metavar="FILE.py", help="Python file of your own that adds evaluations")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+
+
+def _add_option(parser: argparse._ArgumentGroup, name: str, field: FieldInfo) -> None:
+    """The option of one setting: ``--field-name``, typed as its annotation, with its docstring as help."""
+    kind, several = _kind_of(field.annotation)
+    flag = f"--{name.replace('_', '-')}"
+    required = field.is_required()
+    default = field.get_default()
+    shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
+    text = (field.description or "").rstrip(".")
+    text = text[:1].lower() + text[1:] + ("" if required or default in (None, "") else f" (default: {shown})")
+    text = text.replace("%", "%%")
+    if kind is bool:
+        parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
+        return
+    extra: dict[str, Any] = {"choices": get_args(kind)} if get_origin(kind) is Literal else {"type": kind}
+    if kind is str:
+        extra["metavar"] = "DATA" if name in ("train", "test", "data") else name.upper()
+    if several:
+        extra["nargs"] = "+"
+    parser.add_argument(flag, required=required, default=argparse.SUPPRESS, help=text, **extra)
+
+
+def _kind_of(annotation: Any) -> tuple[Any, bool]:
+    """(int, float, str, bool, Path or a Literal; whether several are taken) of a setting's annotation."""
+    if get_origin(annotation) in (Union, types.UnionType):
+        # A number or a word, such as 10 or fresh: pydantic tells them apart.
+        kinds = [kind for kind in get_args(annotation) if kind is not type(None)]
+        return _kind_of(kinds[0]) if len(kinds) == 1 else (str, False)
+    if get_origin(annotation) is tuple:
+        return get_args(annotation)[0], True
+    return annotation, False
+
+
+def settings_from(args: argparse.Namespace, kind: type[Settings]) -> Settings:
+    """The protocol's settings among ``args``; raises ValueError with a sentence per problem."""
+    return checked_settings({name: getattr(args, name) for name in kind.model_fields if hasattr(args, name)}, kind)
+
+
+def checked_settings(values: dict[str, Any], kind: type[Settings]) -> Settings:
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        raise ValueError("\n".join(map(_sentence, error.errors()))) from None
+
+
+def _sentence(problem: dict[str, Any]) -> str:
+    if problem["type"] == "value_error":
+        return str(problem["ctx"]["error"])
+    option = "--" + str(problem["loc"][0]).replace("_", "-") if problem["loc"] else "The settings"
+    return f"{option} is {problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}."
+
+
+def subject_of(args: argparse.Namespace) -> tuple[Subject, dict[str, Any]]:
+    """(what the common options name, what is known of the checkpoint)."""
+    for name, least in (("batch_size", 1), ("num_workers", 0), ("image_size", 1)):
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be at least {least}.")
+    device = chosen_device(args.device)
+    networks, info = networks_of(args.checkpoint, args.which, args.arch)
+    if not args.no_baselines:
+        networks[UNTRAINED] = untrained(next(iter(networks.values())))
+    subject = Subject(
+        networks={name: network.to(device) for name, network in networks.items()},
+        image_size=args.image_size or info["image_size"],
+        mean=info["mean"],
+        std=info["std"],
+        device=device,
+        batch_size=args.batch_size,
+        num_workers=args.num_workers,
+        precision=args.precision,
+        seed=args.seed,
+        recipe=args.features,
+        raw_pixels=not args.no_baselines,
+    )
+    return subject, info
+
+
+def networks_of(checkpoint: Path, which: str, arch: str | None) -> tuple[dict[str, nn.Module], dict[str, Any]]:
+    """({name: network}, what is known of the checkpoint). Of "both", a student that the checkpoint lacks is noted and left out."""
+    first = "student" if which == "student" else "teacher"
+    network, info = load_backbone(checkpoint, arch=arch, which=first)
+    networks = {first: network}
+    if which == "both":
+        try:
+            student, _ = load_backbone(checkpoint, arch=arch, which="student")
+        except ValueError as reason:
+            info["notes"] = [*info["notes"], f"Without a student: {reason}"]
+        else:
+            weights = student.state_dict()
+            if not all(torch.equal(tensor, weights[name]) for name, tensor in network.state_dict().items()):
+                networks["student"] = student
+            else:
+                info["notes"] = [*info["notes"], f"Student and teacher of {checkpoint} are the same network; it is shown once."]
+    return networks, info
+
+
+def untrained(network: nn.Module) -> nn.Module:
+    """The same network with random weights."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(UNTRAINED_SEED)
+        return rebuild(network.timm_args).eval()
+
+
+def print_table(protocol: Protocol, result: Result, found: dict[str, Any]) -> None:
+    """The table that a person reads: a row per network, a column per figure, then sentences."""
+    console = Console(highlight=False)
+    table = Table()
+    table.add_column("features of")
+    figures = protocol.figures()
+    for figure in figures:
+        table.add_column(figure.title, justify="right")
+    for name, values in result.results.items():
+        table.add_row(name, *(_shown(values.get(figure.key)) for figure in figures))
+    say = partial(console.print, markup=False, soft_wrap=True)
+    say(f"{protocol.title}: {found['architecture']} at {found['image_size']} px")
+    console.print(table)
+    for row in result.published:
+        say(f"Published: {row['who']}: {row['value']} ({row['source']})")
+    if result.about:
+        say(result.about)
+    for departure in found["departures"]:
+        say(f"Not as published: {departure}")
+    for note in found["notes"]:
+        say(note)
+    if names := result.unreadable:
+        shown = ", ".join(names[:NAMES_SHOWN]) + (" …" if len(names) > NAMES_SHOWN else "")
+        say(f"{len(names)} of these images could not be read and were left out: {shown}")
+
+
+def _shown(value: Any) -> str:
+    return "–" if value is None else f"{value:.2f}" if isinstance(value, float) else str(value)

@@ -1,0 +1,37 @@
+"""The evaluations there are: one line each. Light to import, so that `massl-fast --help` answers at once."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+from massl_fast.config.registry import Registry
+
+if TYPE_CHECKING:
+    from massl_fast.evaluation.base import Protocol
+
+PROTOCOLS: Registry[tuple[str | type[Protocol], str]] = Registry(
+    "The evaluation",
+    {
+        # name: (module:class, or the class itself; what it measures)
+        "knn": ("massl_fast.evaluation.knn:Knn", "weighted k-NN accuracy of a checkpoint"),
+    },
+)
+
+
+def register(protocol: type[Protocol]) -> type[Protocol]:
+    """Add an evaluation by its ``name``; a decorator for classes in plugins.
+
+    Raises ValueError where another evaluation has the name already.
+    """
+    PROTOCOLS.add(protocol.name, (protocol, (protocol.__doc__ or "").strip().split("\n")[0].rstrip(".")))
+    return protocol
+
+
+def protocol_named(name: str) -> type[Protocol]:
+    """The class of an evaluation; raises ValueError with the choices where there is none of that name."""
+    where, _ = PROTOCOLS.chosen(name)
+    if not isinstance(where, str):
+        return where
+    module, _, attribute = where.partition(":")
+    return getattr(importlib.import_module(module), attribute)
