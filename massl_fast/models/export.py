@@ -87,10 +87,16 @@ def timm_config(backbone: nn.Module, info: dict[str, Any]) -> dict[str, Any]:
     size, known = info["image_size"], getattr(backbone, "pretrained_cfg", {})
     model_args = backbone.timm_args["model_args"]
     flexible = "img_size" not in model_args or model_args.get("dynamic_img_size") or model_args.get("strict_img_size") is False
+    # The module that pools knows how: a head, a layer, or the network itself where it pools in its own forward pass.
+    holders = [getattr(getattr(backbone, "head", None), "global_pool", None), getattr(backbone, "global_pool", None)]
+    pool = next((kind for kind in (getattr(holder, "pool_type", holder) for holder in holders) if isinstance(kind, str) and kind), None)
+    # timm names the grid before pooling for the size of its own weights, and none for another size.
+    known_size = tuple(known.get("input_size") or ())[1:] == (size, size)
     return {
         "architecture": info["architecture"],
         "num_classes": 0,
         "num_features": backbone.num_features,
+        **({"global_pool": pool} if pool else {}),
         "model_args": model_args,
         "pretrained_cfg": {
             "tag": "massl_fast",
@@ -104,6 +110,7 @@ def timm_config(backbone: nn.Module, info: dict[str, Any]) -> dict[str, Any]:
             "mean": list(info["mean"]),
             "std": list(info["std"]),
             "num_classes": 0,
+            "pool_size": known.get("pool_size") if known_size else None,
             "first_conv": known.get("first_conv"),
             "classifier": known.get("classifier"),
         },

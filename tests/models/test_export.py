@@ -5,6 +5,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file, save_file
+from timm.models._hub import save_config_for_hf
 
 from massl_fast.models import export
 from massl_fast.models.backbone import Encoder, build_backbone
@@ -69,6 +70,25 @@ def test_timm_loads_it_and_gives_the_same_features(tmp_path, capsys, arch, model
     assert torch.equal(again(images), encoder.features(images))
     assert (info["architecture"], info["image_size"], tuple(info["mean"])) == (arch, size, (0.1, 0.2, 0.3))
     assert again.timm_args == encoder.timm_args
+
+
+@pytest.mark.parametrize(
+    ("arch", "size", "pool", "grid"),
+    [
+        ("vit_tiny_patch16_224", 224, "token", None),
+        ("resnet10t", 176, "avg", (6, 6)),
+        ("resnet10t", 64, "avg", None),
+        ("swin_tiny_patch4_window7_224", 224, "avg", (7, 7)),
+    ],
+)
+def test_the_config_names_pooling_as_timms_own_push_does(tmp_path, arch, size, pool, grid):
+    backbone = build_backbone(arch, image_size=size)
+    ours = export.timm_config(backbone, {"architecture": arch, "image_size": size, "mean": (0.5,), "std": (0.5,)})
+    save_config_for_hf(backbone, str(tmp_path / "config.json"), data_config={"input_size": (3, size, size)})
+    theirs = json.loads((tmp_path / "config.json").read_text())
+    assert ours["global_pool"] == theirs["global_pool"] == pool
+    found, expected = (config["pretrained_cfg"]["pool_size"] for config in (ours, theirs))
+    assert (found and tuple(found)) == (expected and tuple(expected)) == grid
 
 
 def test_nothing_is_overwritten(tmp_path):
