@@ -62,7 +62,7 @@ _HOPPER = {  # 227 KiB: H100, H200
         32: Configuration(128, 64, 1, 8, 4, programs=2),
         64: Configuration(128, 64, 1, 8, 4),
         128: Configuration(128, 128, 1, 8, 3),
-        256: Configuration(128, 64, 2, 8, 3),
+        256: Configuration(128, 64, 1, 8, 3),
         512: Configuration(32, 32, 4, 8, 3),
     },
     4: {

@@ -72,6 +72,7 @@ def read_kernel(
     PART: tl.constexpr = PADDED_WIDTH // PARTS
     EVEN_WIDTH: tl.constexpr = WIDTH == PADDED_WIDTH
     ROUNDS_WEIGHTS: tl.constexpr = memory_ptr.dtype.element_ty != tl.float32
+    CUTS_WEIGHTS: tl.constexpr = memory_ptr.dtype.element_ty == tl.bfloat16
     o_row = tl.arange(0, BLOCK_ROWS)
     o_entry = tl.arange(0, BLOCK_ENTRIES)
     o_column = tl.arange(0, PART)
@@ -154,9 +155,15 @@ def read_kernel(
             if not EVEN_BLOCK:
                 b_weights = tl.where(m_entry[None, :], b_weights, 0.0)
             b_total += tl.sum(b_weights, 1)
-            b_operand = b_weights.to(memory_ptr.dtype.element_ty)
-            if ROUNDS_WEIGHTS:
-                b_rounded += tl.sum(b_operand.to(tl.float32), 1)
+            if CUTS_WEIGHTS:
+                # Their upper halves as they are: a conversion costs the transcendental unit as much as the power of two did.
+                b_upper = b_weights.to(tl.uint32, bitcast=True) & 0xFFFF0000
+                b_rounded += tl.sum(b_upper.to(tl.float32, bitcast=True), 1)
+                b_operand = (b_upper >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+            else:
+                b_operand = b_weights.to(memory_ptr.dtype.element_ty)
+                if ROUNDS_WEIGHTS:
+                    b_rounded += tl.sum(b_operand.to(tl.float32), 1)
             b_old = b_values
             b_values = ()
             for part in tl.static_range(PARTS):
