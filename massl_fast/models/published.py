@@ -23,6 +23,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
 from massl_fast.models.backbone import build_backbone, patch_size
+from massl_fast.models.checkpoint_files import DamagedCheckpoint, lacks_checksums, read_state, read_tensors
 from massl_fast.models.packed import resampling_matrix
 
 HEAD_FILE = Path("head/head.safetensors")
@@ -110,9 +111,9 @@ def read_network(path: Path, which: str) -> Network:
         raise ValueError(f"A checkpoint holds a teacher and a student, no {which!r}.")
     if not path.exists():
         raise ValueError(f"There is no checkpoint {path}.")
-    path = _resolve_folder(path)
+    path, *earlier = _meant_by(path)
     if (path / "state.json").is_file():
-        return _read_own(path, which)
+        return _read_first_intact([path, *earlier], which)
     if (path / "config.json").is_file():
         return _read_export(path, which)
     if path.is_dir():
@@ -123,27 +124,46 @@ def read_network(path: Path, which: str) -> Network:
     return _read_file(path, which)
 
 
-def _resolve_folder(path: Path) -> Path:
-    """From a run, its checkpoints or one of their pointers to the folder meant."""
+def _meant_by(path: Path) -> list[Path]:
+    """From a run, its checkpoints or one of their pointers to the folder meant; behind the last one those before it, newest first."""
     for pointer in (path / "checkpoints" / "last", path / "last", path):
         if pointer.is_file() and pointer.name in ("last", "best"):
             # The last part alone: a pointer never leads out of the folder.
             target = pointer.parent / Path(pointer.read_text(encoding="utf-8", errors="replace").strip()).name
             if not target.is_dir():
                 raise ValueError(f"{pointer} names {target.name}, which is not there. Name a checkpoint folder itself.")
-            return target
-    return path
+            earlier = [folder for folder in target.parent.glob("step_*") if folder.name < target.name]
+            return [target, *(sorted(earlier, reverse=True) if pointer.name == "last" else [])]
+    return [path]
+
+
+def _read_first_intact(folders: list[Path], which: str) -> Network:
+    """The network of the first checkpoint whose bytes are those that were written; the notes name those passed over."""
+    notes = []
+    for folder in folders:
+        try:
+            network = _read_own(folder, which)
+        except DamagedCheckpoint as error:
+            if folder == folders[-1]:
+                raise
+            notes.append(f"{error} The one before is taken.")
+        else:
+            network.notes = notes + network.notes
+            return network
+    raise AssertionError("no folder was given")
 
 
 def _read_own(path: Path, which: str) -> Network:
-    state = _read_json(path / "state.json")
-    tensors = _read_safetensors(path / "state.safetensors", f"{which}/")
+    state = read_state(path)
+    tensors = {name.removeprefix(f"{which}/"): tensor for name, tensor in read_tensors(path, state, f"{which}/")}
     backbone, head = _split(tensors)
     if not backbone:
         raise ValueError(f"{path} holds no {which}.")
     network = Network(path, backbone, head, _checked_timm_args(state.get("timm_args"), path / "state.json"))
     if state.get("mean") and state.get("std"):
         network.mean, network.std = tuple(state["mean"]), tuple(state["std"])
+    if lacks_checksums(state):
+        network.notes.append(f"The checkpoint {path} carries no checksums (format 1): damage to its weights would not be noticed.")
     return network
 
 
@@ -204,11 +224,10 @@ def _read_json(file: Path) -> dict[str, Any]:
     return content
 
 
-def _read_safetensors(file: Path, prefix: str = "") -> dict[str, Tensor]:
-    """The entries under ``prefix``, named without it."""
+def _read_safetensors(file: Path) -> dict[str, Tensor]:
     try:
         with safe_open(file, framework="pt") as tensors:
-            return {name.removeprefix(prefix): tensors.get_tensor(name) for name in tensors.keys() if name.startswith(prefix)}  # noqa: SIM118
+            return {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{file} cannot be read: {error}.") from None
 

@@ -3,17 +3,17 @@
     checkpoints/
       step_00001000/        written as .step_00001000.partial, flushed to disk, then renamed
         state.safetensors     student/…, teacher/…, optimizer/<parameter>/<moment>, objective/memory, objective/pointer
-        state.json            format, step, config, world_size, timm_args, best k-NN
+        state.json            its checksum, format, step, config, world_size, timm_args, best k-NN, checksums of the tensors
       last                  the folder to resume from (one line)
       best                  the folder with the best k-NN (one line)
 
 Nothing is unpickled, so a checkpoint from a stranger is data. The layout does not depend on how many processes wrote it or how the
-parameters were sharded: tensors are whole, and each rank reads the slices it needs.
+parameters were sharded: tensors are whole, and each rank reads the slices it needs. models.checkpoint_files has the two files and the
+checksums in them.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import warnings
@@ -21,13 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed.checkpoint as distributed_checkpoint
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
 from torch import Size, Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 
-FORMAT = 1
-FILES = ("state.json", "state.safetensors")
+from massl_fast.models.checkpoint_files import FILES, damage_of, read_state, read_tensors, shapes_of, write_files
 
 
 class CheckpointFolder:
@@ -36,6 +34,7 @@ class CheckpointFolder:
     def __init__(self, folder: Path, keep_every_steps: int = 0, keep_last: int = 1):
         self.folder = folder
         self.keep_every_steps, self.keep_last = keep_every_steps, keep_last
+        self._passed_over: list[str] = []
 
     def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any], *, best: bool = False) -> Path:
         """Write one checkpoint and make it the last one; ``best`` makes it the best one, too.
@@ -49,8 +48,8 @@ class CheckpointFolder:
         try:
             partial.mkdir(parents=True)
             # Views and tied tensors are not for safetensors: each entry is written contiguous and on its own.
-            save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, partial / "state.safetensors")
-            (partial / "state.json").write_text(json.dumps({"format": FORMAT, "step": step, **state}, indent=1), encoding="utf-8")
+            whole = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+            write_files(partial, whole, {"step": step, **state})
             for file in partial.iterdir():
                 flush(file)
             if target.exists():
@@ -70,14 +69,22 @@ class CheckpointFolder:
         return target
 
     def last(self) -> Path | None:
-        """The newest whole checkpoint, or None. One that was cut off, whether still partial or damaged since, is passed over."""
+        """The newest whole checkpoint by the names and lengths of its files, or None: for sentences, since no weight is read."""
         return next((path for path in reversed(self._folders()) if why_not_whole(path) is None), None)
 
+    def last_intact(self) -> Path | None:
+        """The newest checkpoint of which every byte is as it was written, or None; one that was cut off or damaged is passed over."""
+        self._passed_over = []
+        for path in reversed(self._folders()):
+            damage = damage_of(path)
+            if damage is None:
+                return path
+            self._passed_over.append(f"The checkpoint {path} is passed over: {damage.removesuffix('.')}.")
+        return None
+
     def passed_over(self) -> list[str]:
-        """A sentence for each checkpoint newer than the last whole one."""
-        last = self.last()
-        newer = [path for path in self._folders() if last is None or path.name > last.name]
-        return [f"The checkpoint {path} is passed over: {why_not_whole(path)}." for path in newer]
+        """A sentence for each checkpoint that ``last_intact`` passed over."""
+        return self._passed_over
 
     def best(self) -> Path | None:
         return self._pointed("best")
@@ -120,38 +127,10 @@ def why_not_whole(path: Path) -> str | None:
     return None
 
 
-def read_state(path: Path) -> dict[str, Any]:
-    """What is in ``state.json``. ValueError says what is missing or damaged."""
-    path = Path(path)
-    for name in FILES:
-        if not (path / name).is_file():
-            raise ValueError(f"{path} is not a checkpoint of massl-fast: it has no {name}.")
-    try:
-        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise _damaged(path, error) from None
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        found = state.get("format") if isinstance(state, dict) else state
-        raise ValueError(f"The checkpoint {path} has format {found!r}; this version reads format {FORMAT}.")
-    return state
-
-
-def shapes_of(path: Path) -> dict[str, Size]:
-    """Names and shapes of a checkpoint's tensors; ValueError where the file is damaged or cut off."""
-    try:
-        with safe_open(path / "state.safetensors", framework="pt") as tensors:
-            return {name: Size(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise _damaged(path, error) from None
-
-
 def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(tensors on the CPU, state) of a checkpoint folder. ValueError says what is missing or damaged."""
     state = read_state(path)
-    try:
-        return load_file(Path(path) / "state.safetensors"), state
-    except SafetensorError as error:
-        raise _damaged(path, error) from None
+    return dict(read_tensors(path, state)), state
 
 
 def read_into(path: Path, targets: dict[str, Tensor]) -> None:
@@ -162,10 +141,6 @@ def read_into(path: Path, targets: dict[str, Tensor]) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         distributed_checkpoint.load(dict(targets), storage_reader=HuggingFaceStorageReader(str(path)), no_dist=True)
-
-
-def _damaged(path: Path, error: Exception) -> ValueError:
-    return ValueError(f"The checkpoint {path} is damaged ({error}). Use an earlier one.")
 
 
 def with_prefix(prefix: str, tensors: dict[str, Any]) -> dict[str, Any]:

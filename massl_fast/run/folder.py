@@ -30,7 +30,7 @@ def prepare_folder(folder: Path, mode: str, checkpoints: CheckpointFolder, world
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ValueError(f"run.folder {folder} cannot be made: {error.strerror}. Name a place that can be written.") from None
-        last = checkpoints.last()
+        last = checkpoints.last_intact()
     last = world.from_main(last)
     _demand_shared(last or folder, world)
     if mode == "must" and last is None:

@@ -152,4 +152,4 @@ class TestCheckpoints:
         assert main([*arguments, str(tmp_path / "gone")]) == 2 and "There is no checkpoint" in capsys.readouterr().err
         path = self.write(tmp_path / "c", {"teacher": self.network(1)})
         (path / "state.safetensors").write_bytes(b"nothing")
-        assert main([*arguments, str(path)]) == 2 and "cannot be read" in capsys.readouterr().err
+        assert main([*arguments, str(path)]) == 2 and "is damaged (" in capsys.readouterr().err

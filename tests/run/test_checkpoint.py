@@ -1,8 +1,12 @@
 import json
+import random
+import sys
 
 import pytest
 import torch
 
+from massl_fast.models.checkpoint_files import damage_of
+from massl_fast.models.published import read_network
 from massl_fast.run.checkpoint import CheckpointFolder, load_strictly, read_checkpoint
 
 TENSORS = {"student/weight": torch.arange(6.0).view(2, 3).T, "objective/pointer": torch.tensor([5])}
@@ -50,6 +54,7 @@ def test_damaged_and_foreign_folders_are_sentences(tmp_path):
         read_checkpoint(path)
     path = CheckpointFolder(tmp_path).save(1, TENSORS, {})
     state = json.loads((path / "state.json").read_text())
+    state.pop("checksum")
     (path / "state.json").write_text(json.dumps({**state, "format": 99}))
     with pytest.raises(ValueError, match="format 99"):
         read_checkpoint(path)
@@ -66,3 +71,96 @@ def test_strict_loading_names_what_differs():
             load_strictly("student", into, tensors)
     load_strictly("student", into, {"a": torch.ones(2), "b": torch.ones(3)})
     assert into["b"].eq(1).all()
+
+
+def damaged(content: bytes, generator: random.Random) -> bytes:
+    """One bit flipped, or cut off anywhere."""
+    place = generator.randrange(len(content))
+    if generator.random() < 0.2:
+        return content[:place]
+    return content[:place] + bytes([content[place] ^ 1 << generator.randrange(8)]) + content[place + 1 :]
+
+
+def count_undetected(trials: int, folder, seed: int = 0) -> dict[str, int]:
+    """Damage a checkpoint ``trials`` times, in either file; how often each way of reading takes it for whole, or reads other numbers."""
+    generator = random.Random(seed)
+    values = torch.randn(5, 7)
+    tensors = {
+        f"{network}/backbone.weight": values.to(dtype) for network, dtype in (("student", torch.float32), ("teacher", torch.bfloat16))
+    }
+    tensors |= {"objective/pointer": torch.tensor([5]), "optimizer/weight/step": torch.tensor(3.0)}
+    timm_args = {"architecture": "vit_tiny_patch16_224", "model_args": {}, "image_size": 16}
+    checkpoints = CheckpointFolder(folder / "checkpoints", keep_last=2)
+    good, bad = (checkpoints.save(step, tensors, {"timm_args": timm_args, "note": "ä", "small": 1e-05}) for step in (1, 2))
+    whole = {name: (bad / name).read_bytes() for name in ("state.json", "state.safetensors")}
+    missed = {"whole": 0, "resumed": 0, "not named": 0, "read": 0, "evaluated": 0}
+    for _ in range(trials):
+        name = generator.choice(list(whole))
+        (bad / name).write_bytes(damaged(whole[name], generator))
+        missed["whole"] += damage_of(bad) is None
+        missed["resumed"] += checkpoints.last_intact() != good
+        missed["not named"] += not any(str(bad) in sentence for sentence in checkpoints.passed_over())
+        try:
+            read_checkpoint(bad)
+            missed["read"] += 1
+        except ValueError:
+            pass
+        network = read_network(folder, "teacher")  # as evaluation and export do; the optimizer's tensors are not theirs to judge
+        missed["evaluated"] += not torch.equal(network.backbone["weight"], tensors["teacher/backbone.weight"])
+        missed["evaluated"] += network.source == bad and network.notes != []
+        (bad / name).write_bytes(whole[name])
+    assert damage_of(bad) is None and checkpoints.last_intact() == bad
+    return missed
+
+
+def test_no_damaged_checkpoint_is_taken_for_whole_and_the_one_before_is_taken(tmp_path):
+    assert set(count_undetected(150, tmp_path).values()) == {0}
+
+
+def test_each_byte_of_a_checkpoint_counts(tmp_path):
+    path = CheckpointFolder(tmp_path).save(1, {"a": torch.ones(1)}, {})
+    for name in ("state.json", "state.safetensors"):
+        whole = (path / name).read_bytes()
+        for byte in range(len(whole)):
+            bit = 8 * byte + 5 * byte % 8
+            (path / name).write_bytes(whole[: bit // 8] + bytes([whole[bit // 8] ^ 1 << bit % 8]) + whole[bit // 8 + 1 :])
+            assert damage_of(path) is not None, f"bit {bit} of {name}"
+        (path / name).write_bytes(whole)
+
+
+def test_a_damaged_tensor_is_named(tmp_path):
+    path = CheckpointFolder(tmp_path).save(1, TENSORS, {})
+    content = bytearray((path / "state.safetensors").read_bytes())
+    content[-1] ^= 16
+    (path / "state.safetensors").write_bytes(content)
+    last = list(read_order(path))[-1]
+    with pytest.raises(ValueError, match=f"{last} in state.safetensors does not have its checksum"):
+        read_checkpoint(path)
+
+
+def read_order(path) -> list[str]:
+    header = (path / "state.safetensors").read_bytes()
+    entries = json.loads(header[8 : 8 + int.from_bytes(header[:8], "little")])
+    return sorted(entries, key=lambda name: entries[name]["data_offsets"])
+
+
+def test_a_checkpoint_of_before_checksums_still_loads_and_says_so(tmp_path):
+    timm_args = {"architecture": "vit_tiny_patch16_224", "model_args": {}, "image_size": 16}
+    path = CheckpointFolder(tmp_path).save(1, {"teacher/backbone.weight": torch.ones(2)}, {"timm_args": timm_args})
+    state = json.loads((path / "state.json").read_text())
+    for key in ("checksum", "checksums"):
+        state.pop(key)
+    (path / "state.json").write_text(json.dumps({**state, "format": 1}, indent=1))
+    tensors, found = read_checkpoint(path)
+    assert found["step"] == 1 and tensors["teacher/backbone.weight"].eq(1).all()
+    assert CheckpointFolder(tmp_path).last_intact() == path
+    assert any("carries no checksums" in note for note in read_network(path, "teacher").notes)
+
+
+if __name__ == "__main__":  # python tests/run/test_checkpoint.py [TRIALS]
+    import tempfile
+    from pathlib import Path
+
+    with tempfile.TemporaryDirectory() as workplace:
+        trials = int(sys.argv[1]) if len(sys.argv) > 1 else 1000
+        print(f"{trials} damaged checkpoints, undetected: {count_undetected(trials, Path(workplace))}")
