@@ -7,6 +7,13 @@ from typing import TypeVar
 
 Entry = TypeVar("Entry")
 
+LONGEST_SHOWN = 200
+"""Characters of a value in a sentence."""
+
+
+def shortened(text: str) -> str:
+    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}…"
+
 
 class Registry(dict[str, Entry]):
     """What the names of ``setting`` stand for, in the order in which they were added."""
@@ -26,4 +33,6 @@ class Registry(dict[str, Entry]):
             return self[name]
         near = difflib.get_close_matches(name, self, n=1)
         hint = f" Did you mean {near[0]}?" if near else ""
-        raise ValueError(f"{self.setting} is {name!r}.{hint} It can be {', '.join(self)}, or what a plugin (run.plugins) registers.")
+        raise ValueError(
+            f"{self.setting} is {shortened(repr(name))}.{hint} It can be {', '.join(self)}, or what a plugin (run.plugins) registers."
+        )

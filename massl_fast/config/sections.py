@@ -5,14 +5,20 @@ Upper bounds are far beyond what any machine runs; they keep a slip of the keybo
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, SerializeAsAny, ValidationInfo, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, SerializeAsAny, ValidationInfo, field_validator
 
 from massl_fast.config.registry import Registry
 
 LARGEST_COUNT = 10**12
 """Steps, images."""
+LARGEST_SIZE = 2**20
+"""Whatever has a size in a network."""
+
+LONGEST_PATH, LONGEST_FILE_NAME = 4095, 255
+"""Bytes, of Linux."""
 
 Pixels = Annotated[int, Field(le=2**14)]
 Epochs = Annotated[float, Field(ge=0, le=1e7)]
@@ -25,7 +31,22 @@ Deviation = Annotated[float, Field(ge=1e-6, le=1e6)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Neighbours = Annotated[int, Field(ge=1, le=LARGEST_COUNT)]
 Temperature = Annotated[float, Field(ge=1e-6, le=1e6)]
-Width = Annotated[int, Field(le=2**20)]
+Width = Annotated[int, Field(le=LARGEST_SIZE)]
+
+
+def _possible_path(text: str) -> str:
+    """``text``, if a file may have that name at all; what the file system has is for those to say who open it."""
+    encoded = os.fsencode(text)
+    if b"\0" in encoded:
+        raise ValueError("it holds a zero byte, which no path has. Remove it.")
+    if len(encoded) > LONGEST_PATH or max(map(len, encoded.split(b"/"))) > LONGEST_FILE_NAME:
+        raise ValueError(
+            f"it is too long for a path: {LONGEST_PATH} bytes are possible, {LONGEST_FILE_NAME} between two slashes. Name a shorter one."
+        )
+    return text
+
+
+PathText = Annotated[str, AfterValidator(_possible_path)]
 
 
 class Section(BaseModel):
@@ -37,7 +58,7 @@ class Section(BaseModel):
         coerce_numbers_to_str=True,
         validate_default=True,
         allow_inf_nan=False,
-        str_max_length=4096,
+        str_max_length=LONGEST_PATH,
     )
 
 
@@ -51,16 +72,16 @@ def register_loader_settings(name: str, model: type[Section] = Section) -> None:
 
 
 class RunSection(Section):
-    folder: str = ""
+    folder: PathText = ""
     """Where config, metrics, checkpoints and the report go. Empty: runs/<recipe name>."""
     seed: int = Field(0, ge=0, lt=2**63)
     """Seed of weights, data order, augmentation, drop path and partitions."""
     resume: Literal["auto", "must", "never"] = "auto"
     """auto: continue from the folder's last checkpoint if there is one; must: fail without one;
     never: move an old run aside and start over."""
-    init_from: str = ""
+    init_from: PathText = ""
     """Checkpoint (a massl-fast folder or a published .pth) whose backbone student and teacher start from. Empty: random weights."""
-    plugins: tuple[str, ...] = ()
+    plugins: tuple[PathText, ...] = ()
     """Python files that register objectives, evaluations or loaders of your own, run when the settings are read."""
 
     @field_validator("plugins", mode="before")
@@ -70,7 +91,7 @@ class RunSection(Section):
 
 
 class DataSection(Section):
-    train: str = ""
+    train: PathText = ""
     """Training images: a folder of class folders, a folder of images, WebDataset tars (path/train-{000..003}.tar),
     or `demo` (generated on first use)."""
     loader: str = "auto"
@@ -80,7 +101,7 @@ class DataSection(Section):
     """Settings of a loader that a plugin registers, --data.loader_settings.KEY VALUE; the other loaders have none."""
     num_workers: int = Field(-1, ge=-1, le=4096)
     """Loader processes (torchvision) or threads (DALI) per rank. -1: the cores of this host divided by its ranks, one kept for the step."""
-    bad_files: str = ""
+    bad_files: PathText = ""
     """List written by `massl-fast data check`; the files it names as unreadable are left out from the start. Empty: none."""
     max_bad_percent: float = Field(5.0, ge=0, le=100)
     """Share of unreadable images above which a run ends. Below it they are named in bad_files.txt and replaced."""
@@ -157,6 +178,15 @@ class ModelSection(Section):
     """Format of the tokens between transformer blocks when train.precision is bf16. With bf16 a step moves a quarter fewer bytes, for more
     rounding; docs/performance.md has the figures."""
 
+    @field_validator("model_args")
+    @classmethod
+    def _sizes_are_possible(cls, arguments: dict[str, JsonValue]) -> dict[str, JsonValue]:
+        for name, value in arguments.items():
+            for number in value if isinstance(value, list) else [value]:
+                if isinstance(number, (int, float)) and abs(number) > LARGEST_SIZE:
+                    raise ValueError(f"{name} is {number:.6g}; no network has sizes beyond {LARGEST_SIZE}.")
+        return arguments
+
 
 class OptimizerSection(Section):
     name: Literal["adamw", "adamw_with_teacher", "adamw_apex", "sgd", "lars"] = "adamw"
@@ -223,9 +253,9 @@ class ParallelSection(Section):
 
 
 class EvaluationSection(Section):
-    train: str = ""
+    train: PathText = ""
     """Labelled images that k-NN compares with; empty: no evaluation. `demo` names the generated set."""
-    test: str = ""
+    test: PathText = ""
     """Labelled images that k-NN classifies."""
     every_epochs: Epochs = 10
     """Epochs between evaluations during training; 0: only before and after."""

@@ -17,6 +17,7 @@ import yaml
 from pydantic import ValidationError
 
 from massl_fast.config.objectives import SETTINGS
+from massl_fast.config.registry import shortened
 from massl_fast.config.sections import LOADERS, Section
 from massl_fast.config.whole import DEFAULT_OBJECTIVE, Config
 from massl_fast.plugins import load_plugins
@@ -83,12 +84,14 @@ def parse_overrides(arguments: Sequence[str]) -> Layer:
         key, equals, value = argument.partition("=")
         path = tuple(key[2:].replace("-", "_").split("."))
         if not key.startswith("--") or len(path) < 2 or not all(path):
-            raise ValueError(f"'{key}' is not a setting. Settings are written --section.key VALUE, for example --train.steps 100.")
+            raise ValueError(
+                f"'{shortened(key)}' is not a setting. Settings are written --section.key VALUE, for example --train.steps 100."
+            )
         if not equals:
             value = next(waiting, None)
             if value is None:
                 raise ValueError(f"{key} has no value. Settings are written --section.key VALUE.")
-        overrides.append((path, _parsed(value, f"The value of {key}, '{value}',") if value else ""))
+        overrides.append((path, _parsed(value, f"The value of {key}, '{shortened(value)}',") if value else ""))
     return overrides
 
 
@@ -206,7 +209,7 @@ def _parsed(text: str, origin: str) -> Any:
     try:
         return yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a month 13, a number of thousands of digits
-        raise ValueError(f"{origin} is not valid YAML: {error}") from None
+        raise ValueError(f"{origin} is not valid YAML: {shortened(str(error))}") from None
 
 
 def _models(objective: str) -> dict[str, type[Section]]:
@@ -224,9 +227,7 @@ def _sentence(problem: dict[str, Any], settings: dict[str, Any]) -> str:
     if problem["type"] == "value_error":
         message = str(problem["ctx"]["error"])
         return message if not key or message.startswith(key) else f"{key}: {message}"
-    found = repr(problem["input"])
-    found = found if len(found) <= 200 else f"{found[:200]}…"
-    return f"{key} is {found}: {problem['msg'][0].lower()}{problem['msg'][1:]}."
+    return f"{key} is {shortened(repr(problem['input']))}: {problem['msg'][0].lower()}{problem['msg'][1:]}."
 
 
 def _unknown(location: list[str], settings: dict[str, Any]) -> str:

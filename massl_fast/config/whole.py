@@ -7,6 +7,7 @@ from typing import Any
 from pydantic import PrivateAttr, SerializeAsAny, field_validator, model_validator
 
 from massl_fast.config.objectives import SETTINGS, MasslSettings, ObjectiveSettings
+from massl_fast.config.registry import shortened
 from massl_fast.config.sections import (
     CheckpointSection,
     CropsSection,
@@ -55,7 +56,7 @@ class Config(Section):
             return value
         value = {"name": DEFAULT_OBJECTIVE, **value}
         if not isinstance(value["name"], str):
-            raise ValueError(f"objective.name is {value['name']!r}; it is one of {', '.join(SETTINGS)}.")
+            raise ValueError(f"objective.name is {shortened(repr(value['name']))}; it is one of {', '.join(SETTINGS)}.")
         return SETTINGS.chosen(value["name"]).model_validate(value)
 
     @model_validator(mode="after")

@@ -75,7 +75,7 @@ def build_backbone(
                 if name in model_args:
                     raise ValueError(f"{arch} takes no argument {name!r}; remove it from model.model_args.") from error
                 del optional[name]
-        except (AssertionError, RuntimeError, ValueError) as error:
+        except Exception as error:  # what a network raises over arguments it cannot take is its own choice
             message = _message(error)
             settings = f"{model_args or 'its default arguments'}"
             raise ValueError(f"timm cannot build {arch} for {image_size} px with {settings}: {message}") from error
@@ -113,7 +113,7 @@ def _trace_feature_dim(backbone: nn.Module, arch: str, sizes: Sequence[int]) -> 
             try:
                 with torch.no_grad():
                     features = torch.func.functional_call(backbone, tensors, (images,))
-            except (AssertionError, RuntimeError, ValueError, IndexError) as error:
+            except Exception as error:
                 raise ValueError(
                     f"{arch}, built for crops of {sizes[0]} px, cannot take crops of {size} px ({_message(error)}). "
                     "Give it crops of a size it accepts, or choose a network that takes any size, such as vit_* or resnet*."
