@@ -43,7 +43,7 @@ setup(
     extras_require={
         "test": ["pytest>=8", "pytest-benchmark>=4", "pytest-timeout>=2.3", "hypothesis>=6.100", "ruff>=0.6"],
         "wandb": ["wandb>=0.17"],
-        "eval": ["scikit-learn>=1.4", "scipy>=1.11"],
+        "eval": ["scikit-learn>=1.4", "scipy>=1.11", "pycocotools>=2.0.7"],
     },
     entry_points={"console_scripts": ["massl-fast = massl_fast.cli:main"]},
 )
