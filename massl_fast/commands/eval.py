@@ -23,6 +23,7 @@ from torch import nn
 
 from massl_fast.evaluation.base import Protocol, Result, Settings
 from massl_fast.evaluation.registry import PROTOCOLS, protocol_named
+from massl_fast.evaluation.store import DTYPES, FeatureStore
 from massl_fast.evaluation.subject import Subject
 from massl_fast.hardware import chosen_device, versions
 from massl_fast.models.published import load_backbone, rebuild
@@ -102,6 +103,8 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="of the forward pass (default: fp32)")
     parser.add_argument("--batch-size", type=int, default=256, help="images at a time (default: 256)")
     parser.add_argument("--num-workers", type=int, default=0, help="processes that decode images (default: 0, this one)")
+    parser.add_argument("--cache", metavar="DIR", help="keep features in this folder, and take them from it where they are whole")
+    parser.add_argument("--cache-dtype", choices=tuple(DTYPES), default="fp32", help="format of kept features (default: fp32)")
     parser.add_argument("--seed", type=int, default=0, help="of whatever a protocol draws (default: 0)")
     parser.add_argument("--no-baselines", action="store_true", help="leave out the untrained network and raw pixels")
     parser.add_argument("--plugin", action="append", default=[], metavar="FILE.py", help="Python file of your own that adds evaluations")
@@ -181,7 +184,10 @@ def subject_of(args: argparse.Namespace) -> tuple[Subject, dict[str, Any]]:
         seed=args.seed,
         recipe=args.features,
         raw_pixels=not args.no_baselines,
+        store=FeatureStore(Path(args.cache), args.cache_dtype) if args.cache else None,
     )
+    if args.cache and args.cache_dtype == "fp16":
+        info["notes"] = [*info["notes"], "Features are kept, and evaluated, rounded to fp16."]
     return subject, info
 
 

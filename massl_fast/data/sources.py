@@ -68,6 +68,24 @@ class Source:
         """The image as it is stored. Raises OSError when it cannot be read."""
         raise NotImplementedError
 
+    def files(self) -> Iterator[str]:
+        """Paths of the files that hold the images."""
+        raise NotImplementedError
+
+    def stamp(self) -> str:
+        """A hash of names, labels, and the sizes and times of change of the files: what tells that the images are the same as before."""
+        found = hashlib.sha256(repr((self.classes, len(self))).encode())
+        found.update(self._names.tobytes())
+        found.update(self._ends.tobytes())
+        found.update(b"" if self._labels is None else self._labels.tobytes())
+        for path in self.files():
+            try:
+                status = os.stat(path)
+                found.update(f"{status.st_size} {status.st_mtime_ns};".encode())
+            except OSError:
+                found.update(b"gone;")
+        return found.hexdigest()
+
     def without(self, names: Collection[str]) -> "Source":
         """The same source less the images of these names. Raises ValueError when none is left."""
         unwanted = frozenset(names)
@@ -104,6 +122,9 @@ class FolderSource(Source):
         with open(os.path.join(self.path, self.name(i)), "rb") as file:
             return file.read()
 
+    def files(self) -> Iterator[str]:
+        return (os.path.join(self.path, self.name(i)) for i in range(len(self)))
+
 
 class TarSource(Source):
     """Members of tar files, read in place: nothing is ever extracted, so a member's path is only a name."""
@@ -134,6 +155,9 @@ class TarSource(Source):
         if len(data) != size:
             raise OSError(f"{self.shards[shard]} ends before this member does")
         return data
+
+    def files(self) -> Iterator[str]:
+        return iter(self.shards)
 
     def _keep(self, kept: list[int]) -> None:
         self._positions = self._positions[kept]

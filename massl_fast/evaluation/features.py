@@ -6,9 +6,11 @@ One pass over the images serves any number of networks: decoding costs more than
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from itertools import islice
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,7 +18,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from massl_fast.data.decode import UnreadableImage, decode_rgb
 from massl_fast.data.torchvision_loader import worker_arguments
@@ -126,6 +128,13 @@ class LabelledImages(Dataset):
         self.kept: tuple[Tensor, Tensor] | None = None
         """After a pass that keeps them: this rank's images, uint8 [n, 3, S, S], and which of them are readable, bool [n]."""
 
+    def geometry(self) -> dict[str, Any]:
+        """What decides over the pixels of an image, besides the image; and which images of the source these are. Plain values."""
+        chosen = "all"
+        if not torch.equal(self.positions, torch.arange(len(self.source))):
+            chosen = hashlib.sha256(self.positions.numpy().tobytes()).hexdigest()
+        return {"image_size": self.image_size, "resize_ratio": self.resize_ratio, "images": chosen}
+
     @property
     def num_bytes(self) -> int:
         """Size of this rank's images in memory, once decoded."""
@@ -144,20 +153,25 @@ class LabelledImages(Dataset):
         pixels = np.array(resize_and_crop(image, self.image_size, self.resize_ratio))
         return torch.from_numpy(pixels).permute(2, 0, 1), True
 
-    def batches(self, batch_size: int, num_workers: int = 0, *, keep: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yields (uint8 [b, 3, S, S], readable [b]). `keep` holds the decoded images in memory for the next pass."""
+    def batches(
+        self, batch_size: int, num_workers: int = 0, *, keep: bool = False, first_batch: int = 0
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yields (uint8 [b, 3, S, S], readable [b]). `keep` holds the decoded images in memory for the next pass; `first_batch` is the
+        number of batches to leave out (nothing is kept then).
+        """
         if self.kept is not None:
-            yield from zip(*(t.split(batch_size) for t in self.kept))
+            yield from islice(zip(*(t.split(batch_size) for t in self.kept)), first_batch, None)
             return
         # A generator of its own: without one the DataLoader draws from the global one, and a resumed run would part from an unbroken one.
         workers = worker_arguments() if num_workers > 0 else {}
-        loader = DataLoader(self, batch_size, num_workers=num_workers, generator=torch.Generator(), **workers)
+        images = Subset(self, range(first_batch * batch_size, len(self))) if first_batch else self
+        loader = DataLoader(images, batch_size, num_workers=num_workers, generator=torch.Generator(), **workers)
         kept = []
         for batch in loader:
-            if keep:
+            if keep and not first_batch:
                 kept.append(batch)
             yield batch
-        if keep:
+        if kept:
             self.kept = tuple(torch.cat(column) for column in zip(*kept))
 
 
@@ -176,6 +190,35 @@ def eval_mode(functions: Iterable[FeatureFunction]) -> Iterator[None]:
 
 
 @torch.no_grad()
+def feature_batches(
+    functions: Mapping[str, FeatureFunction],
+    images: LabelledImages,
+    *,
+    device: torch.device | str,
+    mean: Sequence[float],
+    std: Sequence[float],
+    batch_size: int = 256,
+    num_workers: int = 0,
+    amp_dtype: torch.dtype | None = None,
+    keep_images: bool = False,
+    first_batch: int = 0,
+) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+    """Yields (readable [b], {name: features [b, ...] float32 on the CPU}) of this rank's images, batch by batch, from `first_batch` on.
+
+    `extract` describes the arguments. Between two batches the networks are as they were before.
+    """
+    device = torch.device(device)
+    scale = (1 / (255 * torch.tensor(std, device=device))).view(3, 1, 1)
+    shift = (torch.tensor(mean, device=device) / torch.tensor(std, device=device)).view(3, 1, 1)
+    for pixels, flags in images.batches(batch_size, num_workers, keep=keep_images, first_batch=first_batch):
+        autocast = torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None)
+        with eval_mode(functions.values()), autocast:
+            batch = pixels.to(device, non_blocking=True).float().mul_(scale).sub_(shift)
+            batch = batch.contiguous(memory_format=torch.channels_last)
+            columns = {name: _checked(function(batch), len(batch)) for name, function in functions.items()}
+        yield flags, columns
+
+
 def extract(
     functions: Mapping[str, FeatureFunction],
     images: LabelledImages,
@@ -201,19 +244,13 @@ def extract(
         amp_dtype: autocast to this type; None: none.
         keep_images: hold the decoded images in memory for the next call.
     """
-    device = torch.device(device)
-    scale = (1 / (255 * torch.tensor(std, device=device))).view(3, 1, 1)
-    shift = (torch.tensor(mean, device=device) / torch.tensor(std, device=device)).view(3, 1, 1)
     columns: dict[str, list[Tensor]] = {name: [] for name in functions}
     readable = []
-    autocast = torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None)
-    with eval_mode(functions.values()), autocast:
-        for pixels, flags in images.batches(batch_size, num_workers, keep=keep_images):
-            batch = pixels.to(device, non_blocking=True).float().mul_(scale).sub_(shift)
-            batch = batch.contiguous(memory_format=torch.channels_last)
-            readable.append(flags)
-            for name, function in functions.items():
-                columns[name].append(_checked(function(batch), len(batch)))
+    arguments = dict(mean=mean, std=std, batch_size=batch_size, num_workers=num_workers, amp_dtype=amp_dtype, keep_images=keep_images)
+    for flags, batch in feature_batches(functions, images, device=device, **arguments):
+        readable.append(flags)
+        for name, features in batch.items():
+            columns[name].append(features)
     mask = _gather(torch.cat(readable).to(torch.uint8), images, device).bool()
     if not mask.any():
         raise ValueError(f"None of the {len(mask)} images of {images.source.path} can be read; run `massl-fast data check` on it.")
@@ -250,7 +287,7 @@ def extract_features(
 
 
 def _checked(features: Tensor, num_images: int) -> Tensor:
-    if features.ndim != 2 or len(features) != num_images:
+    if features.ndim not in (2, 3) or len(features) != num_images:
         raise ValueError(
             f"The network gives features of shape {tuple(features.shape)} for {num_images} images; evaluation needs one vector an image. "
             f"Choose a network with pooled features."
@@ -267,11 +304,14 @@ def raw_pixels(images: Tensor) -> Tensor:
     return F.adaptive_avg_pool2d(images, side).flatten(1)
 
 
-def _gather(mine: Tensor, images: LabelledImages, device: torch.device) -> Tensor:
+def _gather(mine: Tensor, images: LabelledImages, device: torch.device | str) -> Tensor:
     """This rank's rows [m, ...] -> the rows of all images, in order, on the CPU."""
-    if images.world_size == 1:
-        return mine
+    return mine if images.world_size == 1 else gather_turns(mine, images.world_size, device)[: len(images.positions)]
+
+
+def gather_turns(mine: Tensor, world_size: int, device: torch.device | str) -> Tensor:
+    """Rows [m, ...] of every rank -> [world_size · m, ...] on the CPU: the first of every rank, the second of every rank, and so on."""
     mine = mine.to(device)
-    parts = [torch.empty_like(mine) for _ in range(images.world_size)]
+    parts = [torch.empty_like(mine) for _ in range(world_size)]
     dist.all_gather(parts, mine)
-    return torch.stack(parts, dim=1).flatten(0, 1)[: len(images.positions)].cpu()
+    return torch.stack(parts, dim=1).flatten(0, 1).cpu()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from massl_fast.data.loaders import open_data
 from massl_fast.evaluation.features import FeatureFunction, Features, LabelledImages, extract, raw_pixels
+from massl_fast.evaluation.store import FeatureStore
 from massl_fast.models.backbone import Encoder
 from massl_fast.models.recipes import default_recipe, demand_recipe, features_of
 
@@ -57,6 +58,8 @@ class Subject:
     """Whether pixels themselves stand beside the networks, where that makes sense."""
     shard: tuple[int, int] = (0, 1)
     """(rank, world size)."""
+    store: FeatureStore | None = None
+    """Where features are kept between runs; None: nowhere."""
     keep_images: bool = False
     """Hold decoded images of up to 1 GiB in memory for the next evaluation."""
     option: Callable[[str], str] = "--{}".format
@@ -107,17 +110,18 @@ class Subject:
         """{name: features of ``images``} of every network and of raw pixels, in one pass over the images. With several ranks a
         collective call.
         """
-        return extract(
-            self.functions(recipe),
-            images,
+        functions = self.functions(recipe)
+        arguments = dict(
             device=self.device,
             mean=self.mean,
             std=self.std,
             batch_size=self.batch_size,
             num_workers=self.num_workers,
             amp_dtype=self.amp_dtype,
-            keep_images=self.keep_images and self._kept_bytes() <= KEPT_BYTES,
         )
+        if self.store is not None:
+            return self.store.features(functions, images, recipe=recipe, precision=self.precision, **arguments)
+        return extract(functions, images, keep_images=self.keep_images and self._kept_bytes() <= KEPT_BYTES, **arguments)
 
     @property
     def amp_dtype(self) -> torch.dtype | None:
