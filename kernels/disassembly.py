@@ -39,6 +39,16 @@ class Instruction:
             return tuple(map(int, found.groups()))
         return {"1688": (16, 8, 8), "16816": (16, 8, 16), "1684": (16, 8, 4)}[re.search(r"\.(\d+)", self.name).group(1)]
 
+    @property
+    def matrices(self) -> int:
+        """8 × 8 matrices of 128 bytes that LDSM loads."""
+        return int(self.name[-1]) if self.name[-1] in "24" else 1
+
+    @property
+    def bytes_per_thread(self) -> int:
+        """Of a load or store."""
+        return next((int(bits) // 8 for bits in ("128", "64") if f".{bits}" in self.name), 4)
+
     def written(self) -> range:
         """Registers that it writes; empty for stores, jumps and what has its result elsewhere."""
         operands = list(self.operands)
@@ -58,7 +68,7 @@ class Instruction:
         if self.opcode == "HMMA":
             return 4 if self.name.split(".")[2] == "F32" else 2
         if self.opcode == "LDSM":
-            return int(self.name[-1]) if self.name[-1] in "24" else 1
+            return self.matrices
         if ".128" in self.name:
             return 4
         return 2 if ".64" in self.name or ".WIDE" in self.name or self.name == "CS2R" or ".F64" in self.name else 1

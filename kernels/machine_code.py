@@ -19,7 +19,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from massl_fast.kernels import disassembly, fused
+from massl_fast.kernels import disassembly, fused, throughput
 from massl_fast.kernels.configurations import Configuration, configuration, padded_width
 from massl_fast.kernels.fused_kernels import read_kernel
 
@@ -190,11 +190,14 @@ def _disassemble(cubin: bytes) -> tuple[str, str]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--arch", choices=list(ARCHITECTURES), default="sm_90", help="architecture to compile for (default: sm_90)")
+    parser.add_argument("--model", action="store_true", help="clocks per unit of the inner loop instead, and the share that follows")
     parser.add_argument("--json", action="store_true", help="print one JSON array of rows")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the resources of every shipped configuration; 0 if each keeps its registers, else 1."""
+    """Print the resources of every shipped configuration, or the model of its speed; 0 if each keeps its registers, else 1."""
+    if args.model:
+        return _print_model(args.arch, args.json)
     rows = [resources(variant, args.arch) for variant in shipped(args.arch)]
     if args.json:
         print(json.dumps([asdict(row) for row in rows], indent=1))
@@ -207,3 +210,25 @@ def run(args: argparse.Namespace) -> int:
                 f"{row.tensor_core_instructions:4} {row.async_copy_instructions:5} {row.pipeline_buffers:7} {row.occupancy_percent:8}%"
             )
     return int(any(row.spill_bytes for row in rows))
+
+
+def _print_model(arch: str, as_json: bool) -> int:
+    throughput.check_architecture(arch)
+    rows = []
+    for variant in shipped(arch):
+        choice = variant.choice
+        _, code = _disassemble(compile_variant(variant, arch).asm["cubin"])
+        operations = 4 * choice.block_rows * choice.block_entries * variant.width  # two products of a tile
+        found = throughput.clocks(code, arch, operations, choice.warps, choice.programs)
+        rows.append({"arch": arch, "configuration": variant.name, "programs": choice.programs, "model": True} | asdict(found))
+    if as_json:
+        print(json.dumps(rows, indent=1))
+        return 0
+    print(f"{arch}, Triton {triton.__version__}: a model, not a measurement. Clocks of one multiprocessor per turn of the inner loop,")
+    print("each unit at its peak; share of the nominal rate where products and the rest take turns, and where the busiest never waits.")
+    units = ("tensor_cores", "transcendental", "issue", "shared_memory", "second_cache")
+    print(f"{'configuration':62}" + "".join(f"{unit.replace('_', ' '):>15}" for unit in units) + f"{'share':>14}")
+    for row in rows:
+        share = f"{row['share_in_turns_percent']:.0f} to {row['share_overlapped_percent']:.0f}%"
+        print(f"{row['configuration']:62}" + "".join(f"{row[unit]:15.0f}" for unit in units) + f"{share:>14}")
+    return 0

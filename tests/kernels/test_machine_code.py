@@ -11,7 +11,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from massl_fast import cli
-from massl_fast.kernels import disassembly, fused_kernels, machine_code, partition_kernel, ring_kernel
+from massl_fast.kernels import disassembly, fused_kernels, machine_code, partition_kernel, ring_kernel, throughput
 from massl_fast.kernels.configurations import neighbours
 
 ALL = "MASSL_FAST_TEST_ALL_CONFIGURATIONS"
@@ -143,6 +143,58 @@ def test_inspect_prints_rows(monkeypatch, capsys, as_json):
         }
         rows = json.loads(printed)
         assert rows and all(keys <= row.keys() for row in rows)
+
+
+MODELLED = """
+.L_x_1:
+        /*0000*/                   HGMMA.64x64x16.F32.BF16 R152, gdesc[UR12], RZ, !UPT, gsb0 ;
+        /*0010*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
+        /*0020*/                   MUFU.EX2 R184, R152 ;
+        /*0030*/                   F2F.BF16.F32 R184, R184 ;
+        /*0040*/                   LDGSTS.E.BYPASS.128 [R4+0x10000], desc[UR16][R6.64] ;
+        /*0050*/                   HGMMA.64x64x16.F32.BF16 R88, R184, gdesc[UR12].tnspB, R88, gsb0 ;
+        /*0060*/                   LDS R7, [R8] ;
+        /*0070*/              @!P0 BRA `(.L_x_1) ;
+"""
+
+
+@pytest.mark.parametrize("programs", [1, 2])
+def test_the_model_counts_what_each_unit_does(programs):
+    """Eight warps, two groups of four: figures by hand."""
+    found = throughput.clocks(MODELLED, "sm_90", 2 * 2 * 64 * 64 * 16, 8, programs)
+    assert found.tensor_cores == 2 * 2 * (2 * 64 * 64 * 16) / 4096 * programs
+    assert found.transcendental == 2 * 32 * 8 / 16 * programs and found.issue == 8 * 8 / 4 * programs
+    operands, others = 2 * 32 * (64 + 64 + 64), 8 * 32 * (16 + 4)  # the first product reads both from shared memory
+    assert found.shared_memory == (operands + others) / 128 * programs
+    assert found.second_cache == pytest.approx(8 * 32 * 16 / (5120 / 132) * programs)
+    in_turns = max(128, operands / 128) + max(32, 16, others / 128)
+    # Half of what the tensor cores do is for nothing: both groups compute the same.
+    assert found.share_in_turns_percent == pytest.approx(100 * 64 / max(in_turns, found.second_cache / programs))
+    assert found.share_overlapped_percent == pytest.approx(100 * 64 / max(128, (operands + others) / 128))
+
+
+def test_the_model_of_a_loop_without_products_is_an_error():
+    with pytest.raises(ValueError, match="no loop with tensor-core"):
+        throughput.clocks(LOOP.replace("HGMMA", "FMUL"), "sm_90", 1, 8)
+
+
+@pytest.mark.parametrize(("arch", "rate"), [("sm_80", 2048), ("sm_90", 4096)])
+def test_inspect_prints_a_model_marked_as_one(monkeypatch, capsys, arch, rate):
+    variant = one(arch)
+    monkeypatch.setattr(machine_code, "shipped", lambda arch: [variant])
+    assert cli.main(["inspect", "--model", "--arch", arch]) == 0
+    assert "a model, not a measurement" in (printed := capsys.readouterr().out) and variant.name in printed
+    assert cli.main(["inspect", "--model", "--arch", arch, "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    assert row["model"] is True
+    assert row["tensor_cores"] == 4 * variant.choice.block_rows * variant.choice.block_entries * 256 / rate  # nothing twice
+    assert 50 < row["share_in_turns_percent"] < row["share_overlapped_percent"] <= 100
+
+
+def test_the_model_of_an_architecture_without_rates_is_an_error(monkeypatch, capsys):
+    monkeypatch.setattr(machine_code, "compile_variant", lambda *_: pytest.fail("compiled"))
+    assert cli.main(["inspect", "--model", "--arch", "sm_86"]) == 2
+    assert "sm_86" in (message := capsys.readouterr().err) and "sm_80, sm_90" in message
 
 
 def test_inspect_of_an_unknown_architecture(capsys):
