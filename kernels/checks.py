@@ -22,11 +22,11 @@ def check_plain_tensors(tensors: tuple[Tensor, ...]) -> None:
             )
 
 
-def check_views(student: Tensor, teacher: Tensor, memory: Tensor) -> None:
+def check_views(student: Tensor, teacher: Tensor, memory: Tensor, of: str = "memory") -> None:
     for name, views in (("student", student), ("teacher", teacher)):
         if views.ndim != 3:
             raise ValueError(f"{name} must be [views, images, width]; found shape {list(views.shape)}.")
-        check_rows(name, views, memory)
+        check_rows(name, views, memory, of)
     if student.shape[1] != teacher.shape[1]:
         raise ValueError(
             f"student and teacher must hold the same images; found {student.shape[1]} and {teacher.shape[1]} of them "
@@ -39,26 +39,39 @@ def check_views(student: Tensor, teacher: Tensor, memory: Tensor) -> None:
         )
 
 
-def check_rows(name: str, rows: Tensor, memory: Tensor) -> None:
+def check_rows(name: str, rows: Tensor, memory: Tensor, of: str = "memory") -> None:
+    """Rows and the entries that they read; ``of`` is the name of the argument that holds the entries."""
     if memory.ndim != 2 or memory.dtype not in DTYPES:
         raise ValueError(
-            f"memory must be [entries, width] of float32, bfloat16, float16 or float64; found {memory.dtype} of shape {list(memory.shape)}."
+            f"{of} must be [entries, width] of float32, bfloat16, float16 or float64; found {memory.dtype} of shape {list(memory.shape)}."
         )
     if rows.ndim < 1 or rows.shape[-1] != memory.shape[1]:
-        raise ValueError(f"{name} must be as wide as the memory, {memory.shape[1]}; found shape {list(rows.shape)}.")
+        raise ValueError(f"{name} must be as wide as the {of}, {memory.shape[1]}; found shape {list(rows.shape)}.")
     if rows.dtype != memory.dtype:
         raise ValueError(
-            f"{name} must have the memory's dtype, {memory.dtype}; found {rows.dtype}. Cast one of them, or call under autocast."
+            f"{name} must have the {of}'s dtype, {memory.dtype}; found {rows.dtype}. Cast one of them, or call under autocast."
         )
     if rows.device != memory.device:
-        raise ValueError(f"{name} must lie on the memory's device, {memory.device}; found {rows.device}.")
+        raise ValueError(f"{name} must lie on the {of}'s device, {memory.device}; found {rows.device}.")
 
 
-def check_blocks(memory: Tensor, block_size: int) -> None:
+def check_prototypes(student: Tensor, teacher: Tensor, prototypes: Tensor, teacher_prototypes: Tensor) -> None:
+    for name, rows in (("student", student), ("teacher", teacher)):
+        check_rows(name, rows, prototypes, "prototypes")
+    if teacher_prototypes.shape != prototypes.shape:
+        raise ValueError(
+            f"teacher_prototypes must have the shape of the prototypes, {list(prototypes.shape)}; found {list(teacher_prototypes.shape)}."
+        )
+    check_rows("teacher_prototypes", teacher_prototypes, prototypes, "prototypes")
+    if prototypes.shape[0] == 0:
+        raise ValueError("prototypes must hold at least one entry; found none.")
+
+
+def check_blocks(memory: Tensor, block_size: int, of: str = "memory") -> None:
     if not isinstance(block_size, (int, torch.SymInt)) or isinstance(block_size, bool) or not 1 <= block_size <= memory.shape[0]:
-        raise ValueError(f"block_size must be an integer between 1 and the {memory.shape[0]} entries of the memory; found {block_size!r}.")
+        raise ValueError(f"block_size must be an integer between 1 and the {memory.shape[0]} entries of the {of}; found {block_size!r}.")
     if memory.shape[0] >= 2**31:
-        raise ValueError(f"memory must hold fewer than 2**31 entries; found {memory.shape[0]}.")
+        raise ValueError(f"{of} must hold fewer than 2**31 entries; found {memory.shape[0]}.")
 
 
 def check_temperature(name: str, value: float | Tensor, memory: Tensor) -> float | Tensor:
@@ -173,3 +186,25 @@ def check_row_values(row_values: Tensor, rows: Tensor) -> None:
         )
     if row_values.device != rows.device:
         raise ValueError(f"row_values must lie on the rows' device, {rows.device}; found {row_values.device}.")
+
+
+def check_row_weight(row_weight: Tensor, rows: Tensor) -> None:
+    if row_weight.shape != rows.shape[:-1] or not row_weight.is_floating_point():
+        raise ValueError(
+            f"row_weight must be a float tensor with a number for each row, {list(rows.shape[:-1])}; found {row_weight.dtype} of shape "
+            f"{list(row_weight.shape)}."
+        )
+    if row_weight.device != rows.device:
+        raise ValueError(f"row_weight must lie on the rows' device, {rows.device}; found {row_weight.device}.")
+
+
+def check_own(own: Tensor, query: Tensor, key: Tensor) -> None:
+    if own.dtype not in (torch.int32, torch.int64) or own.shape != query.shape[:-1]:
+        raise ValueError(
+            f"own must be an int32 or int64 tensor with a key for each query, {list(query.shape[:-1])}; found {own.dtype} of shape "
+            f"{list(own.shape)}."
+        )
+    if own.device != query.device:
+        raise ValueError(f"own must lie on the queries' device, {query.device}; found {own.device}.")
+    if own.device.type == "cpu" and not torch.compiler.is_compiling() and bool(((own < 0) | (own >= key.shape[0])).any()):
+        raise ValueError(f"own must hold values from 0 to {key.shape[0] - 1}; found {int(own.min())} to {int(own.max())}.")

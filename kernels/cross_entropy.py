@@ -8,11 +8,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from massl_fast.kernels import checks, reference, streaming
 from massl_fast.kernels.backends import TRITON, autocast, choose_backend, partition_of, split_scalar, wide_dtype
-from massl_fast.kernels.loss import assemble
+from massl_fast.kernels.loss import AttachGradient, assemble
 
 
 class MemoryCrossEntropy(NamedTuple):
@@ -84,26 +83,10 @@ def memory_cross_entropy(
             seed, *split_scalar(step), backend,
         )  # fmt: skip
         value, *telemetry = statistics.unbind()
-        loss = _AttachGradient.apply(student, value, gradient)
+        loss = AttachGradient.apply(student, value, gradient)
     if block_reduction == "sum":
         loss = loss * (memory.shape[0] // block_size)
     return MemoryCrossEntropy(loss, *telemetry)
-
-
-class _AttachGradient(torch.autograd.Function):
-    """The loss already computed, with the gradient already computed: wide, so that a loss scale multiplies it before it is rounded."""
-
-    @staticmethod
-    def forward(ctx, student: Tensor, loss: Tensor, gradient: Tensor) -> Tensor:
-        ctx.save_for_backward(gradient)
-        ctx.dtype = student.dtype
-        return loss.clone()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, upstream: Tensor):
-        (gradient,) = ctx.saved_tensors
-        return (gradient * upstream).to(ctx.dtype), None, None
 
 
 @torch.library.custom_op("massl_fast::memory_cross_entropy", mutates_args=())

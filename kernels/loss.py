@@ -10,11 +10,20 @@ its target and a target q enters through Σ_k q_k m_k alone, hence with J_i = {j
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def count_pairs(student_views: int, teacher_views: int) -> int:
     """P: pairs of a student and a teacher view that are not the same crop."""
     return student_views * teacher_views - min(student_views, teacher_views)
+
+
+def sum_over_other_views(of_views: Tensor, views: int) -> Tensor:
+    """For each view i of ``views`` the sum of ``of_views`` [T, ...] over j ≠ i: [views, ...]."""
+    shared = min(views, of_views.shape[0])
+    total = of_views.sum(0, keepdim=True).expand(views, *of_views.shape[1:]).clone()
+    total[:shared] -= of_views[:shared]
+    return total
 
 
 def assemble(
@@ -39,8 +48,7 @@ def assemble(
     z_logsumexp, w_logsumexp = logsumexp.view(V + T, N).split((V, T))
     shared = min(V, T)  # teacher view j is the same crop as student view j
 
-    target = w_readout.sum(0, keepdim=True).expand(V, N, D).clone()  # C_i
-    target[:shared] -= w_readout[:shared]
+    target = sum_over_other_views(w_readout, V)  # C_i
     targets_of_view = torch.full((V, 1), T, device=z.device, dtype=z.dtype)  # |J_i|
     targets_of_view[:shared] -= 1
     pairs_of_teacher = torch.full((T, 1), V, device=z.device, dtype=z.dtype)
@@ -54,3 +62,19 @@ def assemble(
     kl = loss - scale * (pairs_of_teacher * teacher_entropies).sum()
     statistics = torch.stack((loss, student_entropy, teacher_entropies.mean() / blocks, kl))
     return statistics, gradient
+
+
+class AttachGradient(torch.autograd.Function):
+    """The loss already computed, with the gradient already computed: wide, so that a loss scale multiplies it before it is rounded."""
+
+    @staticmethod
+    def forward(ctx, student: Tensor, loss: Tensor, gradient: Tensor) -> Tensor:
+        ctx.save_for_backward(gradient)
+        ctx.dtype = student.dtype
+        return loss.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream: Tensor):
+        (gradient,) = ctx.saved_tensors
+        return (gradient * upstream).to(ctx.dtype), None, None

@@ -222,7 +222,7 @@ def _memory_readout(
         if stored_order or per_block or any(t is not None for t in (values, key_bias, row_group)):
             return TRITON[EXTENDED](rows, memory, order, block_size, temperature, **extensions)
         return TRITON["memory_readout"](rows, memory, order, block_size, temperature)
-    return streaming.memory_readout(rows, memory, order, block_size, _inverse(temperature, rows), **extensions)
+    return streaming.memory_readout(rows, memory, order, block_size, inverse_of_rows(temperature, rows), **extensions)
 
 
 @_memory_readout.register_fake
@@ -262,7 +262,7 @@ def _memory_readback(
     extensions = dict(row_values=row_values, row_weight=row_weight, key_bias=key_bias, row_group=row_group, key_group=key_group)
     if backend == "triton":
         return TRITON["memory_readback"](rows, memory, logsumexp, order, block_size, temperature, **extensions)
-    return streaming.memory_readback(rows, memory, logsumexp, order, block_size, _inverse(temperature, rows), **extensions)
+    return streaming.memory_readback(rows, memory, logsumexp, order, block_size, inverse_of_rows(temperature, rows), **extensions)
 
 
 @_memory_readback.register_fake
@@ -275,7 +275,7 @@ def _(
     return memory.new_empty(shape, dtype=wide_dtype(memory))
 
 
-def _inverse(temperature: float | Tensor, rows: Tensor) -> Tensor:
+def inverse_of_rows(temperature: float | Tensor, rows: Tensor) -> Tensor:
     """1/τ of each row."""
     inverse = torch.empty(rows.shape[0], device=rows.device, dtype=wide_dtype(rows))
     inverse[:] = 1 / temperature

@@ -108,12 +108,15 @@ def memory_readback(
     key_bias: Tensor | None = None,
     row_group: Tensor | None = None,
     key_group: Tensor | None = None,
+    add_to: Tensor | None = None,
 ) -> Tensor:
     """What the entries get back from the rows, [K, Dv], or [K] without ``row_values``; in float32 (float64 for float64).
 
     As the read-out, but the entries of a tile stay while the rows pass. ``logsumexp`` [R, B], of every row and block, makes a running
-    maximum needless; ``row_weight`` [R, 1] or [R, B]; both in the dtype of the result.
+    maximum needless; ``row_weight`` [R, 1] or [R, B]; both in the dtype of the result. ``add_to``: a result that is added to in place;
+    without a partition only.
     """
+    assert add_to is None or partition is None
     wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
     on_cpu = rows.device.type == "cpu"
     most_rows, most_logits = CPU_TILE if on_cpu else GPU_TILE
@@ -121,7 +124,7 @@ def memory_readback(
     headroom = HALF_HEADROOM if narrow == torch.float16 else 0.0
     shift = logsumexp.masked_fill(logsumexp == -torch.inf, torch.inf).sub_(headroom)  # rows that see nothing give nothing
     given = rows.new_ones((rows.shape[0], 1), dtype=wide) if row_values is None else row_values.to(wide)  # y
-    result = rows.new_zeros((memory.shape[0], given.shape[1]), dtype=wide)
+    result = rows.new_zeros((memory.shape[0], given.shape[1]), dtype=wide) if add_to is None else add_to
     if rows.shape[0] == 0:
         return result if row_values is not None else result.squeeze(1)
     x, scale = rows.to(narrow), inverse_temperature
@@ -158,7 +161,7 @@ def memory_readback(
             if headroom:
                 sums.mul_(size * math.exp(-headroom))
             if isinstance(where, slice):
-                result[where] = sums
+                result[where] += sums
             else:
                 result.index_copy_(0, where.long(), sums)
     return result if row_values is not None else result.squeeze(1)
