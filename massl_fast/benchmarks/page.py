@@ -16,7 +16,7 @@ from typing import Any
 from massl_fast.benchmarks import records
 from massl_fast.benchmarks.charts import MIB, Bar, Dot, Line, bars, memory_timeline, over_sizes, roofline, split, waterfall
 from massl_fast.benchmarks.intervals import spread_percent
-from massl_fast.profiling.sections import NAMES
+from massl_fast.engine.phases import PHASES
 from massl_fast.report.html import document, figure, grid, section, table
 
 Row = dict[str, Any]
@@ -214,7 +214,7 @@ def step_section(row: Row) -> str:
     if "peak_memory" in figures:
         tiles.append(("Peak memory", f"{figures['peak_memory']['median'] / 1024:.2f} GiB", "allocated"))
     cells = "".join(f"<div><dt>{escape(a)}</dt><dd>{escape(b)}</dd><dd>{escape(c)}</dd></div>" for a, b, c in tiles)
-    parts = {name: 1000 * figures[f"part: {name}"]["median"] for name in NAMES}
+    parts = {name: 1000 * figures[f"part: {name}"]["median"] for name in PHASES}
     ratios = [b / a for a, b in zip(step["samples"], figures["watched_step_seconds"]["samples"])]
     drawn = figure(
         "Parts of a step", split(parts, "ms"), f"Marking the parts changed a step's time by {100 * (median(ratios) - 1):+.1f} %."
