@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from massl_fast.config import Config
+from massl_fast.config.sections import Section
 from massl_fast.data.bad_files import BadFiles
 from massl_fast.data.crops import View
 from massl_fast.data.order import Batch, Order
@@ -39,6 +40,8 @@ class Loader(ABC):
     """
 
     name: str
+    Settings: type[Section] = Section
+    """The model of ``data.loader_settings``."""
     notes: tuple[str, ...] = ()
 
     def __init__(

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from massl_fast.config import Config, CropsSection
+from massl_fast.config.registry import Registry
+from massl_fast.config.sections import register_loader_settings
 from massl_fast.data.bad_files import read_bad_files
 from massl_fast.data.crops import View, published_views
 from massl_fast.data.demo import ensure_demo_images
@@ -50,16 +52,20 @@ def views_of(crops: CropsSection) -> tuple[View, ...]:
     )
 
 
-LOADERS: dict[str, str | type[Loader]] = {
-    "torchvision": "massl_fast.data.torchvision_loader:TorchvisionLoader",
-    "dali": "massl_fast.data.dali.loader:DaliLoader",
-}
-"""Classes by ``data.loader``, or where they are imported from when a run names them."""
+LOADERS: Registry[str | type[Loader]] = Registry(
+    "data.loader",
+    {
+        "torchvision": "massl_fast.data.torchvision_loader:TorchvisionLoader",
+        "dali": "massl_fast.data.dali.loader:DaliLoader",
+    },
+)
+"""Classes, or where they are imported from when a run names them."""
 
 
-def register(name: str, loader: type[Loader]) -> None:
-    """Make ``loader`` known as ``data.loader`` of this value."""
-    LOADERS[name] = loader
+def register(loader: type[Loader]) -> None:
+    """Make ``loader`` known by its ``name``, with its ``Settings``; raises ValueError where the name is taken."""
+    register_loader_settings(loader.name, loader.Settings)
+    LOADERS.add(loader.name, loader)
 
 
 def open_together(world: World, path: str, setting: str, role: str) -> Source:
@@ -76,7 +82,7 @@ def build_loader(config: Config, source: Source, *, device_batch: int, accumulat
     name, reason = choose_loader(data.loader, world.device.type)
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     workers = data.num_workers if data.num_workers >= 0 else max(1, len(os.sched_getaffinity(0)) // ranks_here - 1)
-    kind = LOADERS[name]
+    kind = LOADERS.chosen(name)
     if isinstance(kind, str):
         module, _, attribute = kind.partition(":")
         kind = getattr(importlib.import_module(module), attribute)
@@ -118,8 +124,6 @@ def loader_without_run(config: Config, source: Source, world: World, *, device_b
 def choose_loader(asked: str, device_type: str) -> tuple[str, str]:
     """(name of a loader, reason) for the setting ``data.loader`` and a device type of cuda or cpu."""
     if asked not in ("auto", "torchvision", "dali"):
-        if asked not in LOADERS:
-            raise ValueError(f"There is no loader named {asked}. Known ones: auto, {', '.join(LOADERS)}.")
         return asked, "data.loader names it"
     obstacle = _dali_obstacle()
     if asked == "torchvision":

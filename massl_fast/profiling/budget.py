@@ -25,6 +25,7 @@ from torch.utils.flop_counter import flop_registry
 
 from massl_fast.benchmarks import records
 from massl_fast.config import Config, load_config, recipe_names
+from massl_fast.data.loaders import views_of
 from massl_fast.distributed.world import World
 from massl_fast.engine import phases
 from massl_fast.hardware import GPUS, Gpu

@@ -21,8 +21,8 @@ from massl_fast.benchmarks import records
 from massl_fast.benchmarks.step import WARM_UP, case_of, describe
 from massl_fast.config import load_config, recipe_names
 from massl_fast.distributed.world import join_world
-from massl_fast.hardware import synchronize
 from massl_fast.engine.phases import PHASES
+from massl_fast.hardware import synchronize
 from massl_fast.models.precision import choose_precision
 from massl_fast.profiling import profiler as quiet_profiler  # noqa: F401  sets the profiler's log level
 from massl_fast.profiling.out_of_memory import demand_host_memory, explained

@@ -2,17 +2,16 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import planning
-from types import SimpleNamespace
-
-from massl_fast.objectives.massl import MasslObjective
 from massl_fast.engine.flops import step_flops
 from massl_fast.hardware import GPUS
 from massl_fast.models.backbone import Encoder, build_backbone
 from massl_fast.models.head import ProjectionHead
+from massl_fast.objectives.massl import MasslObjective
 from planning import NETWORKS, Cluster, ddp_step, fsdp2_step
 
 H100, SMALL, LARGE = GPUS["H100"], NETWORKS["vit_small"], NETWORKS["vit_large"]

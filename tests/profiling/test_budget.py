@@ -12,8 +12,8 @@ from massl_fast.data.loaders import views_of
 from massl_fast.engine import phases
 from massl_fast.engine.build import build_objective, build_pair
 from massl_fast.engine.flops import step_flops
-from massl_fast.models.precision import Precision
 from massl_fast.hardware import GPUS
+from massl_fast.models.precision import Precision
 from massl_fast.profiling import budget
 
 SMALL = ["--crops.global_size", "64", "--crops.local_size", "32", "--crops.num_local", "2", "--train.global_batch", "6"]
