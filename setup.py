@@ -22,7 +22,7 @@ setup(
     python_requires=">=3.10",
     packages=["massl_fast.kernels", *find_packages(include=["massl_fast", "massl_fast.*"])],
     package_dir={"massl_fast.kernels": "kernels"},
-    package_data={"massl_fast": ["recipes/*.yaml"]},
+    package_data={"massl_fast": ["recipes/*.yaml", "report/templates/*"]},
     install_requires=[
         "torch>=2.9",
         "torchvision>=0.24",
@@ -39,6 +39,10 @@ setup(
         "rich>=13.7",
         "tensorboard>=2.17",
         "matplotlib>=3.8",
+        "jinja2>=3.1",
+        # Intervals of benchmark figures; processes of loaders.
+        "scipy>=1.11",
+        "psutil>=5.9",
     ],
     extras_require={
         "test": ["pytest>=8", "pytest-benchmark>=4", "pytest-timeout>=2.3", "hypothesis>=6.100", "ruff>=0.6"],

@@ -30,6 +30,7 @@ from torch.autograd.function import once_differentiable
 from massl_fast.kernels import checks, reference
 from massl_fast.kernels.backends import autocast, choose_backend, partition_of, split_scalar, wide_dtype
 from massl_fast.kernels.loss import count_pairs
+from massl_fast.kernels.operators import operator
 from massl_fast.kernels.streaming import CPU_TILE, GPU_TILE
 
 
@@ -128,7 +129,7 @@ class _Attach(torch.autograd.Function):
         )
 
 
-@torch.library.custom_op("massl_fast::partition_consistency", mutates_args=())
+@operator("massl_fast::partition_consistency")
 @torch.autocast("cpu", enabled=False)
 @torch.autocast("cuda", enabled=False)
 def _partition_consistency(
@@ -164,7 +165,7 @@ def _(student, teacher, prototypes, *_):
     return prototypes.new_empty((), dtype=wide), prototypes.new_empty(prototypes.shape[0], dtype=wide)
 
 
-@torch.library.custom_op("massl_fast::partition_consistency_gradient", mutates_args=())
+@operator("massl_fast::partition_consistency_gradient")
 @torch.autocast("cpu", enabled=False)
 @torch.autocast("cuda", enabled=False)
 def _partition_consistency_gradient(

@@ -12,6 +12,7 @@ from torch import Tensor
 from massl_fast.kernels import checks, reference, streaming
 from massl_fast.kernels.backends import TRITON, autocast, choose_backend, partition_of, split_scalar, wide_dtype
 from massl_fast.kernels.loss import AttachGradient, assemble
+from massl_fast.kernels.operators import operator
 
 
 class MemoryCrossEntropy(NamedTuple):
@@ -89,7 +90,7 @@ def memory_cross_entropy(
     return MemoryCrossEntropy(loss, *telemetry)
 
 
-@torch.library.custom_op("massl_fast::memory_cross_entropy", mutates_args=())
+@operator("massl_fast::memory_cross_entropy")
 def _memory_cross_entropy(
     student: Tensor,
     teacher: Tensor,

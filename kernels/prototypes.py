@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 from massl_fast.kernels import checks, reference, streaming
 from massl_fast.kernels.backends import TRITON, autocast, choose_backend, split_scalar, wide_dtype
 from massl_fast.kernels.loss import count_pairs, sum_over_other_views
+from massl_fast.kernels.operators import operator
 from massl_fast.kernels.readout import EXTENDED, inverse_of_rows, read_out
 
 PAIRS = ("other views", "same row")
@@ -156,7 +157,7 @@ class _Attach(torch.autograd.Function):
         return of_student, of_prototypes, *[None] * 16
 
 
-@torch.library.custom_op("massl_fast::prototype_gradient", mutates_args=())
+@operator("massl_fast::prototype_gradient")
 def _prototype_gradient(
     upstream: Tensor,
     student: Tensor,

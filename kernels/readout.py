@@ -8,6 +8,7 @@ from torch import Tensor
 
 from massl_fast.kernels import checks, reference, streaming
 from massl_fast.kernels.backends import TRITON, autocast, choose_backend, partition_of, split_scalar, wide_dtype
+from massl_fast.kernels.operators import operator
 
 EXTENDED = "memory_readout with values, biases, groups or sums per block"
 
@@ -195,7 +196,7 @@ def _flat(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.reshape(-1)
 
 
-@torch.library.custom_op("massl_fast::memory_readout", mutates_args=())
+@operator("massl_fast::memory_readout")
 def _memory_readout(
     rows: Tensor,
     memory: Tensor,
@@ -236,7 +237,7 @@ def _(
     return rows.new_empty((count, width), dtype=wide), rows.new_empty(sums, dtype=wide)
 
 
-@torch.library.custom_op("massl_fast::memory_readback", mutates_args=())
+@operator("massl_fast::memory_readback")
 def _memory_readback(
     rows: Tensor,
     memory: Tensor,

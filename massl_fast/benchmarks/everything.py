@@ -21,8 +21,9 @@ from typing import Any
 import torch
 
 from massl_fast.benchmarks import records
+from massl_fast.benchmarks.chapters import latest
 from massl_fast.benchmarks.loader import importable, write_images
-from massl_fast.benchmarks.page import latest, page_of
+from massl_fast.benchmarks.page import page_of
 from massl_fast.hardware import ROOT, device_slug
 
 PUBLISHED = ROOT / "bench" / "bench_step.py"

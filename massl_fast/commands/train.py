@@ -67,7 +67,6 @@ def run(args: argparse.Namespace) -> int:
     from massl_fast.distributed.heartbeat import end_process
     from massl_fast.distributed.world import join_world, leave_world
     from massl_fast.engine.trainer import Trainer
-    from massl_fast.report.page import write_report
     from massl_fast.run.exits import Ended, OutOfMemory, RankLost
 
     world = join_world(config.train.device, config.parallel.timeout_seconds)
@@ -75,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
         print_notes(config)
     try:
         with explaining_out_of_memory(config, world):
-            Trainer(config, world, write_report).run()
+            Trainer(config, world).run()
     except Ended as error:
         if world.size > 1 and isinstance(error, (RankLost, OutOfMemory)):
             end_process(str(error))  # leaving the process group would wait for the others

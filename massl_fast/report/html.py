@@ -1,46 +1,36 @@
-"""Pieces of the HTML pages that runs and benchmarks are shown on: one self-contained file, no script, no network."""
+"""The HTML pages that runs and benchmarks are shown on, from templates: one self-contained file, no script, no network.
+
+Whatever a template prints is escaped; what is ``Markup`` already is not: drawings, and names broken by ``breakable``.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from html import escape
+import re
+from dataclasses import dataclass
 from typing import Any
 
-from massl_fast.report.style import STYLE
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup, escape
 
 
-def document(title: str, sections: Iterable[str]) -> str:
-    """A whole page; empty sections are left out."""
-    body = "\n".join(part for part in sections if part)
-    return (
-        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{escape(title)}</title>\n'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<style>{STYLE}</style>\n</head>\n'
-        f"<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
-    )
+@dataclass(frozen=True)
+class Drawing:
+    """A figure of a page."""
+
+    title: str
+    svg: str
+    note: str = ""
+    name: str = ""
+    """Of its file, where it also stands in a document; empty: it does not."""
 
 
-def section(title: str, body: str, note: str = "") -> str:
-    note = f'<p class="note">{escape(note)}</p>' if note else ""
-    return f"<section><h2>{escape(title)}</h2>{note}{body}</section>"
-
-
-def grid(figures: Iterable[str]) -> str:
-    return f'<div class="grid">{"".join(figures)}</div>'
-
-
-def figure(title: str, svg: str, note: str = "") -> str:
-    svg = svg.replace("<svg", f'<svg role="img" aria-label="{escape(title)}"', 1)
-    return (
-        f'<figure class="card"><h3>{escape(title)}</h3>{svg}' + (f"<figcaption>{escape(note)}</figcaption>" if note else "") + "</figure>"
-    )
-
-
-def table(rows: Iterable[tuple[str, Any]]) -> str:
-    cells = "".join(f"<tr><th>{escape(key).replace('_', '_<wbr>')}</th><td>{shown(value)}</td></tr>" for key, value in rows)
-    return f'<table class="pairs">{cells}</table>'
+def render(template: str, **values: Any) -> str:
+    """A whole page from ``templates/TEMPLATE``."""
+    return _PAGES.get_template(template).render(values)
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """(name, value) of nested mappings, names of an inner one after those of the outer one."""
     rows: list[tuple[str, Any]] = []
     for key, value in values.items():
         name = f"{prefix}{key}"
@@ -49,10 +39,29 @@ def flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
 
 
 def shown(value: Any) -> str:
-    if value is None or value == "" or value == [] or value == {}:
-        return '<span class="none">–</span>'
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, list | tuple):
-        return escape(", ".join(f"{v:.6g}" if isinstance(v, float) else str(v) for v in value))
-    return escape(f"{value:.6g}" if isinstance(value, float) else str(value))
+        return ", ".join(shown(v) if isinstance(v, float) else str(v) for v in value)
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def breakable(name: str) -> Markup:
+    """A name that may be broken after each underscore."""
+    return escape(name).replace("_", Markup("_<wbr>"))
+
+
+def labelled(svg: str, title: str) -> Markup:
+    """A drawing with its title for readers that do not see it."""
+    return Markup(svg.replace("<svg", f'<svg role="img" aria-label="{escape(title)}"', 1))
+
+
+def code(text: str) -> Markup:
+    """Text in which words between backticks are code."""
+    return Markup(re.sub("`([^`]*)`", r"<code>\1</code>", str(escape(text))))
+
+
+_PAGES = Environment(
+    loader=PackageLoader("massl_fast.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+)
+_PAGES.filters |= {"shown": shown, "breakable": breakable, "labelled": labelled, "code": code}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,22 @@ import yaml
 from massl_fast.report.figures import is_number
 from massl_fast.run.checkpoint import CheckpointFolder, read_state
 
+DECLARATIONS = "metrics.schema.json"
 KNN_KEY = re.compile(r"knn_(untrained|teacher|student)_k(\d+)_percent")
+
+
+@dataclass(frozen=True)
+class Declared:
+    """A metric as the run's objective declared it (``objectives.base.Metric``)."""
+
+    key: str
+    title: str
+    unit: str = ""
+    note: str = ""
+    figure: str = ""
+    """Metrics of one figure are drawn in one plot."""
+    level: tuple[str, float] | None = None
+    """A dashed line: its name and where."""
 
 
 @dataclass
@@ -23,6 +39,8 @@ class RunFolder:
     """config.yaml; empty if there is none."""
     rows: list[dict[str, Any]] = field(default_factory=list)
     """metrics.jsonl, one entry a step, ascending; of two lines for the same step the later one counts."""
+    declared: list[Declared] = field(default_factory=list)
+    """What the objective says of its metrics, in the order in which they are drawn."""
     summary: dict[str, Any] = field(default_factory=dict)
     """summary.json; empty if the run has not ended."""
     bad_files: list[str] = field(default_factory=list)
@@ -74,6 +92,7 @@ def read_run(path: Path | str) -> RunFolder:
     run = RunFolder(path)
     run.settings = _settings(run)
     run.rows = _rows(run)
+    run.declared = _declared(run)
     run.summary = _summary(run)
     bad_files = path / "bad_files.txt"
     if bad_files.is_file():
@@ -149,3 +168,40 @@ def _summary(run: RunFolder) -> dict[str, Any]:
         run.notes.append(f"summary.json cannot be read: {error}")
         return {}
     return summary if isinstance(summary, dict) else {}
+
+
+def _declared(run: RunFolder) -> list[Declared]:
+    """The declarations that the run stored; of a run from before there were any, those of MaSSL, which all such runs trained."""
+    try:
+        found = json.loads((run.path / DECLARATIONS).read_bytes())
+        return [_metric(entry) for entry in found]
+    except FileNotFoundError:
+        return _before_declarations(run)
+    except (ValueError, TypeError, KeyError) as error:
+        run.notes.append(f"{DECLARATIONS} cannot be read: {error}. Metrics of the objective are not drawn.")
+        return []
+
+
+def _metric(entry: dict[str, Any]) -> Declared:
+    words = {name: str(entry.get(name) or "") for name in ("unit", "note", "figure")}
+    level = entry.get("level")
+    marked = (str(level[0]), float(level[1])) if level else None
+    return Declared(str(entry["key"]), str(entry["title"]), **words, level=marked)
+
+
+def _before_declarations(run: RunFolder) -> list[Declared]:
+    block = run.setting("objective", "block_size")
+    level = (f"ln(block size) = {math.log(block):.2f}", math.log(block)) if is_number(block) and block > 0 else None
+    entropy = {"unit": "nats", "figure": "Entropy over a block", "level": level}
+    collapse = "Collapse shows at either end: 0, all weight on one entry; ln(block size), the same weight on all."
+    spread = {"note": "1 − ‖mean‖²: 1 if spread evenly over the sphere, 0 if all are equal.", "figure": "Spread of unit vectors"}
+    size = run.setting("objective", "memory_size")
+    return [
+        Declared("loss", "Loss", "nats", "Cross-entropy of student views against teacher views over blocks of the memory."),
+        Declared("student_entropy_nats", "student", note=collapse, **entropy),
+        Declared("teacher_entropy_nats", "teacher", **entropy),
+        Declared("kl_nats", "KL divergence, teacher to student", "nats", "The loss without the teacher's entropy."),
+        Declared("embedding_spread", "embeddings", **spread),
+        Declared("memory_spread", "memory", **spread),
+        Declared("memory_age_steps", "Age of the oldest memory entry", "steps", f"The memory holds {size} embeddings." if size else ""),
+    ]

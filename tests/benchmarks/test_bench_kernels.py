@@ -82,7 +82,7 @@ def test_correctness_finds_a_wrong_partition(monkeypatch, capsys):
         (["--variants", "flashy"], "no variant has flashy in its name; there are reference, loss only; reference; streaming"),
         (["--variants", "triton"], "triton cannot be measured: it needs a GPU"),
         (["--device", "abacus"], "--device is abacus; it can be auto, cpu, cuda"),
-        (["--device", "meta"], "--device is meta; it can be cpu, cuda"),
+        (["--device", "meta"], "--device is meta; it can be auto, cpu, cuda"),
         (["--device", "cpu:3"], "--device is cpu:3"),
         (["--images", "65"], "--images is 65, more than the 64 entries of the memory"),
         (["--block", "65"], "--block is 65, more than the 64 entries of the memory"),

@@ -6,8 +6,9 @@ import xml.dom.minidom
 import pytest
 
 from massl_fast.benchmarks import records
+from massl_fast.benchmarks.chapters import intensity, latest
 from massl_fast.benchmarks.charts import Bar, Dot, Line, bars, over_sizes, roofline
-from massl_fast.benchmarks.page import intensity, latest, page_of
+from massl_fast.benchmarks.page import page_of
 from massl_fast.cli import main
 from massl_fast.profiling.ledger import CATEGORIES
 from massl_fast.profiling.sections import NAMES
@@ -73,7 +74,15 @@ def everything() -> list[dict]:
 
 def test_a_page_of_every_kind_is_whole_and_needs_nothing_else():
     page = page_of(everything())
-    for heading in ("Kernels", "Roofline", "A step, model alone", "Loader and model", "Loaders alone", "Memory of a step", "Trace"):
+    for heading in (
+        "Kernels",
+        "Roofline",
+        "A step, model alone",
+        "Loader and model",
+        "Loaders alone",
+        "Memory of a step",
+        "Operators of a step",
+    ):
         assert f"{heading}</h" in page
     assert "a.py:3" in page and "aten::mm&lt;script&gt;" in page and "-3.0 % off" in page
     assert not re.search(r'(?:src|href)="(?!#|data:)', page) and "<script" not in page

@@ -27,12 +27,9 @@ def tapes(monkeypatch):
     """The tapes that stand in for CUDA graphs, one a run."""
     made = []
 
-    def tape():
-        made.append(OperatorTape())
-        return made[-1]
-
     def on_tape(train_step):
-        return GraphedStep(train_step, tape)
+        made.append(OperatorTape())
+        return GraphedStep(train_step, made[-1])
 
     monkeypatch.setattr("massl_fast.engine.trainer.GraphedStep", on_tape)
     return made

@@ -174,6 +174,25 @@ def test_pictures_are_shown_and_judged(tmp_path):
     assert "same class (5 of 6)" in page.text and "all 9 training images" in page.text and "head 4" in page.text
 
 
+def test_what_an_objective_declares_is_drawn_by_its_declaration(tmp_path):
+    declared = [
+        {"key": "queue_fill", "title": "Fill <of> the queue", "unit": "%", "note": "Below 50 it starves.", "level": ["starved", 50.0]},
+        {"key": "norm_of_a", "title": "a", "figure": "Norms"},
+        {"key": "norm_of_b", "title": "b", "figure": "Norms"},
+        {"key": "never_logged", "title": "Never"},
+    ]
+    rows = [{"step": step, "loss": 1.0, "queue_fill": 10.0 * step, "norm_of_a": 1.0, "norm_of_b": 2.0, "kl_nats": 1.0} for step in (1, 2)]
+    run = write_run(tmp_path / "r", rows)
+    (run / "metrics.schema.json").write_text(json.dumps(declared))
+    text = Page(page_of(read_run(run), NONE)).text
+    assert text.count("Norms") == 1
+    for part in ("Fill <of> the queue", "Below 50 it starves.", "starved", "Loss"):
+        assert part in text
+    assert "Never" not in text and "KL divergence" not in text
+    (run / "metrics.schema.json").write_text('[{"title": "no key"}]')
+    assert "metrics.schema.json cannot be read" in Page(page_of(read_run(run), NONE)).text
+
+
 def test_names_from_outside_are_text_and_not_markup(tmp_path):
     evil = "<script>alert(1)</script>"
     config = Config()

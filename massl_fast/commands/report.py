@@ -1,4 +1,4 @@
-"""`massl-fast report RUN`: write report.html of a run anew, from its folder alone."""
+"""``massl-fast report RUN``: write report.html of a run anew, from its folder alone."""
 
 from __future__ import annotations
 

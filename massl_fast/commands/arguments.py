@@ -1,0 +1,59 @@
+"""Arguments that several commands share, and what ``--json`` and ``--output`` do."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from massl_fast.benchmarks import records
+from massl_fast.config import recipe_names
+
+
+def takes_a_run(parser: argparse.ArgumentParser, command: str, options: str, default: str = "demo") -> None:
+    """``--recipe``, and the settings of a run, which the parser itself does not know."""
+    parser.usage = f"massl-fast {command} [--recipe NAME|FILE] {options} [--section.key VALUE ...]"
+    names = f"one of {', '.join(recipe_names())}, or the path of a YAML file (default: {default})"
+    parser.add_argument("--recipe", metavar="NAME|FILE", default=default, help=names)
+    parser.epilog = "Every setting of a run can be given; massl-fast train --help lists them."
+
+
+def prints_json(parser: argparse.ArgumentParser, what: str = "the records") -> None:
+    parser.add_argument("--json", action="store_true", help=f"print {what} as JSON on stdout; sentences and tables go to stderr")
+
+
+def keeps_records(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--output", metavar="FILE", default="", help="file to which records are appended, a JSON object per line")
+    prints_json(parser)
+
+
+@contextlib.contextmanager
+def sentences_aside(args: argparse.Namespace) -> Iterator[None]:
+    """With ``--json``, what is printed inside goes to stderr."""
+    with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext():
+        yield
+
+
+@contextlib.contextmanager
+def keeping(args: argparse.Namespace) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """A function that takes the records of a command as they come: each is in ``--output`` at once; ``--json`` prints all at the end."""
+    rows: list[dict[str, Any]] = []
+
+    def keep(row: dict[str, Any]) -> None:
+        rows.append(row)
+        if args.output:
+            records.append(args.output, [row])
+
+    if args.output:
+        records.check_writable(args.output)
+    try:
+        with sentences_aside(args):
+            yield keep
+            if args.output:
+                print(f"Appended to {args.output}: {len(rows)} record{'s' if len(rows) != 1 else ''}.")
+    finally:
+        if args.json:
+            print(json.dumps(rows))
