@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import os
 import sys
 from collections.abc import Sequence
 
+from massl_fast.distributed.listening import LISTENER, WARNINGS
 from massl_fast.evaluation.registry import PROTOCOLS
 
 EVALUATIONS = "massl_fast.commands.eval"
@@ -42,8 +44,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = " ".join(arguments[:words])
     if not evaluation and command not in COMMANDS:
         return _overview(arguments)
+    # Importing PyTorch takes seconds, and a scheduler may ask a run to stop in the midst of them.
+    listening = LISTENER.listening(*WARNINGS) if command == "train" else contextlib.nullcontext()
     try:
-        return _run(command, arguments[words:])
+        with listening:
+            return _run(command, arguments[words:])
     except ValueError as error:
         print(f"massl-fast {command}: {error}", file=sys.stderr)
         return 2

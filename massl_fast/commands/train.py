@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -64,16 +65,22 @@ def run(args: argparse.Namespace) -> int:
         print_notes(config)
         print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), end="")
         return 0
+    # Where a rank is lost, PyTorch's C++ side warns of its broken connections with a page of addresses each; we say which rank it was.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from massl_fast.distributed.heartbeat import end_process
+    from massl_fast.distributed.signals import StopRequest
     from massl_fast.distributed.world import join_world, leave_world
     from massl_fast.engine.trainer import Trainer
-    from massl_fast.run.exits import Ended, OutOfMemory, RankLost
+    from massl_fast.run.exits import Ended, Interrupted, OutOfMemory, RankLost
 
     world = join_world(config.train.device, config.parallel.timeout_seconds)
     if world.is_main:
         print_notes(config)
     try:
         with explaining_out_of_memory(config, world):
+            stop = StopRequest(world)
+            if stop.at_start(world):
+                raise Interrupted(f"Ended by {stop.name} before its first step, and nothing is lost; the same command goes on.")
             Trainer(config, world).run()
     except Ended as error:
         if world.size > 1 and isinstance(error, (RankLost, OutOfMemory)):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -68,8 +67,7 @@ def build_loader(
     """The loader that ``data.loader`` asks for; ``loader.name`` and ``loader.reason`` say which it is and why."""
     data, views = config.data, views_of(config.crops)
     name, reason = choose_loader(data.loader, world.device.type)
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    workers = data.num_workers if data.num_workers >= 0 else max(1, len(os.sched_getaffinity(0)) // ranks_here - 1)
+    workers = data.num_workers if data.num_workers >= 0 else max(1, int(world.cores()) - 1)
     arguments = dict(
         seed=config.run.seed,
         global_batch=config.train.global_batch,

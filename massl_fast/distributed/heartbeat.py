@@ -62,10 +62,11 @@ class Heartbeat:
             try:
                 self._beat()
                 lost = self._lost()
-            except RuntimeError:
-                lost = [0] if not self._over.is_set() else []  # nobody holds the store any more
-            if lost and not self._over.is_set():
-                self.on_loss(f"{self._named(lost)} for {self.timeout:g} s (parallel.timeout_seconds).")
+                sentence = f"{self._named(lost)} for {self.timeout:g} s (parallel.timeout_seconds)." if lost else None
+            except RuntimeError as error:
+                sentence = f"{_store_lost(error)}."
+            if sentence and not self._over.is_set():
+                self.on_loss(sentence)
                 return
 
     def _lost(self) -> list[int]:
@@ -98,8 +99,8 @@ class Heartbeat:
             before = self._read(range(self.world.size))
             time.sleep(SILENT_BEATS * BEAT_SECONDS)
             after = self._read(range(self.world.size))
-        except RuntimeError:
-            return "Rank 0 does not answer, and with it went the store at which the ranks met"
+        except RuntimeError as error:
+            return _store_lost(error)
         gone = [rank for rank in after if after[rank][0] == before[rank][0] and rank != self.world.rank]
         return self._named(gone, after) if gone else None
 
@@ -121,6 +122,15 @@ class Heartbeat:
         except RuntimeError:
             last = ""
         return f"Rank{'s' if len(ranks) > 1 else ''} {names} of {self.world.size} {'do' if len(ranks) > 1 else 'does'} not answer{last}"
+
+
+def _store_lost(error: RuntimeError) -> str:
+    """What is known where the store fails instead of answering."""
+    if not isinstance(error, dist.DistNetworkError):
+        return f"The store at which the ranks met does not answer ({str(error).splitlines()[0]})"
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return "The torchrun that served the store at which the ranks met has ended"
+    return "Rank 0 does not answer, and with it went the store at which the ranks met"
 
 
 def end_process(sentence: str) -> None:

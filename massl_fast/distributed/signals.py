@@ -15,9 +15,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from massl_fast.distributed.listening import LISTENER, WARNINGS
 from massl_fast.distributed.world import World
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 LAG = 2
 
 
@@ -25,26 +25,20 @@ class StopRequest:
     """SIGTERM, SIGUSR1 (a scheduler's warning) and Ctrl-C let the step finish; a second Ctrl-C ends at once."""
 
     def __init__(self, world: World):
-        self.noted: signal.Signals | None = None
-        """The signal that this process received."""
         self._alone = world.size == 1
         self._lag = LAG if world.device.type == "cuda" else 0
         self._flag = torch.zeros((), device=world.device)
         self._pending: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
 
+    @property
+    def noted(self) -> signal.Signals | None:
+        """The signal that this process received."""
+        return LISTENER.noted
+
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        before = {number: signal.signal(number, self._note) for number in SIGNALS}
-        try:
+        with LISTENER.listening(*WARNINGS, signal.SIGINT):
             yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def _note(self, number: int, _frame) -> None:
-        if self.noted is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.noted = signal.Signals(number)
 
     def vote(self) -> Tensor:
         """0-d tensor on the device: 1 where this process was asked to stop."""
@@ -70,6 +64,10 @@ class StopRequest:
         if copied is not None:
             copied.synchronize()
         return host.item() > 0
+
+    def at_start(self, world: World) -> bool:
+        """Whether any process of the run was asked to stop so far: before there is a step to finish. A collective call."""
+        return world.sum(self.vote()).item() > 0
 
     @property
     def name(self) -> str:

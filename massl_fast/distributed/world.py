@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
+import time
+import uuid
 import warnings
 from dataclasses import dataclass
 from datetime import timedelta
@@ -17,9 +20,13 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from massl_fast.distributed.listening import LISTENER
+
 # NCCL's own watchdog tears a process down without a word; it gets this much longer, so that the heartbeat speaks first.
 NCCL_EXTRA_SECONDS = 60
 MAX_RANK_LINES = 16
+POLL_SECONDS = 0.05
+KNOCK_SECONDS = 5
 
 
 @dataclass(frozen=True)
@@ -30,6 +37,8 @@ class World:
     size: int
     local_rank: int
     device: torch.device
+    round: int = 1
+    """How many times the ranks have met at this store: 2 and more after torchrun has started them again."""
 
     @property
     def is_main(self) -> bool:
@@ -84,6 +93,18 @@ class World:
                 broadcast_buffers=False,
             )
 
+    def store(self, timeout_seconds: float) -> dist.Store:
+        """A connection of its own to the store at which the ranks met, with keys of this round. ``timeout_seconds``: for one answer."""
+        return _of_round(_connect(timeout_seconds), self.round)
+
+    def cores(self) -> float:
+        """Cores that this rank may use, of those that ranks of its host share its part. A collective call."""
+        own = sorted(os.sched_getaffinity(0))
+        places = [(socket.gethostname(), own)] * self.size
+        if self.size > 1:
+            dist.all_gather_object(places, places[self.rank])
+        return share_of(own, [cores for host, cores in places if host == socket.gethostname()])
+
     def describe(self) -> tuple[str, str]:
         """(host, device) of this rank."""
         return socket.gethostname(), device_name(self.device)
@@ -113,7 +134,6 @@ def join_world(device: str = "auto", timeout_seconds: float = 600) -> World:
                 "in the job script, as in docs/cluster.md."
             )
         environment.setdefault("MASTER_PORT", "29500")
-        environment.setdefault("LOCAL_WORLD_SIZE", environment.get("SLURM_NTASKS_PER_NODE", "1"))
         environment.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(local_rank))
     else:
         rank, size, local_rank = 0, 1, 0
@@ -132,31 +152,112 @@ def join_world(device: str = "auto", timeout_seconds: float = 600) -> World:
         torch.cuda.set_device(chosen)
     else:
         chosen = torch.device("cpu")
+    number = 1
     if size > 1:
-        store = meet(timeout_seconds, serve=rank == 0)
+        # torchrun serves a store of its own, which outlives the ranks.
+        served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        store = _connect(timeout_seconds, serve=rank == 0 and not served)
+        number = agree_on_round(store, rank, size, timeout_seconds)
         if chosen.type == "cuda":
             backend, timeout = {"backend": "nccl", "device_id": chosen}, timeout_seconds + NCCL_EXTRA_SECONDS
         else:
             backend, timeout = {"backend": "gloo"}, timeout_seconds
+        store = _of_round(store, number)
         dist.init_process_group(**backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout))
-    return World(rank, size, local_rank, chosen)
+    return World(rank, size, local_rank, chosen, number)
 
 
-def meet(timeout_seconds: float, *, serve: bool = False) -> dist.Store:
-    """The store at MASTER_ADDR:MASTER_PORT at which the ranks meet; with ``serve`` opened by this process, unless torchrun has done it.
+class RanksDidNotMeet(RuntimeError):
+    """Some rank did not come to the store at which all meet, the store is out of reach, or a signal asked to stop meanwhile."""
 
-    Keys are kept apart by torchrun's count of restarts: its store outlives the processes, and ranks that find the addresses of those before
-    them try to connect to the dead (seen with PyTorch 2.15; pytorch#135712 tells of the same).
+    def __init__(self, sentence: str, *, stopped: bool = False):
+        super().__init__(sentence)
+        self.stopped = stopped
+
+
+def _connect(timeout_seconds: float, *, serve: bool = False) -> dist.Store:
+    """The store at MASTER_ADDR:MASTER_PORT; with ``serve`` opened by this process."""
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    deadline = time.monotonic() + timeout_seconds
+    while not serve:
+        # Knocked at from here, because within TCPStore a signal would not be heard until somebody opens.
+        try:
+            socket.create_connection((host, port), timeout=KNOCK_SECONDS).close()
+            break
+        except OSError as error:
+            _pause(deadline, f"The store at {host}:{port} (MASTER_ADDR and MASTER_PORT), where the ranks meet, is out of reach: {error}")
+    try:
+        return dist.TCPStore(host, port, is_master=serve, wait_for_workers=False, timeout=timedelta(seconds=timeout_seconds))
+    except dist.DistError as error:
+        verb = "open" if serve else "reach"
+        raise RanksDidNotMeet(
+            f"This rank could not {verb} the store at {host}:{port} (MASTER_ADDR and MASTER_PORT), where the ranks meet: "
+            f"{str(error).splitlines()[0]}"
+        ) from None
+
+
+def _of_round(store: dist.Store, number: int) -> dist.Store:
+    return dist.PrefixStore(f"massl_fast/round_{number}", store)
+
+
+def agree_on_round(store: dist.Store, rank: int, size: int, timeout_seconds: float) -> int:
+    """The number of this meeting of ``size`` ranks, the same on each of them. Waits for all; RanksDidNotMeet where some do not come.
+
+    torchrun's store outlives the processes, and ranks that find addresses of those before them try to connect to the dead (seen with
+    PyTorch 2.15; pytorch#135712 tells of the same). So the keys of each round are kept apart. Its count of restarts cannot name the round:
+    each host's agent counts its own, and a host that joins later begins at 0. Instead every rank leaves a name of its own, drawn anew at
+    each start; rank 0 collects them, publishes the list under the next number, and all answer. A name of an earlier start gets no answer,
+    and the list is published again once its successor has come.
     """
-    by_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    store = dist.TCPStore(
-        os.environ["MASTER_ADDR"],
-        int(os.environ["MASTER_PORT"]),
-        is_master=serve and not by_torchrun,
-        wait_for_workers=False,
-        timeout=timedelta(seconds=timeout_seconds),
-    )
-    return dist.PrefixStore(f"massl_fast/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    store = dist.PrefixStore("massl_fast/meeting", store)
+    name, deadline = uuid.uuid4().hex, time.monotonic() + timeout_seconds
+    store.set(f"name/{rank}", name)
+    return _collect(store, size, deadline) if rank == 0 else _answer(store, name, rank, deadline)
+
+
+def _collect(store: dist.Store, size: int, deadline: float) -> int:
+    keys = [f"name/{rank}" for rank in range(size)]
+    while True:
+        missing = [str(rank) for rank, key in enumerate(keys) if not store.check([key])]
+        if missing:
+            _pause(deadline, f"The ranks did not meet: rank{'s' if len(missing) > 1 else ''} {', '.join(missing)} of {size} did not come")
+            continue
+        names = [value.decode() for value in store.multi_get(keys)]
+        number = store.add("count", 1)
+        store.set("list", json.dumps([number, names]))
+        answers = [f"answer/{number}/{rank}" for rank in range(1, size)]
+        while [value.decode() for value in store.multi_get(keys)] == names:
+            if store.check(answers):
+                store.set(f"complete/{number}", "")
+                return number
+            silent = [str(rank) for rank in range(1, size) if not store.check([f"answer/{number}/{rank}"])]
+            _pause(deadline, f"The ranks did not meet: rank{'s' if len(silent) > 1 else ''} {', '.join(silent)} of {size} came and left")
+
+
+def _answer(store: dist.Store, own_name: str, rank: int, deadline: float) -> int:
+    answered = 0
+    while True:
+        if store.check(["list"]):
+            number, names = json.loads(store.get("list"))
+            if number != answered and names[rank : rank + 1] == [own_name]:
+                store.set(f"answer/{number}/{rank}", "")
+                answered = number
+            if number == answered and store.check([f"complete/{number}"]):
+                return number
+        _pause(deadline, "The ranks did not meet: rank 0, which collects them, was not heard of, or not all came")
+
+
+def _pause(deadline: float, problem: str) -> None:
+    if LISTENER.noted:
+        raise RanksDidNotMeet(f"Ended by {LISTENER.noted.name} before the ranks had met; the same command starts again.", stopped=True)
+    if time.monotonic() > deadline:
+        raise RanksDidNotMeet(f"{problem}, for as long as parallel.timeout_seconds.")
+    time.sleep(POLL_SECONDS)
+
+
+def share_of(own: list[int], of_all: list[list[int]]) -> float:
+    """Cores of ``own``, each counted in as many parts as there are lists of ``of_all`` (all ranks of the host) that hold it."""
+    return sum(1 / max(1, sum(core in cores for cores in of_all)) for core in own)
 
 
 def leave_world() -> None:
@@ -164,9 +265,10 @@ def leave_world() -> None:
         dist.destroy_process_group()
 
 
-def restarted() -> bool:
-    """Whether torchrun or Slurm started this process again after a failure or a preemption."""
-    return any(int(os.environ.get(name, 0)) > 0 for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+def restarted(world: World) -> bool:
+    """Whether torchrun or Slurm started these processes again after a failure or a preemption."""
+    counted = any(int(os.environ.get(name, 0)) > 0 for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+    return counted or world.round > 1
 
 
 def choose_strategy(asked: str, world_size: int) -> tuple[str, str]:

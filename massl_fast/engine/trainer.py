@@ -21,7 +21,7 @@ from massl_fast.distributed.heartbeat import Heartbeat, end_process
 from massl_fast.distributed.integrity import find_drift
 from massl_fast.distributed.signals import StopRequest
 from massl_fast.distributed.stragglers import StragglerClock
-from massl_fast.distributed.world import World, choose_strategy, meet
+from massl_fast.distributed.world import World, choose_strategy
 from massl_fast.engine.announcement import announce
 from massl_fast.engine.build import build_objective, build_pair, build_step, demand_residual
 from massl_fast.engine.flops import flops_of_run
@@ -56,7 +56,7 @@ class Trainer:
         self.stop = StopRequest(world)
         self.heartbeat = None
         if world.size > 1:
-            self.heartbeat = Heartbeat(world, config.parallel.timeout_seconds, meet(STORE_SECONDS), on_loss=self._end_without)
+            self.heartbeat = Heartbeat(world, config.parallel.timeout_seconds, world.store(STORE_SECONDS), on_loss=self._end_without)
 
         checkpoint = config.checkpoint
         self.checkpoints = CheckpointFolder(self.folder / "checkpoints", checkpoint.keep_every_steps, checkpoint.keep_last)
@@ -121,6 +121,9 @@ class Trainer:
         try:
             if self.step == 0:
                 self._check_checkpoint_round_trip()
+            if self.stop.at_start(self.world):
+                self._interrupt()
+            if self.step == 0:
                 self._evaluate_untrained()
             self._loop()
             return self._finish()

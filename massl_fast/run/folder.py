@@ -21,7 +21,7 @@ def prepare_folder(folder: Path, mode: str, checkpoints: CheckpointFolder, world
     last = None
     if world.is_main:
         # Started again by torchrun or Slurm, the run goes on: only a person starts over.
-        if mode == "never" and not restarted() and (folder / "config.yaml").is_file():
+        if mode == "never" and not restarted(world) and (folder / "config.yaml").is_file():
             number = 1
             while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
                 number += 1

@@ -1,13 +1,26 @@
 """Who this process is and how the run is spread: what is chosen, and the sentences where it cannot be."""
 
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
+import torch.distributed as dist
 import yaml
 
 from massl_fast.config import validated
 from massl_fast.distributed.sharding import blocks_of
 from massl_fast.distributed.stragglers import spread_of
-from massl_fast.distributed.world import World, choose_strategy, join_world, restarted, synchronise_batch_norms
+from massl_fast.distributed.world import (
+    RanksDidNotMeet,
+    World,
+    agree_on_round,
+    choose_strategy,
+    join_world,
+    restarted,
+    share_of,
+    synchronise_batch_norms,
+)
 from massl_fast.engine.build import build_objective, build_pair
 from massl_fast.models.backbone import build_backbone
 from massl_fast.models.precision import Precision
@@ -40,9 +53,56 @@ def test_srun_without_a_meeting_point_is_a_sentence(monkeypatch):
 
 @pytest.mark.parametrize("name", ["TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"])
 def test_a_restart_is_known(monkeypatch, name):
-    assert not restarted()
+    assert not restarted(World(0, 1, 0, CPU)) and restarted(World(0, 2, 0, CPU, round=2))
     monkeypatch.setenv(name, "1")
-    assert restarted()
+    assert restarted(World(0, 1, 0, CPU))
+
+
+def meeting(store, ranks, timeout: float = 20) -> list:
+    with ThreadPoolExecutor(len(ranks)) as pool:
+        return [answer.result() for answer in [pool.submit(agree_on_round, store, rank, 3, timeout) for rank in ranks]]
+
+
+def test_ranks_that_meet_again_at_one_store_agree_on_a_new_round():
+    store = dist.HashStore()
+    assert meeting(store, [0, 1, 2]) == [1, 1, 1]
+    (again,) = set(meeting(store, [2, 1, 0]))
+    assert again > 1
+
+
+def test_a_rank_that_begins_later_is_not_taken_for_the_one_before_it():
+    store = dist.HashStore()
+    meeting(store, [0, 1, 2])
+    with ThreadPoolExecutor(3) as pool:
+        early = [pool.submit(agree_on_round, store, rank, 3, 20) for rank in (0, 1)]
+        time.sleep(0.3)  # they find the name that rank 2 left the time before, and nobody answers to it
+        assert not any(answer.done() for answer in early)
+        late = pool.submit(agree_on_round, store, 2, 3, 20)
+        assert late.result() == early[0].result() == early[1].result() > 1
+
+
+def test_a_rank_that_does_not_come_is_named():
+    with pytest.raises(RanksDidNotMeet, match="rank 2 of 3 did not come, for as long as"):
+        meeting(dist.HashStore(), [0, 1], timeout=0.3)
+
+
+def test_a_store_out_of_reach_is_a_sentence(monkeypatch):
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(RanksDidNotMeet, match=r"store at 127\.0\.0\.1:1 .* is out of reach: .*refused"):
+        join_world("cpu", timeout_seconds=0.2)
+
+
+@pytest.mark.parametrize(
+    ("own", "of_all", "share"),
+    [
+        ([0, 1, 2, 3], [[0, 1, 2, 3]] * 2, 2),  # as torchrun starts them
+        ([4, 5], [[0, 1], [4, 5], [2, 3]], 2),  # bound to each task by srun
+        ([0, 1, 2, 3], [[0, 1, 2, 3], [0, 1]], 3),
+    ],
+)
+def test_cores_that_are_bound_already_are_not_divided_once_more(own, of_all, share):
+    assert share_of(own, of_all) == share
 
 
 def settings(**sections) -> dict:

@@ -1,0 +1,82 @@
+"""Signals to a whole run, as a scheduler sends them: to every process that belongs to it, at any time."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from kill_and_resume import SETTINGS
+from massl_fast.distributed.listening import LISTENER
+from small_images import write_images
+
+
+def test_what_was_noted_early_is_kept_by_who_listens_later_and_forgotten_at_the_end():
+    with LISTENER.listening(signal.SIGTERM, signal.SIGUSR1):
+        assert LISTENER.noted is None
+        os.kill(os.getpid(), signal.SIGUSR1)
+        until(lambda: LISTENER.noted)
+        with LISTENER.listening(signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            assert LISTENER.noted == signal.SIGUSR1
+    with LISTENER.listening(signal.SIGTERM):
+        assert LISTENER.noted is None
+
+
+def test_children_do_not_see_the_warning():
+    with LISTENER.listening(signal.SIGUSR1):
+        child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    child.send_signal(signal.SIGUSR1)
+    time.sleep(0.1)
+    assert child.poll() is None
+    child.communicate(b"\n")
+    assert child.returncode == 0
+
+
+def until(condition) -> None:
+    deadline = time.monotonic() + 60
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert condition()
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("signals")
+    write_images(folder / "images", classes=2, per_class=14)
+    (folder / "recipe.yaml").write_text(SETTINGS.replace("num_workers: 1", "num_workers: 2"))
+    return folder
+
+
+def started(workplace, folder: str, *settings: str) -> subprocess.Popen:
+    arguments = ["--recipe", str(workplace / "recipe.yaml"), "--data.train", str(workplace / "images"), "--evaluation.every_epochs", "0"]
+    command = [sys.executable, "-m", "massl_fast", "train", *arguments, "--run.folder", str(workplace / folder), *settings]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+
+
+@pytest.mark.timeout(200)
+def test_a_warning_to_every_process_of_a_run_with_workers_saves_and_asks_to_be_run_again(workplace):
+    run = started(workplace, "warned", "--train.stop_at_step", "30")
+    metrics = workplace / "warned/metrics.jsonl"
+    until(lambda: run.poll() is not None or (metrics.is_file() and metrics.read_text().count("\n") > 2))
+    os.killpg(run.pid, signal.SIGUSR1)  # workers, their server and the resource tracker are of the same group
+    said, _ = run.communicate(timeout=90)
+    assert run.returncode == 75, said
+    assert "Ended by SIGUSR1 after step" in said and "Traceback" not in said and "KeyError" not in said, said
+
+
+@pytest.mark.timeout(100)
+def test_a_signal_while_the_program_still_imports_ends_with_a_sentence_and_75(workplace):
+    run = started(workplace, "early")
+    mask = f"/proc/{run.pid}/status"
+    until(lambda: caught(mask) & 1 << signal.SIGTERM - 1)
+    run.terminate()
+    said, _ = run.communicate(timeout=90)
+    assert run.returncode == 75 and "Ended by SIGTERM before its first step" in said, said
+    assert not (workplace / "early").exists()
+
+
+def caught(status: str) -> int:
+    with open(status) as lines:
+        return next(int(line.split()[1], 16) for line in lines if line.startswith("SigCgt:"))
