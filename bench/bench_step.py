@@ -17,6 +17,7 @@ on a CPU (scratch memory of matrix libraries not included).
 from __future__ import annotations
 
 import argparse
+import copy
 import gc
 import os
 import statistics
@@ -37,7 +38,7 @@ from massl_fast.engine.flops import step_flops
 from massl_fast.engine.graphed_step import GraphedStep
 from massl_fast.engine.optimizer import build_optimizer
 from massl_fast.engine.schedules import StepSettings
-from massl_fast.engine.step import NUM_TEACHER_VIEWS, TrainStep
+from massl_fast.engine.step import TrainStep
 from massl_fast.hardware import peak_flops
 from massl_fast.models.backbone import Encoder, build_backbone
 from massl_fast.models.head import ProjectionHead
@@ -49,7 +50,7 @@ from massl_fast.profiling.out_of_memory import is_out_of_memory
 sys.path.insert(0, str(Path(__file__).parent))
 from published_step import PublishedStep, published_encoder
 
-SETTINGS = StepSettings(learning_rate=1e-4, weight_decay=0.1, teacher_momentum=0.996, teacher_temperature=0.05)
+SETTINGS = StepSettings(learning_rate=1e-4, weight_decay=0.1, teacher_momentum=0.996, own={"teacher_temperature": 0.05})
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ class Case:
 
     @property
     def sizes(self) -> list[int]:
-        return [self.global_size] * NUM_TEACHER_VIEWS + [self.local_size] * self.num_local
+        return [self.global_size] * MasslObjective.teacher_views + [self.local_size] * self.num_local
 
 
 CASES = {
@@ -265,7 +266,8 @@ def compare(case: Case, sides: list[str], device: torch.device, precision: str, 
     gc.collect()
     backbone = build_backbone(case.architecture, image_size=case.global_size, model_args=case.model_args)
     encoder = Encoder(backbone, ProjectionHead(backbone.feature_dim))
-    flops = step_flops(encoder, crop_sizes=case.sizes, num_teacher_views=NUM_TEACHER_VIEWS, batch=case.batch, memory_size=case.memory_size)
+    objective = MasslObjective(case.memory_size, 256, block_size=case.block_size, student_temperature=0.1)
+    flops = step_flops(StudentTeacher(encoder, copy.deepcopy(encoder)), objective, crop_sizes=case.sizes, batch=case.batch)
     results = {}
     for side in sides:
         (times, processor), (first, first_processor) = zip(*seconds[side]), zip(*seconds[sides[0]])

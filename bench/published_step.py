@@ -24,7 +24,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from massl_fast.engine.schedules import StepSettings
-from massl_fast.engine.step import NUM_TEACHER_VIEWS
 from massl_fast.kernels import reference
 from massl_fast.models.backbone import Encoder
 from massl_fast.models.head import ProjectionHead
@@ -37,6 +36,9 @@ def published_encoder(backbone: torch.nn.Module, head: ProjectionHead) -> Encode
         if hasattr(module, "fused_attn"):
             module.fused_attn = False
     return Encoder(backbone, head, crops_pass="separate")
+
+
+NUM_TEACHER_VIEWS = 2
 
 
 class PublishedStep:
@@ -90,7 +92,7 @@ class PublishedStep:
                 self.partition_of_step(step),
                 self.block_size,
                 self.student_temperature,
-                settings.teacher_temperature,
+                settings.own["teacher_temperature"],
             )
         self.optimizer.zero_grad()
         self.scaler.scale(loss).backward()

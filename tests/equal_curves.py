@@ -28,6 +28,7 @@ from massl_fast.engine.build import build_objective, build_pair, build_step
 from massl_fast.engine.graphed_step import GraphedStep
 from massl_fast.engine.schedules import Schedules
 from massl_fast.engine.step import StepResult
+from massl_fast.length import Length
 from massl_fast.models.precision import Precision
 
 sys.path.insert(0, str(Path(__file__).parent / "engine"))
@@ -94,7 +95,10 @@ def curves_of(images: str, steps: int, dtype: torch.dtype) -> dict[str, Tensor]:
         losses: dict[str, list[Tensor]] = {name: [] for name in ways}
         source = open_data(config.data.train, "data.train", "train")
         with loader_without_run(config, source, world, device_batch=config.train.global_batch, accumulation=1) as loader:
-            schedules = Schedules(config, steps, loader.steps_per_epoch)
+            objective = build_objective(config, Precision("fp32", "a comparison of roundings"), 0)
+            schedules = Schedules(
+                config, Length(steps, loader.steps_per_epoch, config.train.global_batch, 1, config.train.global_batch), objective
+            )
             for number, batch in zip(range(steps), loader.batches(0)):
                 crops = [crop.to(world.device, dtype) for crop in batch.crops]
                 for name, way in ways.items():
@@ -106,7 +110,8 @@ def curves_of(images: str, steps: int, dtype: torch.dtype) -> dict[str, Tensor]:
 def way_of(name: str, config: Config, world: World, dtype: torch.dtype) -> Callable[..., StepResult]:
     """A step of the run that ``config`` describes, from the weights of its seed, in ``dtype``."""
     precision = Precision("fp32", "a comparison of roundings")
-    pair, _ = build_pair(config)
+    objective = build_objective(config, precision, 0)
+    pair, _ = build_pair(config, objective)
     pair.to(world.device, dtype, memory_format=torch.channels_last)
     if "last bit" in name:
         with torch.no_grad():
@@ -116,9 +121,8 @@ def way_of(name: str, config: Config, world: World, dtype: torch.dtype) -> Calla
                     parameter.copy_(torch.nextafter(single, torch.full_like(single, torch.inf)))
     if config.model.compile:
         pair.compile_blocks()
-    objective = build_objective(config, precision, 0).to(world.device, dtype)
-    step = build_step(config, pair, objective, world, precision)
-    return GraphedStep(step, None if world.device.type == "cuda" else OperatorTape()) if "recorded" in name else step
+    step = build_step(config, pair, objective.to(world.device, dtype), world, precision)
+    return GraphedStep(step, None if world.device.type == "cuda" else OperatorTape) if "recorded" in name else step
 
 
 if __name__ == "__main__":

@@ -74,7 +74,7 @@ def replay(path: str, *, crops_pass: str = "auto", backend: str = "auto", accumu
             learning_rate=float(stored["lr"][step]),
             weight_decay=float(stored["weight_decay"][step]),
             teacher_momentum=float(stored["teacher_momentum"][step]),
-            teacher_temperature=float(stored["teacher_temp"]),
+            own={"teacher_temperature": float(stored["teacher_temp"])},
         )
         micro_batches = [list(part.unbind(0)) for part in crops.chunk(accumulation, dim=1)]
         losses.append(train_step(micro_batches, settings, step).loss)

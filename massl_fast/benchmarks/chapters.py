@@ -13,7 +13,7 @@ from typing import Any
 
 from massl_fast.benchmarks.charts import MIB, Bar, Dot, Line, bars, memory_timeline, over_sizes, roofline, split, waterfall
 from massl_fast.benchmarks.intervals import spread_percent
-from massl_fast.profiling.sections import NAMES as PHASES
+from massl_fast.engine.phases import PHASES
 from massl_fast.report.html import Drawing
 
 Row = dict[str, Any]

@@ -24,11 +24,12 @@ from massl_fast.benchmarks.rates import matrix_rate
 from massl_fast.config import Config, load_config, recipe_names
 from massl_fast.distributed.world import World, join_world
 from massl_fast.engine import graphed_step
+from massl_fast.engine.phases import PHASES
 from massl_fast.hardware import peak_flops, synchronize
 from massl_fast.models.precision import Precision, choose_precision
 from massl_fast.profiling.estimate import RESERVE, capacity, explain_out_of_memory, gib, largest_batch
 from massl_fast.profiling.out_of_memory import explained, is_out_of_memory
-from massl_fast.profiling.sections import NAMES, SectionClock, Sections
+from massl_fast.profiling.sections import SectionClock, marked
 from massl_fast.profiling.synthetic import SyntheticRun, micro_batches_of, synthetic_run
 
 TAKES_SETTINGS = True
@@ -125,7 +126,7 @@ def measure(config: Config, recipe: str, world: World, precision: Precision, sec
         "watched_step_seconds": records.figure(watched, "s"),
         "utilization_of_measured_rate": records.figure([100 * run.flops / (value * rate) for value in plain], "%"),
     }
-    figures |= {f"part: {name}": records.figure([part.get(name, 0.0) for part in parts], "s", "lower") for name in NAMES}
+    figures |= {f"part: {name}": records.figure([part.get(name, 0.0) for part in parts], "s", "lower") for name in PHASES}
     if sheet:
         figures["model_flops_utilization"] = records.figure([100 * run.flops / (value * sheet) for value in plain], "%")
     if processor:
@@ -164,11 +165,11 @@ def rounds_of(run: SyntheticRun, seconds: float) -> tuple[list[float], list[floa
             processor.append(spent / steps)
 
     def with_marks() -> None:
-        with Sections(run.train_step, clock) as marks:
+        with marked(run.train_step, clock) as marks:
             wall, _ = timed(lambda: [run.step(marks.step) for _ in range(steps)], device)
         watched.append(wall / steps)
         of_steps = clock.read()
-        parts.append({name: sum(part.get(name, 0.0) for part in of_steps) / steps for name in NAMES})
+        parts.append({name: sum(part.get(name, 0.0) for part in of_steps) / steps for name in PHASES})
 
     gc.collect()
     gc.disable()
@@ -220,9 +221,9 @@ def tell(run: SyntheticRun, figures: dict[str, Any], details: dict[str, Any]) ->
         lines.append(f"Peak memory {gib(figures['peak_memory']['median'] * 2**20)}")
     # Each round with marks beside the round without that it took turns with.
     ratios = [b / a for a, b in zip(step["samples"], figures["watched_step_seconds"]["samples"])]
-    total = sum(figures[f"part: {name}"]["median"] for name in NAMES)
+    total = sum(figures[f"part: {name}"]["median"] for name in PHASES)
     lines.append(f"Parts of a step (marking them changed its time by {100 * (median(ratios) - 1):+.1f} %):")
-    for name in NAMES:
+    for name in PHASES:
         part = figures[f"part: {name}"]["median"]
         lines.append(f"  {name:<20}{1000 * part:>9.2f} ms {100 * part / total:>5.1f} %")
     return lines

@@ -71,6 +71,7 @@ def run(args: argparse.Namespace) -> int:
     from massl_fast.distributed.signals import StopRequest
     from massl_fast.distributed.world import join_world, leave_world
     from massl_fast.engine.trainer import Trainer
+    from massl_fast.report.page import write_report
     from massl_fast.run.exits import Ended, Interrupted, OutOfMemory, RankLost
 
     world = join_world(config.train.device, config.parallel.timeout_seconds)
@@ -81,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
             stop = StopRequest(world)
             if stop.at_start(world):
                 raise Interrupted(f"Ended by {stop.name} before its first step, and nothing is lost; the same command goes on.")
-            Trainer(config, world).run()
+            Trainer(config, world, write_report).run()
     except Ended as error:
         if world.size > 1 and isinstance(error, (RankLost, OutOfMemory)):
             end_process(str(error))  # leaving the process group would wait for the others

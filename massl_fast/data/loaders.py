@@ -7,20 +7,16 @@ import importlib
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import torch
 
 from massl_fast.config import Config, CropsSection
+from massl_fast.config.registry import Registry
+from massl_fast.config.sections import register_loader_settings
 from massl_fast.data.bad_files import read_bad_files
 from massl_fast.data.crops import View, published_views
 from massl_fast.data.demo import ensure_demo_images
+from massl_fast.data.loader import Loader
 from massl_fast.data.sources import Source, open_source
-from massl_fast.data.torchvision_loader import TorchvisionLoader
-
-if TYPE_CHECKING:
-    from massl_fast.distributed.world import World
-
+from massl_fast.distributed.world import World
 
 DEMO_FOLDER = Path("runs/demo-images")
 
@@ -55,20 +51,42 @@ def views_of(crops: CropsSection) -> tuple[View, ...]:
     )
 
 
-def build_loader(
-    config: Config,
-    source: Source,
-    *,
-    device_batch: int,
-    accumulation: int,
-    world: World,
-    bad_files_path: Path,
-):
-    """The loader that ``data.loader`` asks for; ``loader.name`` and ``loader.reason`` say which it is and why."""
-    data, views = config.data, views_of(config.crops)
+LOADERS: Registry[str | type[Loader]] = Registry(
+    "data.loader",
+    {
+        "torchvision": "massl_fast.data.torchvision_loader:TorchvisionLoader",
+        "dali": "massl_fast.data.dali.loader:DaliLoader",
+    },
+)
+"""Classes, or where they are imported from when a run names them."""
+
+
+def register(loader: type[Loader]) -> None:
+    """Make ``loader`` known by its ``name``, with its ``Settings``; raises ValueError where the name is taken."""
+    register_loader_settings(loader.name, loader.Settings)
+    LOADERS.add(loader.name, loader)
+
+
+def open_together(world: World, path: str, setting: str, role: str) -> Source:
+    """The source that a setting names (see ``open_data``), on every rank. A collective call."""
+    if world.is_main:
+        source = open_data(path, setting, role)
+    world.barrier()  # what is made on first use (generated images, tar indices) is made once
+    return source if world.is_main else open_data(path, setting, role)
+
+
+def build_loader(config: Config, source: Source, *, device_batch: int, accumulation: int, world: World, bad_files_path: Path) -> Loader:
+    """The loader that ``data.loader`` names; its ``name`` and ``reason`` say which it is and why."""
+    data = config.data
     name, reason = choose_loader(data.loader, world.device.type)
     workers = data.num_workers if data.num_workers >= 0 else max(1, int(world.cores()) - 1)
-    arguments = dict(
+    kind = LOADERS.chosen(name)
+    if isinstance(kind, str):
+        module, _, attribute = kind.partition(":")
+        kind = getattr(importlib.import_module(module), attribute)
+    return kind(
+        source,
+        views_of(config.crops),
         seed=config.run.seed,
         global_batch=config.train.global_batch,
         device_batch=device_batch,
@@ -80,21 +98,13 @@ def build_loader(
         max_bad_percent=data.max_bad_percent,
         bad_files_path=bad_files_path,
         device=world.device,
+        reason=reason,
+        **kind.own_arguments(config, world.device),
     )
-    if name == "torchvision":
-        loader = TorchvisionLoader(source, views, **arguments, pin_memory=world.device.type == "cuda")
-    else:
-        from massl_fast.data.dali.loader import DaliLoader
-
-        # Without autocast half-precision crops would meet float32 weights.
-        wide = torch.float32 if config.train.precision == "fp32" else None
-        loader = DaliLoader(source, views, **arguments, decode=data.decode, augment=data.augment, dtype=wide)
-    loader.reason = reason
-    return loader
 
 
 @contextlib.contextmanager
-def loader_without_run(config: Config, source: Source, world: World, *, device_batch: int, accumulation: int) -> Iterator[Any]:
+def loader_without_run(config: Config, source: Source, world: World, *, device_batch: int, accumulation: int) -> Iterator[Loader]:
     """The loader of ``build_loader`` where there is no run folder for its list of unreadable images; closed at the end."""
     with tempfile.TemporaryDirectory(prefix="massl_fast_loader_") as folder:
         loader = build_loader(
@@ -110,17 +120,19 @@ def loader_without_run(config: Config, source: Source, world: World, *, device_b
 
 
 def choose_loader(asked: str, device_type: str) -> tuple[str, str]:
-    """(torchvision or dali, reason) for a setting of auto, torchvision or dali and a device type of cuda or cpu."""
+    """(name of a loader, reason) for the setting ``data.loader`` and a device type of cuda or cpu."""
+    if asked not in ("auto", "torchvision", "dali"):
+        return asked, "data.loader names it"
     obstacle = _dali_obstacle()
     if asked == "torchvision":
-        return "torchvision", "asked for"
+        return "torchvision", "data.loader names it"
     if asked == "dali":
         if obstacle:
             raise ValueError(
                 f"data.loader is dali, but nvidia.dali does not import ({obstacle}). Install nvidia-dali-cuda130 (or the build for your "
                 f"CUDA), or choose auto."
             )
-        return "dali", "asked for"
+        return "dali", "data.loader names it"
     if obstacle:
         return "torchvision", f"nvidia.dali does not import: {obstacle}"
     if device_type != "cuda":

@@ -8,7 +8,7 @@ import multiprocessing.connection
 import os
 import signal
 import threading
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -16,94 +16,33 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from massl_fast.data.bad_files import BadFiles
+from massl_fast.config import Config
 from massl_fast.data.crops import Drawn, View, color_, draw, normalize, resize, sample_generator
 from massl_fast.data.decode import UnreadableImage, decode_rgb
-from massl_fast.data.order import Batch, Order
+from massl_fast.data.loader import REPLACEMENTS, Loader
+from massl_fast.data.order import Batch
 from massl_fast.data.sources import Source
 
-REPLACEMENTS = 100  # images tried in place of one that cannot be read
-JUDGE_AFTER = 1000  # images seen before the share of unreadable ones can end a run
 
+class TorchvisionLoader(Loader):
+    """``num_workers``: processes; 0 loads in this one. ``prefetch``: micro-batches that each of them works ahead.
 
-class TorchvisionLoader:
-    """An endless, seekable source of micro-batches.
-
-    ``batches(start_step)`` depends on (seed, start_step, rank, world size) alone: not on workers, not on what was loaded before.
-    An unreadable image is named once in ``bad_files_path`` and replaced by another, which its own number and epoch decide.
-
-    Args:
-        source: where the images are; ``self.source`` is the same without those named in ``bad_files``.
-        views: what each crop undergoes, in the order of ``Batch.crops``.
-        seed: of the order of images and of every augmentation.
-        global_batch, device_batch, accumulation, rank, world_size: global_batch = world_size · accumulation · device_batch.
-        num_workers: processes; 0 loads in this one. prefetch: micro-batches that each of them works ahead.
-        max_bad_percent: share of unreadable images that ends the run with a ValueError.
-        device: where the crops go. pin_memory: page-locked host memory, which lets a copy to a GPU overlap with its work.
-
-    Raises ValueError for a batch that does not divide or is larger than the source, and where shared memory is too small.
+    ``pin_memory``: page-locked host memory, which lets a copy to a GPU overlap with its work. The rest, and what is raised: ``Loader``;
+    ValueError, too, where shared memory is too small.
     """
 
     name = "torchvision"
-    notes: tuple[str, ...] = ()
 
-    def __init__(
-        self,
-        source: Source,
-        views: Sequence[View],
-        *,
-        seed: int,
-        global_batch: int,
-        device_batch: int,
-        accumulation: int = 1,
-        rank: int = 0,
-        world_size: int = 1,
-        num_workers: int = 0,
-        prefetch: int = 2,
-        bad_files: Collection[str] = (),
-        max_bad_percent: float = 5.0,
-        bad_files_path: str | os.PathLike | None = None,
-        device: torch.device | str = "cpu",
-        pin_memory: bool = False,
-    ) -> None:
-        self.source = source.without(bad_files)
-        self.views = tuple(views)
-        self.order = Order(
-            len(self.source),
-            seed=seed,
-            global_batch=global_batch,
-            device_batch=device_batch,
-            accumulation=accumulation,
-            rank=rank,
-            world_size=world_size,
-            path=source.path,
-        )
-        self.steps_per_epoch = self.order.steps_per_epoch
-        images_per_epoch = self.steps_per_epoch * accumulation * device_batch
-        self.bad = BadFiles(source.path, bad_files_path, max_bad_percent, min(JUDGE_AFTER, images_per_epoch))
-        self.num_workers, self.prefetch = num_workers, prefetch
-        self.device, self.pin_memory = torch.device(device), pin_memory
-        self._micro_batches = _MicroBatches(self.source, self.views, seed)
-        self._running: Iterator[Batch] | None = None
-        if num_workers > 0:
-            self._demand_shared_memory(device_batch)
+    def __init__(self, source: Source, views: Sequence[View], *, pin_memory: bool = False, **shared: Any) -> None:
+        super().__init__(source, views, **shared)
+        self.pin_memory = pin_memory
+        self._micro_batches = _MicroBatches(self.source, self.views, self.seed)
+        if self.num_workers > 0:
+            self._demand_shared_memory()
 
-    @property
-    def num_bad(self) -> int:
-        """Different unreadable images that this process has met."""
-        return len(self.bad.names)
-
-    def batches(self, start_step: int) -> Iterator[Batch]:
-        """Micro-batches from ``start_step`` on, ``accumulation`` of them a step, without end."""
-        self.close()
-        self._running = self._batches(start_step)
-        return self._running
-
-    def close(self) -> None:
-        """Ends the worker processes."""
-        if self._running is not None:
-            self._running.close()
-            self._running = None
+    @classmethod
+    def own_arguments(cls, config: Config, device: torch.device) -> dict[str, Any]:
+        return {"pin_memory": device.type == "cuda"}
 
     def _batches(self, start_step: int) -> Iterator[Batch]:
         workers = worker_arguments() | {"prefetch_factor": self.prefetch} if self.num_workers > 0 else {}
@@ -137,13 +76,13 @@ class TorchvisionLoader:
                 crops[view] = crop
         return crops
 
-    def _demand_shared_memory(self, device_batch: int) -> None:
+    def _demand_shared_memory(self) -> None:
         try:
             status = os.statvfs("/dev/shm")
         except OSError:
             return  # Not every system keeps shared memory there.
         image = sum(3 * view.size**2 for view in self.views)
-        needed, free = image * device_batch * self.num_workers * (self.prefetch + 1), status.f_bavail * status.f_frsize
+        needed, free = image * self.device_batch * self.num_workers * (self.prefetch + 1), status.f_bavail * status.f_frsize
         if needed > free:
             raise ValueError(
                 f"{self.num_workers} loader processes need {needed / 2**20:.0f} MiB of shared memory, /dev/shm has {free / 2**20:.0f} MiB "

@@ -31,7 +31,7 @@ def find_drift(world: World, groups: dict[str, list[Tensor]]) -> str | None:
 
     ``groups``: tensors that ought to be the same on every rank, by what to call them.
     """
-    if world.size == 1:
+    if world.size == 1 or not groups:
         return None
     sums = [sum(checksum(tensor) * (2 * index + 1) for index, tensor in enumerate(tensors)) for tensors in groups.values()]
     table = world.gather_rows(torch.stack(sums)[None]).tolist()

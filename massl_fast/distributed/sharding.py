@@ -48,7 +48,7 @@ def shard_(pair: StudentTeacher, world: World, precision: Precision) -> None:
             for block in blocks:
                 block.packed_forward = partial(run_block, block)
                 register_fsdp_forward_method(block, "packed_forward")
-            encoder.packed.run_block = _run_packed_forward
+            encoder.packed.run_blocks_by(_run_packed_forward)
 
 
 def _run_packed_forward(block: nn.Module, *args, **kwargs):

@@ -1,63 +1,52 @@
-"""Student, teacher and objective as the settings describe them, still on the CPU; and the step of them, once they are where they train."""
+"""Objective, student and teacher as the settings describe them, still on the CPU; and the step of them, once they are where they train."""
 
 from __future__ import annotations
 
-import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from massl_fast.config import Config
 from massl_fast.distributed.world import World
 from massl_fast.engine.optimizer import build_optimizer
 from massl_fast.engine.step import TrainStep
 from massl_fast.models.backbone import Encoder, build_backbone
-from massl_fast.models.head import ProjectionHead
 from massl_fast.models.pair import StudentTeacher
-from massl_fast.models.precision import DTYPES, Precision
+from massl_fast.models.precision import Precision
 from massl_fast.models.published import start_from
-from massl_fast.objectives.massl import MasslObjective
+from massl_fast.objectives import objective_class
+from massl_fast.objectives.base import Objective
 
 
-def build_pair(config: Config) -> tuple[StudentTeacher, list[str]]:
+def build_objective(config: Config, precision: Precision, rank: int) -> Objective:
+    """The objective that ``objective.name`` names."""
+    return objective_class(config.objective.name).build(config, precision, rank)
+
+
+def build_pair(config: Config, objective: Objective) -> tuple[StudentTeacher, list[str]]:
     """Both encoders, and sentences about weights they start from. The weights depend on ``run.seed`` alone: the same on every device."""
     model, crops = config.model, config.crops
     torch.manual_seed(config.run.seed)
 
-    def encoder(drop_path: float, recompute: str = "nothing") -> Encoder:
-        backbone = build_backbone(
+    def backbone(drop_path: float) -> nn.Module:
+        return build_backbone(
             model.architecture,
             image_size=crops.global_size,
             other_sizes=[crops.local_size] if crops.num_local else [],
             drop_path=drop_path,
             model_args=model.model_args,
         )
-        head = ProjectionHead(
-            backbone.feature_dim, hidden_dim=model.head_hidden_dim, out_dim=model.embedding_dim, num_layers=model.head_layers
-        )
-        return Encoder(backbone, head, crops_pass=model.crops_pass, recompute=recompute, residual=model.residual)
 
-    student = encoder(model.drop_path, model.recompute)
-    notes = start_from(student.backbone, Path(config.run.init_from)) if config.run.init_from else []
-    return StudentTeacher(student, encoder(0.0)), notes
-
-
-def build_objective(config: Config, precision: Precision, rank: int) -> MasslObjective:
-    objective, seed = config.objective, config.run.seed
-    shared = objective.partition_scope == "shared"
-    return MasslObjective(
-        objective.memory_size,
-        config.model.embedding_dim,
-        block_size=objective.block_size,
-        student_temperature=objective.student_temperature,
-        block_reduction=objective.block_reduction,
-        enqueue_view=objective.enqueue_view,
-        partition=objective.partition,
-        seed=seed,
-        partition_seed=seed if shared else zlib.crc32(f"{seed}/partition/{rank}".encode()),
-        memory_dtype=precision.dtype if objective.memory_dtype == "auto" else DTYPES[objective.memory_dtype],
-        backend=objective.backend,
+    student = backbone(model.drop_path)
+    heads = objective.heads(student.feature_dim)
+    notes = start_from(student, Path(config.run.init_from)) if config.run.init_from else []
+    student, teacher = (
+        Encoder(network, head, crops_pass=model.crops_pass, recompute=recompute, residual=model.residual)
+        for network, head, recompute in zip((student, backbone(0.0)), heads, (model.recompute, "nothing"))
     )
+    return StudentTeacher(student, teacher), notes
 
 
 def demand_residual(config: Config, precision: Precision) -> None:
@@ -69,7 +58,14 @@ def demand_residual(config: Config, precision: Precision) -> None:
         )
 
 
-def build_step(config: Config, pair: StudentTeacher, objective: MasslObjective, world: World, precision: Precision) -> TrainStep:
+def build_step(
+    config: Config,
+    pair: StudentTeacher,
+    objective: Objective,
+    world: World,
+    precision: Precision,
+    before_exchange: Callable[[], None] = lambda: None,
+) -> TrainStep:
     """The step of ``pair`` and ``objective``, which lie on ``world.device``, with the optimizer and clipping of the settings.
 
     Raises ValueError for an optimizer that cannot run here.
@@ -82,4 +78,5 @@ def build_step(config: Config, pair: StudentTeacher, objective: MasslObjective, 
         precision=precision,
         clip=config.optimizer.clip,
         clip_mode=config.optimizer.clip_mode,
+        before_exchange=before_exchange,
     )

@@ -1,4 +1,4 @@
-"""Floating-point operations of a training step: those of the networks and those of the loss.
+"""Operations of a training step: networks from shapes, loss and heads as the objective counts them.
 
 Model-FLOPs utilisation = ``step_flops(...)`` / (seconds per step · devices · ``hardware.peak_flops(...)``).
 """
@@ -7,39 +7,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from massl_fast.config import Config
-from massl_fast.data.loaders import views_of
-from massl_fast.engine.step import NUM_TEACHER_VIEWS
-from massl_fast.models.backbone import Encoder
-from massl_fast.models.flops import pair_flops
+from massl_fast.models.flops import backbone_flops
+from massl_fast.models.pair import StudentTeacher
+from massl_fast.objectives.base import Objective
 
 
 def step_flops(
-    encoder: Encoder,
-    *,
-    crop_sizes: Sequence[int],
-    num_teacher_views: int,
-    batch: int,
-    memory_size: int,
-    whole_last_block: bool = False,
+    pair: StudentTeacher, objective: Objective, *, crop_sizes: Sequence[int], batch: int, whole_last_block: bool = False
 ) -> float:
     """Operations of one training step over ``batch`` images.
 
-    ``crop_sizes``: sides in pixels of the V student views, of which the teacher sees the first ``num_teacher_views`` (T).
-    ``memory_size``: entries of the memory that take part (whole blocks). The loss is 4·D·(V+T)·K operations per image: two
-    products with the memory per view, gradient included.
+    ``crop_sizes``: sides in pixels of the V student views, of which the teacher sees the first T. ``whole_last_block``: see
+    ``models.flops``; an objective that needs patch tokens computes it whole.
     """
-    networks = pair_flops(encoder, crop_sizes=crop_sizes, num_teacher_views=num_teacher_views, whole_last_block=whole_last_block)
-    memory = 4 * encoder.head.mlp[-1].out_features * (len(crop_sizes) + num_teacher_views) * memory_size
-    return batch * (networks + memory)
-
-
-def flops_of_run(config: Config, encoder: Encoder, batch: int) -> float:
-    """Operations of one step of the run that ``config`` describes, over ``batch`` images."""
-    return step_flops(
-        encoder,
-        crop_sizes=[view.size for view in views_of(config.crops)],
-        num_teacher_views=NUM_TEACHER_VIEWS,
-        batch=batch,
-        memory_size=config.objective.entries_in_blocks,
-    )
+    whole = whole_last_block or objective.needs_patches
+    found = {size: backbone_flops(pair.student.backbone, size, whole_last_block=whole) for size in set(crop_sizes)}
+    student = sum(sum(found[size]) for size in crop_sizes)
+    teacher = sum(found[size][0] for size in crop_sizes[: objective.teacher_views])
+    views = len(crop_sizes)
+    heads = objective.head_flops(pair.student.head, pair.teacher.head, views)
+    return batch * (student + teacher + heads + objective.loss_flops(views))

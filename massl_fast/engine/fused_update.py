@@ -63,7 +63,7 @@ class AdamWWithTeacher(Optimizer):
         counts = torch.stack(steps).double().clamp(min=1)
         corrections = 1 - self.betas ** counts[:, None]  # [number of weights, 2]
         decays = [id(student) in self.decayed for student in students]
-        values = settings_vector(settings, finite.device)
+        values = settings.vector(finite.device)
         eps = self.defaults["eps"]
         tensors = (students, gradients, firsts, seconds, teachers)
         if self.on_gpu:
@@ -72,14 +72,6 @@ class AdamWWithTeacher(Optimizer):
             fused_update_kernel.update_(*tensors, decays, factors, corrections, finite, values, self.defaults["betas"], eps)
         else:
             update_tensors(*tensors, decays, factors, corrections, finite, values, self.betas, eps)
-
-
-def settings_vector(settings: StepSettings, device: torch.device) -> Tensor:
-    """The four settings as float64 [4] on the device, in their order; a copy that the host does not wait for."""
-    if isinstance(settings.learning_rate, Tensor):
-        return torch.stack([value.double() for value in settings])
-    values = torch.tensor(settings, dtype=torch.float64, pin_memory=device.type == "cuda")
-    return values.to(device, non_blocking=True)
 
 
 def update_tensors(
@@ -98,10 +90,11 @@ def update_tensors(
 ) -> None:
     """The kernel's computation by one operation after another, in the weights' dtype.
 
-    ``corrections`` float64 [number of weights, 2]: 1 − βᵗ; ``settings`` float64 [4], ordered as in ``StepSettings``; ``betas`` float64 [2].
+    ``corrections`` float64 [number of weights, 2]: 1 − βᵗ; ``settings`` float64, ordered as in ``StepSettings.vector``; ``betas``
+    float64 [2].
     """
     dtype = students[0].dtype
-    learning_rate, weight_decay, momentum, _ = settings.unbind()
+    learning_rate, weight_decay, momentum = settings[:3].unbind()
     beta1, beta2 = torch.where(finite, betas, 1.0).unbind()
     rate = torch.where(finite, learning_rate, 0.0)
     follow = torch.where(finite, 1 - momentum, 0.0)

@@ -11,12 +11,13 @@ computes nothing, so no step is taken twice or lost.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from massl_fast.engine.fused_update import AdamWWithTeacher, settings_vector
+from massl_fast.engine.fused_update import AdamWWithTeacher
 from massl_fast.engine.schedules import StepSettings
 from massl_fast.engine.step import StepResult, TrainStep
 
@@ -62,14 +63,15 @@ class CudaTape:
 
 
 class GraphedStep:
-    """``TrainStep`` with the same arguments and the same effects, replayed from its fourth call on.
+    """``TrainStep`` with the same arguments and the same effects, replayed from its fourth call on, and recorded anew after three more
+    where other parameters begin to move. ``new_tape`` makes what records; by default a ``CudaTape``.
 
     Raises ValueError where a step cannot be recorded: on a CPU, for several processes, for optimizers that take settings from the host.
     """
 
-    def __init__(self, train_step: TrainStep, tape: Tape | None = None):
+    def __init__(self, train_step: TrainStep, new_tape: Callable[[], Tape] | None = None):
         world = train_step.world
-        if tape is None and world.device.type != "cuda":
+        if new_tape is None and world.device.type != "cuda":
             raise ValueError("train.cuda_graph is on, but the run is on a CPU, which has no CUDA graphs. Leave it off.")
         if world.size > 1:
             raise ValueError(
@@ -82,8 +84,11 @@ class GraphedStep:
                 "Choose optimizer.name adamw_with_teacher, or leave train.cuda_graph off."
             )
         self.train_step = train_step
-        self.tape = tape or CudaTape(world.device)
-        self.settings = torch.zeros(len(StepSettings._fields), dtype=torch.float64, device=world.device)
+        self.new_tape = new_tape or partial(CudaTape, world.device)
+        self.tape = self.new_tape()
+        self.settings: Tensor | None = None
+        self.names: tuple[str, ...] = ()
+        self.frozen: tuple[str, ...] = ()
         self.step = torch.zeros((), dtype=torch.int64, device=world.device)
         self.stopping = torch.zeros((), device=world.device)
         self.micro_batches: list[list[Tensor]] = []
@@ -115,16 +120,21 @@ class GraphedStep:
         return self.result
 
     def _take_in(self, micro_batches: Sequence[list[Tensor]], settings: StepSettings, step: int, stopping: Tensor | None) -> None:
-        if not self.micro_batches:
+        values = settings.vector(self.step.device)
+        if self.settings is None:
+            self.settings, self.frozen = torch.empty_like(values), settings.frozen
             self.micro_batches = [[torch.empty_like(crop) for crop in crops] for crops in micro_batches]
         for ours, crops in zip(self.micro_batches, micro_batches, strict=True):
             for own, crop in zip(ours, crops, strict=True):
                 assert own.shape == crop.shape, f"a recorded step takes crops of {tuple(own.shape)}, not of {tuple(crop.shape)}"
                 own.copy_(crop, non_blocking=True)
-        self.settings.copy_(settings_vector(settings, self.settings.device))
+        self.settings.copy_(values)
+        if settings.frozen != self.frozen:
+            self.warm_ups_left, self.result, self.tape = WARM_UP, None, self.new_tape()
+        self.names, self.frozen = tuple(settings.own), settings.frozen
         self.step.fill_(step)
         if stopping is not None:
             self.stopping.copy_(stopping)
 
     def _step(self) -> StepResult:
-        return self.train_step(self.micro_batches, StepSettings(*self.settings.unbind()), self.step, self.stopping)
+        return self.train_step(self.micro_batches, StepSettings.of_vector(self.settings, self.names, self.frozen), self.step, self.stopping)

@@ -8,6 +8,7 @@ from torch.optim import Optimizer
 
 from massl_fast.config import OptimizerSection
 from massl_fast.engine.fused_update import AdamWWithTeacher
+from massl_fast.engine.phases import AVERAGE, OPTIMIZER, Observer, unobserved
 from massl_fast.engine.schedules import StepSettings
 from massl_fast.models.pair import StudentTeacher
 
@@ -101,28 +102,33 @@ def update_weights_(
     clip: float,
     clip_mode: str,
     loss_scale: Tensor | None = None,
+    observe: Observer = unobserved,
 ) -> None:
     """Clip, step and move the teacher; where ``finite`` (bool 0-d tensor) is false, nothing changes.
 
-    ``gradients``: of the student's trainable parameters in their order, multiplied by ``loss_scale`` (0-d, where there is one); ``norms``
+    ``gradients``: of those of the student's parameters that have one, in their order, multiplied by ``loss_scale`` (0-d, where there is
+    one); ``norms``
     [number of gradients]: of them without that scale. ``settings`` may hold 0-d tensors on the device for an ``AdamWWithTeacher``.
     """
     factors = clip_factors(norms, clip, clip_mode)
     if loss_scale is not None:
         factors = factors / loss_scale
     if isinstance(optimizer, AdamWWithTeacher):
-        followed = [(s, t) for s, t in zip(pair.student.parameters(), pair.teacher.parameters()) if s.requires_grad]
-        optimizer.update_(*map(list, zip(*followed)), gradients=gradients, factors=factors, finite=finite, settings=settings)
+        observe(OPTIMIZER)
+        moving = [twins for twins in pair.twins().values() if twins[0].grad is not None]
+        optimizer.update_(*map(list, zip(*moving)), gradients=gradients, factors=factors, finite=finite, settings=settings)
         return
     if clip or loss_scale is not None:
         torch._foreach_mul_(gradients, list(factors.unbind()))
     apply_settings(optimizer, settings)
+    observe(OPTIMIZER)
     if skips_on_device(optimizer):
         optimizer.found_inf = (~finite).to(torch.float32)
         optimizer.step()
     elif finite.item():  # apex's optimizer: it has no such switch outside apex's own loss scaler, so the host asks
         optimizer.step()
     # In float64, because 1 − momentum is small and taken later.
+    observe(AVERAGE)
     momentum = torch.full((), settings.teacher_momentum, dtype=torch.float64, device=finite.device)
     pair.update_teacher_(torch.where(finite, momentum, 1.0))
 

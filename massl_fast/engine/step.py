@@ -1,43 +1,58 @@
-"""One optimizer step of MaSSL, from crops to an updated student, teacher and memory.
+"""One optimizer step, from crops to an updated student, teacher and objective.
 
 Nothing in it waits for the device. Whether the step is sound is decided by a tensor: where the embeddings, the loss or a gradient is not
-finite, optimizer, teacher and memory all leave things as they were, and the trainer learns of it when it next logs a line. Ranks agree on
-it, and on whether one of them was asked to stop, in one small sum a step.
+finite, optimizer, teacher and objective all leave things as they were, and the trainer learns of it when it next logs a line. Ranks agree
+on it, and on whether one of them was asked to stop, in one small sum per step.
 
-Shapes: V student views, T teacher views (the first T crops), N images of a micro-batch, D embedding width.
+Shapes: V student views, T teacher views (the first T crops), N images of a micro-batch.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves, tree_map
 
 from massl_fast.distributed.sharding import local
 from massl_fast.distributed.world import World
 from massl_fast.engine.optimizer import update_weights_
+from massl_fast.engine.phases import BACKWARD, CLIP, COMMIT, LOSS, REST, STUDENT, TEACHER, Observer, unobserved
 from massl_fast.engine.schedules import StepSettings
 from massl_fast.models.pair import StudentTeacher
 from massl_fast.models.precision import LossScaler, Precision
-from massl_fast.objectives.massl import MasslObjective, unit_row_spread
-
-NUM_TEACHER_VIEWS = 2
+from massl_fast.objectives.base import At, Objective, Outcome
 
 
 class StepResult(NamedTuple):
-    """0-d tensors on the device; losses and entropies are means over this rank's images, the rest is of the whole step."""
+    """0-d tensors on the device."""
 
     loss: Tensor
-    student_entropy: Tensor
-    teacher_entropy: Tensor
-    kl: Tensor
+    """A mean over this rank's images."""
     gradient_norm: Tensor
-    embedding_spread: Tensor
+    """Of the whole step, before clipping."""
+    metrics: dict[str, Tensor]
+    """The objective's, by the keys of its declarations; those of ``forward`` are means over this rank's images."""
+
+    def means(self, world: World) -> dict[str, float]:
+        """``loss``, ``gradient_norm`` and the metrics as numbers, means over all ranks. A collective call that waits for the device."""
+        values = {"loss": self.loss, "gradient_norm": self.gradient_norm, **self.metrics}
+        return dict(zip(values, world.mean(torch.stack(list(values.values()))).tolist(), strict=True))
+
+
+class Verdict(NamedTuple):
+    """What all ranks agree on: bool 0-d tensors, whether something is not finite anywhere, and the number of ranks asked to stop."""
+
+    teacher: Tensor
+    student: Tensor
+    loss: Tensor
+    gradient: Tensor
+    stop_votes: Tensor
 
 
 class TrainStep:
@@ -46,14 +61,16 @@ class TrainStep:
     def __init__(
         self,
         pair: StudentTeacher,
-        objective: MasslObjective,
+        objective: Objective,
         optimizer: Optimizer,
         *,
         world: World,
         precision: Precision,
         clip: float,
         clip_mode: str,
+        before_exchange: Callable[[], None] = lambda: None,
     ):
+        """``before_exchange`` is called where a rank first waits for others: before the backward pass whose gradients are exchanged."""
         self.pair = pair
         self.objective = objective
         self.optimizer = optimizer
@@ -71,8 +88,17 @@ class TrainStep:
         self.culprits += [f"the gradient of {name}" for name, _ in self.parameters]
         self.stop_votes = torch.zeros((), device=world.device)
         """After a step: how many ranks said ``stopping``, a 0-d tensor."""
-        self.before_exchange: Callable[[], None] = lambda: None
-        """Called where a rank first waits for others: before the backward pass whose gradients are exchanged."""
+        self.before_exchange = before_exchange
+        self.observe: Observer = unobserved
+
+    @contextlib.contextmanager
+    def observed(self, observe: Observer) -> Iterator[None]:
+        """Inside, ``observe`` is called with the name of each of ``phases.PHASES`` as it begins."""
+        self.observe = observe
+        try:
+            yield
+        finally:
+            self.observe = unobserved
 
     def __call__(
         self, micro_batches: Sequence[list[Tensor]], settings: StepSettings, step: int | Tensor, stopping: Tensor | None = None
@@ -82,23 +108,28 @@ class TrainStep:
         ``stopping``: 0-d tensor, 1 where this rank was asked to stop; no effect on the step. ``settings`` and ``step`` may be 0-d tensors
         on the device (float64, int64) where the optimizer is an ``AdamWWithTeacher``; then all that changes from step to step lies there.
         """
-        entering, outcomes = [], []
+        carried, outcomes = [], []
         sound = torch.ones(3, dtype=torch.bool, device=self.world.device)
+        at = At(step, settings.own, micro_batches[0][0].shape[0], self.world)
         for index, crops in enumerate(micro_batches):
             last = index + 1 == len(micro_batches)
             with self._exchanging_gradients(now=last):
-                outcome, teacher, student = self._forward(crops, settings, step)
+                outcome, teacher, student = self._forward(crops, at)
                 if last:
                     self.before_exchange()
+                self.observe(BACKWARD)
                 (outcome.loss * (self.scaler.scale / len(micro_batches))).backward()
-            sound &= torch.stack([teacher.isfinite().all(), student.isfinite().all(), outcome.loss.isfinite()])
-            entering.append(self.objective.entering(teacher))
-            outcomes.append(torch.stack([outcome.loss, outcome.student_entropy, outcome.teacher_entropy, outcome.kl]).detach())
+                self.observe(REST)
+            sound &= torch.stack([_finite(teacher), _finite(student), outcome.loss.isfinite()])
+            carried.append(outcome.carried)
+            outcomes.append(torch.stack([outcome.loss, *outcome.metrics.values()]).detach())
         gradient_norm, finite = self._update(settings, step, sound, stopping)
-        rows = self.world.gather_rows(torch.cat(entering))
-        self.objective.enqueue_(rows, finite)
+        self.observe(COMMIT)
+        committed = self.objective.commit_(carried, finite, at)
+        self.observe(REST)
         self.optimizer.zero_grad(set_to_none=True)
-        return StepResult(*torch.stack(outcomes).mean(0).unbind(), gradient_norm, unit_row_spread(rows))
+        loss, *metrics = torch.stack(outcomes).mean(0).unbind()
+        return StepResult(loss, gradient_norm, dict(zip(outcome.metrics, metrics, strict=True)) | committed)
 
     def _exchanging_gradients(self, now: bool) -> contextlib.AbstractContextManager:
         """Ranks exchange gradients once a step, with the last micro-batch; until then each keeps its own sum."""
@@ -108,27 +139,40 @@ class TrainStep:
             return self.student.no_sync()
         return contextlib.nullcontext()
 
-    def _forward(self, crops: list[Tensor], settings: StepSettings, step: int | Tensor):
-        views, images = len(crops), crops[0].shape[0]
+    def _forward(self, crops: list[Tensor], at: At) -> tuple[Outcome, Any, Any]:
+        """(outcome, what the teacher's and the student's head gave, without gradient)."""
         with self.precision.autocast(self.world.device):
+            self.observe(TEACHER)
             with torch.no_grad():
-                teacher = self.pair.teacher(crops[:NUM_TEACHER_VIEWS]).view(NUM_TEACHER_VIEWS, images, -1)
-            student = self.student(crops).view(views, images, -1)
-        outcome = self.objective(student, teacher, step=step, teacher_temperature=settings.teacher_temperature)
-        return outcome, teacher, student.detach()
+                teacher = self.pair.teacher(crops[: self.objective.teacher_views])
+            self.observe(STUDENT)
+            student = self.student(*self.objective.student_inputs(crops, at))
+        self.observe(LOSS)
+        outcome = self.objective(student, teacher, at)
+        return outcome, teacher, tree_map(Tensor.detach, student)
 
     @torch.no_grad()
     def _update(self, settings: StepSettings, step: int | Tensor, sound: Tensor, stopping: Tensor | None) -> tuple[Tensor, Tensor]:
         """Optimizer and teacher; returns (gradient norm before clipping, whether the step was finite on every rank)."""
-        gradients = []
-        for name, parameter in self.parameters:
+        self.observe(CLIP)
+        gradients, moving = [], []
+        for index, (name, parameter) in enumerate(self.parameters):
             assert parameter.grad is not None, f"{name} took no part in the loss"
-            gradients.append(local(parameter.grad))
+            if name.startswith(settings.frozen):
+                parameter.grad = None  # so that optimizers pass over it, moments and decay included
+            else:
+                gradients.append(local(parameter.grad))
+                moving.append(index)
         norms = torch.stack(torch._foreach_norm(gradients))
         if self.scaler.enabled:
             norms = norms / self.scaler.scale
-        sound = torch.cat([sound, norms.isfinite()])
-        norms, unsound = self._agree(norms, sound, stopping)
+        flags = norms.isfinite()
+        if settings.frozen:
+            flags = flags.new_ones(len(self.parameters)).index_copy(0, torch.tensor(moving, device=flags.device), flags)
+        sound = torch.cat([sound, flags])
+        norms, verdict = self._agree(norms, sound, stopping)
+        self.stop_votes = verdict.stop_votes
+        unsound = torch.stack(verdict[:4])
         finite = ~unsound.any()
         self._remember_failure(step, sound, unsound)
         update_weights_(
@@ -141,26 +185,23 @@ class TrainStep:
             clip=self.clip,
             clip_mode=self.clip_mode,
             loss_scale=self.scaler.scale if self.scaler.enabled else None,
+            observe=self.observe,
         )
+        self.observe(REST)
         self.scaler.update(finite)
         return torch.linalg.vector_norm(norms), finite
 
-    def _agree(self, norms: Tensor, sound: Tensor, stopping: Tensor | None) -> tuple[Tensor, Tensor]:
-        """One sum over ranks; leaves the votes in ``stop_votes``.
-
-        Returns norms [P] of whole gradients and a bool tensor [4], the same on every rank: whether the teacher's embeddings, the
-        student's, the loss or a gradient are not finite anywhere.
-        """
-        bad = torch.cat([~sound[:3], ~sound[3:].all(0, keepdim=True)]).double()
+    def _agree(self, norms: Tensor, sound: Tensor, stopping: Tensor | None) -> tuple[Tensor, Verdict]:
+        """One sum over ranks; returns norms [P] of whole gradients, and the verdict."""
+        unsound = torch.cat([~sound[:3], ~sound[3:].all(0, keepdim=True)])
         votes = self.stop_votes.new_zeros((1,)) if stopping is None else stopping.view(1)
-        message = torch.cat([bad, votes.double()])
+        parts = [unsound.double(), votes.double()]
         if self.sharded:  # each rank has the norms of its shards
-            message = torch.cat([message, norms.double().square()])
-        message = self.world.sum(message)
-        self.stop_votes = message[4]
+            parts.append(norms.double().square())
+        unsound, votes, *squares = self.world.sum(torch.cat(parts)).split([len(part) for part in parts])
         if self.sharded:
-            norms = message[5:].sqrt().to(norms.dtype)
-        return norms, message[:4] > 0
+            norms = squares[0].sqrt().to(norms.dtype)
+        return norms, Verdict(*(unsound > 0).unbind(), votes[0])
 
     def _remember_failure(self, step: int | Tensor, sound: Tensor, unsound: Tensor) -> None:
         """Note the first non-finite step. With loss scaling, gradients may overflow; only a vanishing scale makes that a failure."""
@@ -183,3 +224,9 @@ class TrainStep:
         if self.world.size > 1 and first >= 3:
             where += "; gradients are summed over ranks, so which one it came from cannot be told"
         return f"Step {step} was not finite, beginning with {self.culprits[first]} ({where})."
+
+
+def _finite(outputs: Any) -> Tensor:
+    """Whether all tensors of a head's output are finite, a 0-d tensor."""
+    flags = [leaf.isfinite().all() for leaf in tree_leaves(outputs)]
+    return flags[0] if len(flags) == 1 else torch.stack(flags).all()

@@ -10,45 +10,46 @@ import contextlib
 import gc
 import json
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from massl_fast.config import Config, write_config
-from massl_fast.data.loaders import build_loader
+from massl_fast.data.loaders import build_loader, open_together, views_of
 from massl_fast.distributed.heartbeat import Heartbeat, end_process
 from massl_fast.distributed.integrity import find_drift
 from massl_fast.distributed.signals import StopRequest
 from massl_fast.distributed.stragglers import StragglerClock
-from massl_fast.distributed.world import World, choose_strategy
-from massl_fast.engine.announcement import announce
+from massl_fast.distributed.world import World, choose_strategy, device_name
+from massl_fast.engine.banner import banner
 from massl_fast.engine.build import build_objective, build_pair, build_step, demand_residual
-from massl_fast.engine.flops import flops_of_run
+from massl_fast.engine.flops import step_flops
 from massl_fast.engine.graphed_step import GraphedStep
 from massl_fast.engine.placement import place
 from massl_fast.engine.schedules import Schedules, StepSettings
 from massl_fast.engine.state import demand_equal, restore, tensors_of
 from massl_fast.engine.step import StepResult
-from massl_fast.hardware import peak_flops
-from massl_fast.kernels import available_backends
+from massl_fast.hardware import peak_flops, versions
+from massl_fast.length import divided, length_of
 from massl_fast.models.precision import choose_precision
-from massl_fast.report.page import write_report
 from massl_fast.run.checkpoint import CheckpointFolder, read_state
 from massl_fast.run.evaluation import RunEvaluation
 from massl_fast.run.exits import Diverged, Drifted, Ended, Interrupted, RankLost
 from massl_fast.run.folder import prepare_folder
-from massl_fast.run.length import divided, open_together
-from massl_fast.run.outputs import Telemetry, WindowClock
-from massl_fast.run.rows import learning_of, speed_of, summary_of, write_summary
+from massl_fast.run.outputs import Telemetry, WindowClock, memory_peaks_gib, rows_up_to
+from massl_fast.run.rows import clock_row, learning_row, write_json
 from massl_fast.run.saving import BackgroundSaver
 
 STORE_SECONDS = 10
 
 
 class Trainer:
-    def __init__(self, config: Config, world: World):
-        self.config, self.world = config, world
+    """A run. ``write_report(folder, backbone=…, train_source=…, test_source=…)`` draws its report at the end and returns where it lies."""
+
+    def __init__(self, config: Config, world: World, write_report: Callable[..., Path] | None = None):
+        self.config, self.world, self.write_report = config, world, write_report
         self.folder = Path(config.run.folder)
         self.step = 0
         self.last_row: dict[str, Any] = {}
@@ -62,25 +63,20 @@ class Trainer:
         self.checkpoints = CheckpointFolder(self.folder / "checkpoints", checkpoint.keep_every_steps, checkpoint.keep_last)
         self.saver = BackgroundSaver(self.checkpoints, world)
         self.resume_from = prepare_folder(self.folder, config.run.resume, self.checkpoints, world)
+        self.precision = choose_precision(config.train.precision, world.device)
+        self.objective = build_objective(config, self.precision, world.rank)
+        self._build_data()
+        self._build_model()
         self.telemetry = Telemetry(
             self.folder,
-            total_steps=0,
+            total_steps=self.length.total_steps,
+            metrics=self.objective.metrics(),
             tensorboard=config.logging.tensorboard,
             wandb_project=config.logging.wandb,
             config=config.model_dump(mode="json"),
             active=world.is_main,
         )
-        self.precision = choose_precision(config.train.precision, world.device)
-        self._build_data()
-        self._build_model()
-        self.evaluation = RunEvaluation(
-            config,
-            world,
-            self.precision,
-            num_workers=self.loader.num_workers,
-            steps_per_epoch=self.steps_per_epoch,
-            total_steps=self.total_steps,
-        )
+        self.evaluation = RunEvaluation(config, world, self.precision, self.length, num_workers=self.loader.num_workers)
 
     # Running
 
@@ -102,19 +98,17 @@ class Trainer:
                 self.saver.close()
 
     def _run(self) -> dict[str, Any]:
-        config = self.config
-        self.telemetry.total_steps = self.total_steps
         if self.resume_from:
             self._restore(self.resume_from)
-            if self.step >= self.total_steps and (self.folder / "summary.json").is_file():
+            if self.step >= self.length.total_steps and (self.folder / "summary.json").is_file():
                 self.telemetry.say(
                     f"The run in {self.folder} is complete ({self.step} steps); its report is {self.folder / 'report.html'}. "
                     f"To train again, name another --run.folder, or say --run.resume never to move this one aside."
                 )
                 return json.loads((self.folder / "summary.json").read_text(encoding="utf-8"))
-        announce(self)
+        self._announce()
         if self.world.is_main:
-            write_config(config, self.folder / "config.yaml")
+            write_config(self.config, self.folder / "config.yaml")
         if self.resume_from:
             self.telemetry.say(f"Resumed   {self.resume_from}, step {self.step}")
         self.telemetry.start(self.step)
@@ -131,12 +125,34 @@ class Trainer:
             self.telemetry.close()
             self.loader.close()
 
+    def _announce(self) -> None:
+        """Say what was chosen, what is worth knowing and what is likely to go wrong. A collective call."""
+        lines = banner(
+            self.config,
+            self.world,
+            self.length,
+            num_images=len(self.source),
+            strategy=f"{self.strategy} ({self.strategy_reason})",
+            precision=self.precision,
+            loader=self.loader,
+            student=self.pair.student,
+            objective=self.objective.line(self.world.size),
+            peak_learning_rate=self.schedules.peak_learning_rate,
+            flops_per_image=self.flops_per_step / self.length.global_batch,
+        )
+        for sentence in [*lines, *self.source.notes, *self.loader.notes, *self.build_notes, *self.evaluation.notes]:
+            self.telemetry.say(sentence)
+        warnings = [slow_teacher(self.config.teacher.momentum, self.length.total_steps)]
+        warnings += self.objective.warnings(self.length, len(self.source)) + self.checkpoints.passed_over()
+        for sentence in warnings:
+            self._warn(sentence)
+
     def _loop(self) -> None:
         config = self.config
-        end = min(self.total_steps, config.train.stop_at_step or self.total_steps)
+        total_steps = self.length.total_steps
+        end = min(total_steps, config.train.stop_at_step or total_steps)
         batches = self.loader.batches(self.step)
-        clock, stragglers = WindowClock(), StragglerClock(self.world)
-        self.train_step.before_exchange = stragglers.reached
+        clock, stragglers = WindowClock(), self.stragglers
         # Collections in the midst of steps would let other ranks wait; those at logged lines skip all that was there before the loop, which
         # is nearly everything (a tenth of a second and more to look through).
         gc.collect()
@@ -146,7 +162,8 @@ class Trainer:
             while self.step < end:
                 stragglers.start()
                 self._doing("waiting for data")
-                micro_batches = [clock.fetch(batches).crops for _ in range(self.accumulation)]
+                with clock.waiting():
+                    micro_batches = [next(batches).crops for _ in range(self.length.accumulation)]
                 self._doing("training")
                 settings = self.schedules.at(self.step)
                 # Drop path draws from here: the masks of a step depend on (seed, step, rank) alone.
@@ -161,7 +178,7 @@ class Trainer:
                 if self.step % config.parallel.checksum_every_steps == 0:
                     self._stop_if_drifted()
                 if evaluating or finished or self.step % config.logging.every_steps == 0:
-                    self._log(result, settings, clock, stragglers, evaluating)
+                    self._log(result, settings, clock, evaluating)
                     self._tell_unwritten(self.saver.problem())
                     gc.collect()
                     clock.restart()
@@ -176,44 +193,77 @@ class Trainer:
             gc.unfreeze()
             gc.enable()
 
-    def _log(self, result: StepResult, settings: StepSettings, clock: WindowClock, stragglers: StragglerClock, evaluating: bool) -> None:
-        means = self.world.mean(torch.stack(list(result))).tolist()
+    def _log(self, result: StepResult, settings: StepSettings, clock: WindowClock, evaluating: bool) -> None:
+        means = result.means(self.world)
         seconds, waited = clock.read()
         self._stop_if_diverged()
-        row = learning_of(self, means, settings)
+        used = {key: getattr(settings, key) for key in ("learning_rate", "weight_decay", "teacher_momentum")} | settings.own
+        row = learning_row(self.step, self.length, means | self.objective.readings(self.step, self.length), used)
+        if self.train_step.scaler.enabled:
+            row["loss_scale"] = self.train_step.scaler.scale.item()
         if evaluating:
             self._doing("evaluating")
             row |= self.evaluation.of_both(self.pair)
             self._warn(self.evaluation.unreadable())
-        row |= speed_of(self, seconds, waited, stragglers)
-        self.last_row = row
-        self.telemetry.log(row)
+        row |= clock_row(
+            seconds,
+            waited,
+            length=self.length,
+            world_size=self.world.size,
+            flops_per_step=self.flops_per_step,
+            peak_flops=self.peak_flops,
+        )
+        row |= self.stragglers.spread(seconds) if self.world.size > 1 else {}
+        self.last_row = row | memory_peaks_gib(self.world.device)
+        self.telemetry.log(self.last_row)
 
     def _finish(self) -> dict[str, Any]:
         self._tell_unwritten(self._settle())
-        if self.step < self.total_steps:
+        if self.step < self.length.total_steps:
             self.telemetry.say(
-                f"Stopped at step {self.step} of {self.total_steps}, as train.stop_at_step asks; the same command without it continues."
+                f"Stopped at step {self.step} of {self.length.total_steps}, as train.stop_at_step says; the same command without it "
+                f"continues."
             )
             return {}
         self._doing("writing the report")
-        summary = summary_of(self)
+        summary = self._summary()
         if self.world.is_main:
-            write_summary(self, summary)
-            train_source, test_source = self.evaluation.sources
-            report = write_report(
-                self.folder,
-                # Of a sharded network rank 0 has a part only; the report then draws from the last checkpoint.
-                backbone=None if self.strategy == "fsdp2" else self.pair.teacher.backbone,
-                train_source=train_source,
-                test_source=test_source,
-            )
+            write_json(summary, self.folder / "summary.json")
             percents = summary["knn_untrained_percent"], summary["knn_percent"]
             done = [] if summary["loss"] is None else [f"loss {summary['loss']:.4f}"]
             done += [] if None in percents else [f"k-NN {percents[0]:.1f}% untrained → {percents[1]:.1f}%"]
-            self.telemetry.say(f"Done      {', '.join(done)}; report: {report}")
+            if self.write_report:
+                train_source, test_source = self.evaluation.sources
+                # Of a sharded network rank 0 has a part only; the report then draws from the last checkpoint.
+                backbone = None if self.strategy == "fsdp2" else self.pair.teacher.backbone
+                report = self.write_report(self.folder, backbone=backbone, train_source=train_source, test_source=test_source)
+                done.append(f"report: {report}")
+            self.telemetry.say(f"Done      {'; '.join(done)}")
         self.world.barrier()
         return summary
+
+    def _summary(self) -> dict[str, Any]:
+        """What a run that has come to its end was and used."""
+        # A run that was killed between its last checkpoint and its summary has no row of its own.
+        last = self.last_row or next(reversed(rows_up_to(self.folder / "metrics.jsonl", self.step)), {})
+        return {
+            "objective": self.config.objective.name,
+            "loss": last.get("loss"),
+            "knn_untrained_percent": self.evaluation.headline("untrained"),
+            "knn_percent": self.evaluation.headline("teacher"),
+            "images_per_second": last.get("images_per_second"),
+            "steps": self.step,
+            "bad_files": self.loader.num_bad,
+            "device": device_name(self.world.device),
+            "world_size": self.world.size,
+            "strategy": self.strategy,
+            "precision": self.precision.name,
+            "backend": self.objective.backend,
+            "loader": self.loader.name,
+            "crops_pass": self.pair.student.pass_name,
+            "warnings": self.telemetry.warnings,
+            "versions": versions(),
+        }
 
     def _doing(self, what: str) -> None:
         if self.heartbeat:
@@ -224,33 +274,32 @@ class Trainer:
     def _build_data(self) -> None:
         config, world = self.config, self.world
         self.source = open_together(world, config.data.train, "data.train", "train")
-        self.accumulation, self.device_batch = divided(config.train.global_batch, config.train.micro_batch, world.size)
+        accumulation, device_batch = divided(config.train.global_batch, config.train.micro_batch, world.size)
         self.loader = build_loader(
             config,
             self.source,
-            device_batch=self.device_batch,
-            accumulation=self.accumulation,
+            device_batch=device_batch,
+            accumulation=accumulation,
             world=world,
             bad_files_path=self.folder / "bad_files.txt",
         )
-        self.steps_per_epoch = self.loader.steps_per_epoch
-        self.total_steps = config.train.steps or max(1, round(config.train.epochs * self.steps_per_epoch))
-        self.schedules = Schedules(config, self.total_steps, self.steps_per_epoch)
+        self.length = length_of(config, self.loader.steps_per_epoch, world.size)
+        self.schedules = Schedules(config, self.length, self.objective)
 
     def _build_model(self) -> None:
         config, world = self.config, self.world
         demand_residual(config, self.precision)
-        self.pair, self.build_notes = build_pair(config)
-        self.flops_per_step = flops_of_run(config, self.pair.student, config.train.global_batch)
+        pair, self.build_notes = build_pair(config, self.objective)
+        sizes = [view.size for view in views_of(config.crops)]
+        self.flops_per_step = step_flops(pair, self.objective, crop_sizes=sizes, batch=self.length.global_batch)
         self.peak_flops = (
             peak_flops(torch.cuda.get_device_name(world.device), self.precision.dtype) if world.device.type == "cuda" else None
         )
-        self.pair, notes = place(self.pair, config, world, self.precision, self.strategy)
+        self.pair, notes = place(pair, config, world, self.precision, self.strategy)
         self.build_notes += notes
-        self.objective = build_objective(config, self.precision, world.rank).to(world.device)
-        asked = config.objective.backend
-        self.backend = asked if asked != "auto" else available_backends(world.device, self.objective.memory.dtype)[0]
-        self.train_step = build_step(config, self.pair, self.objective, world, self.precision)
+        self.objective.to(world.device)
+        self.stragglers = StragglerClock(world)
+        self.train_step = build_step(config, self.pair, self.objective, world, self.precision, self.stragglers.reached)
         self.take_step = GraphedStep(self.train_step) if config.train.cuda_graph else self.train_step
 
     # State
@@ -278,7 +327,7 @@ class Trainer:
             "config": self.config.model_dump(mode="json"),
             "world_size": self.world.size,
             "strategy": self.strategy,
-            "steps_per_epoch": self.steps_per_epoch,
+            "steps_per_epoch": self.length.steps_per_epoch,
             "num_images": len(self.source),
             **self.evaluation.state(),
             "timm_args": self.pair.student.timm_args,
@@ -309,7 +358,7 @@ class Trainer:
         self.evaluation.restore(state)
         if state["world_size"] != self.world.size:
             per_rank = ["drop path masks"] * (self.config.model.drop_path > 0)
-            per_rank += ["partitions"] * (self.config.objective.partition_scope == "rank")
+            per_rank += self.objective.drawn_per_rank()
             self.build_notes.append(
                 f"The checkpoint is of {state['world_size']} processes, this run has {self.world.size}: images and their order go on as "
                 f"they were" + (f", {' and '.join(per_rank)} are drawn per process and will differ." if per_rank else ".")
@@ -330,14 +379,16 @@ class Trainer:
         sentence = self.train_step.failure()
         if sentence:
             self._settle()
+            held = ["student", "teacher", self.objective.REMEMBERS] if self.objective.REMEMBERS else ["student", "teacher"]
             raise Diverged(
-                f"{sentence} The run has ended; student, teacher and memory were left as they were before that step. Last good "
+                f"{sentence} The run has ended; {', '.join(held[:-1])} and {held[-1]} were left as they were before that step. Last good "
                 f"checkpoint: {self.checkpoints.last()}. What helps most often: a lower optimizer.learning_rate, a longer "
                 f"optimizer.warmup_epochs, optimizer.clip, or bf16 or fp32 in place of fp16."
             )
 
     def _stop_if_drifted(self) -> None:
-        groups = {"memory": [self.objective.memory, self.objective.pointer]}
+        remembered = self.objective.remembered()
+        groups = {self.objective.REMEMBERS: remembered} if remembered else {}
         if self.strategy == "ddp":  # shards differ from rank to rank
             groups["student weights"] = list(self.pair.student.parameters())
             groups["teacher weights"] = list(self.pair.teacher.parameters())
@@ -369,3 +420,17 @@ class Trainer:
 
     def _end_without(self, sentence: str) -> None:
         end_process(self._without(sentence))
+
+
+def slow_teacher(momentum: float, total_steps: int) -> str | None:
+    """A sentence where the teacher averages over so many steps that it will hardly move.
+
+    It is the cause most often found for flat losses of this family on small data and batches (threads dino#61, dino#246, dinov2#298).
+    """
+    remembered = 1 / (1 - momentum) if momentum < 1 else float("inf")
+    if remembered <= total_steps / 4:
+        return None
+    return (
+        f"teacher.momentum {momentum} averages over about {remembered:.0f} steps, a large part of this run's {total_steps}: the teacher "
+        f"will hardly move. Small batches and short runs want a lower momentum."
+    )

@@ -181,8 +181,8 @@ class Encoder(nn.Module):
         """What rebuilds the backbone: ``architecture``, ``model_args``, ``image_size`` (see ``build_backbone``)."""
         return self.backbone.timm_args
 
-    def forward(self, crops: Sequence[Tensor]) -> Tensor:
-        """Crops of any sizes, [N_i, 3, H_i, W_i] each → unit embeddings [ΣN_i, D], in the order of the crops."""
+    def forward(self, crops: Sequence[Tensor], masks: None = None) -> Any:
+        """Crops of any sizes, [N_i, 3, H_i, W_i] each → what the head makes of ΣN_i features, in the order of the crops."""
         by_size: dict[tuple[int, int], list[int]] = {}
         for view, crop in enumerate(crops):
             by_size.setdefault((crop.shape[-2], crop.shape[-1]), []).append(view)
@@ -191,13 +191,11 @@ class Encoder(nn.Module):
             features = self.packed(self.backbone, groups)
         else:
             features = torch.cat([self.backbone(torch.cat(group)) for group in groups])
-        embeddings = self.head(features)
-
         order = [view for views in by_size.values() for view in views]
-        if order == sorted(order):
-            return embeddings
-        rows = embeddings.split([len(crops[view]) for view in order])
-        return torch.cat([rows[order.index(view)] for view in range(len(crops))])
+        if order != sorted(order):
+            rows = features.split([len(crops[view]) for view in order])
+            features = torch.cat([rows[order.index(view)] for view in range(len(crops))])
+        return self.head(features)
 
     def features(self, images: Tensor, recipe: str = "pooled") -> Tensor:
         """Images of one size, [N, 3, H, W] → features by timm's own forward (``recipes.features_of``): what evaluation and export use."""

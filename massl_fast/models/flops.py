@@ -16,7 +16,6 @@ computed a second time, and the whole last block where crops take separate passe
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -24,18 +23,6 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from massl_fast.models import packed
-from massl_fast.models.backbone import Encoder
-
-
-def pair_flops(encoder: Encoder, *, crop_sizes: Sequence[int], num_teacher_views: int, whole_last_block: bool = False) -> float:
-    """Operations of student and teacher for one image in a training step, the student's backward pass included.
-
-    ``crop_sizes``: sides in pixels of the V student views, of which the teacher sees the first ``num_teacher_views`` (T).
-    """
-    passes = {size: backbone_flops(encoder.backbone, size, whole_last_block=whole_last_block) for size in set(crop_sizes)}
-    head = linear_flops(encoder.head)
-    student = sum(sum(passes[size]) + 3 * head for size in crop_sizes)
-    return student + sum(passes[size][0] + head for size in crop_sizes[:num_teacher_views])
 
 
 def backbone_flops(backbone: nn.Module, size: int, *, whole_last_block: bool = False) -> tuple[float, float]:

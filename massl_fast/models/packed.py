@@ -83,6 +83,10 @@ class PackedPass(nn.Module):
         self.run_block: Callable[..., Tensor] = packed_block
         self._resampling: dict[tuple[Any, ...], Tensor] = {}
 
+    def run_blocks_by(self, run: Callable[..., Tensor]) -> None:
+        """Have ``run``, with the arguments of ``packed_block``, compute each block."""
+        self.run_block = run
+
     def compile_blocks(self, **options: Any) -> None:
         """Compile the block; its weights are inputs of the graph, so that one graph serves all blocks."""
         self.run_block = torch.compile(packed_block, **options)

@@ -1,4 +1,4 @@
-"""Student and teacher: the same encoder twice, the second an exponential moving average of the first."""
+"""Student and teacher: the teacher is the exponential moving average of those of the student's parts that it has."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from massl_fast.models.backbone import Encoder
 
 class StudentTeacher(nn.Module):
     """The teacher starts as a copy of the student, never receives a gradient, and stays in evaluation mode.
+
+    Its parameters are matched with the student's by name. The student may have more (a predictor, a decoder), the teacher may not.
 
     Batch-norm layers of a teacher are the exception: during training they normalise with the batch's own statistics, as
     the student's do, and keep running ones of their own. The student's running statistics would not fit: they belong to
@@ -29,7 +31,11 @@ class StudentTeacher(nn.Module):
                 raise ValueError(f"Weights must be float32 (or float64), but {name} is {parameter.dtype}.")
         self.student = student
         self.teacher = teacher
-        self.teacher.load_state_dict(student.state_dict())
+        whole = student.state_dict()
+        alone = [name for name in teacher.state_dict() if name not in whole]
+        if alone:
+            raise ValueError(f"The teacher has {', '.join(alone)}, which the student has not: it would never move.")
+        self.teacher.load_state_dict({name: whole[name] for name in teacher.state_dict()})
         self.teacher.requires_grad_(False)
         self.train()
 
@@ -47,6 +53,11 @@ class StudentTeacher(nn.Module):
         for encoder in (self.student, self.teacher):
             encoder.compile_blocks(**options)
 
+    def twins(self) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
+        """(student's, teacher's) parameter by the name that both have, in the student's order."""
+        teacher = dict(self.teacher.named_parameters())
+        return {name: (parameter, teacher[name]) for name, parameter in self.student.named_parameters() if name in teacher}
+
     @torch.no_grad()
     def update_teacher_(self, momentum: float | Tensor) -> None:
         """teacher ← momentum · teacher + (1 − momentum) · student, all parameters at once.
@@ -54,7 +65,7 @@ class StudentTeacher(nn.Module):
         ``momentum`` may be a 0-d tensor on the weights' device, so that a captured CUDA graph follows a schedule; it
         costs one temporary of the weights' size, which a float does not. Nothing here waits for the device.
         """
-        teacher, student = list(self.teacher.parameters()), list(self.student.parameters())
+        student, teacher = map(list, zip(*self.twins().values()))
         if isinstance(momentum, Tensor):
             difference = torch._foreach_sub(student, teacher)
             torch._foreach_mul_(difference, (1 - momentum).to(teacher[0].dtype))

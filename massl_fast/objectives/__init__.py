@@ -1,0 +1,34 @@
+"""Every objective by its name. A new one is a file here, a settings model in ``config.objectives`` and a line below; one outside the
+package calls ``register``."""
+
+from __future__ import annotations
+
+import importlib
+
+from massl_fast.config.objectives import register_settings
+from massl_fast.config.registry import Registry
+from massl_fast.objectives.base import Objective
+
+OBJECTIVES: Registry[str | type[Objective]] = Registry(
+    "objective.name",
+    {
+        "massl": "massl_fast.objectives.massl:MasslObjective",
+    },
+)
+"""Classes, or where they are imported from when a run names them."""
+
+
+def register(objective: type[Objective]) -> None:
+    """Make ``objective`` known by the ``name`` of its ``Settings``; raises ValueError where the name is taken."""
+    name = objective.Settings.model_fields["name"].default
+    register_settings(name, objective.Settings)
+    OBJECTIVES.add(name, objective)
+
+
+def objective_class(name: str) -> type[Objective]:
+    """Raises ValueError for a name that nobody registered."""
+    found = OBJECTIVES.chosen(name)
+    if isinstance(found, str):
+        module, _, attribute = found.partition(":")
+        found = getattr(importlib.import_module(module), attribute)
+    return found

@@ -25,7 +25,9 @@ from torch.utils.flop_counter import flop_registry
 
 from massl_fast.benchmarks import records
 from massl_fast.config import Config, load_config, recipe_names
+from massl_fast.data.loaders import views_of
 from massl_fast.distributed.world import World
+from massl_fast.engine import phases
 from massl_fast.hardware import GPUS, Gpu
 from massl_fast.profiling import sections
 from massl_fast.profiling.estimate import attention_of, bring_optimizer_state, precision_on
@@ -98,11 +100,11 @@ class OperatorCount(TorchDispatchMode):
     def __init__(self, loss_flops: float):
         super().__init__()
         self.loss_flops = loss_flops
-        self.part = sections.REST
+        self.part = phases.REST
         self.budget: Budget = {}
 
     def observe(self, name: str) -> None:
-        self.part = name or sections.REST
+        self.part = name or phases.REST
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -155,14 +157,13 @@ def count_step(config: Config, batch: int, accumulation: int) -> Budget:
     """The work of one step of ``accumulation`` micro-batches of ``batch`` images, as a GPU takes it, but for the blocks' compilation."""
     simulated = config.model_copy(deep=True)
     simulated.run.init_from, simulated.objective.backend = "", "streaming"  # the operator counts as one, whatever does its work
-    loss_flops = 4.0 * config.model.embedding_dim * (config.crops.num_local + 4) * config.objective.entries_in_blocks * batch
     with FakeTensorMode(), attention_of("cuda"):
         world = World(0, 1, 0, torch.device("cpu"))
         taken = synthetic_run(simulated, world, precision_on(config, "cuda"), device_batch=batch, accumulation=accumulation)
         bring_optimizer_state(taken)
         taken.step()  # which makes what later ones keep
-        count = OperatorCount(loss_flops)
-        with sections.Sections(taken.train_step, count.observe) as marks, count:
+        count = OperatorCount(batch * taken.train_step.objective.loss_flops(len(views_of(config.crops))))
+        with sections.marked(taken.train_step, count.observe) as marks, count:
             taken.step(marks.step)
     return count.budget
 
@@ -178,7 +179,7 @@ def measured_parts(path: str, config: Config, recipe: str, batch: int, accumulat
             f"{path} holds no `bench step` of {', '.join(f'{name} {value}' for name, value in wanted.items())}; "
             f"found: {'; '.join(found) or 'none at all'}."
         )
-    return {part: fitting[-1]["figures"][f"part: {part}"]["median"] for part in sections.NAMES}
+    return {part: fitting[-1]["figures"][f"part: {part}"]["median"] for part in phases.PHASES}
 
 
 def table(budget: Budget, gpu: Gpu, images: int, measured: dict[str, float]) -> list[str]:
@@ -186,7 +187,7 @@ def table(budget: Budget, gpu: Gpu, images: int, measured: dict[str, float]) -> 
     head = ["part", "GFLOP", "GB", "operators", "floor ms", *(["measured ms", "gap"] if measured else [])]
     lines = [head, ["---"] * len(head)]
     whole = Work()
-    for part in sections.NAMES:
+    for part in phases.PHASES:
         groups = {group: budget[part, group] for group in GROUPS if (part, group) in budget}
         total = joined(groups.values())
         whole = joined([whole, total])

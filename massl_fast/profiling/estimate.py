@@ -23,13 +23,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from massl_fast.config import Config
 from massl_fast.data.loaders import views_of
 from massl_fast.distributed.world import World
-from massl_fast.engine.build import build_pair
+from massl_fast.engine.build import build_objective, build_pair
 from massl_fast.engine.flops import step_flops
-from massl_fast.engine.step import NUM_TEACHER_VIEWS
 from massl_fast.kernels import streaming
 from massl_fast.models import packed
 from massl_fast.models.flops import backbone_flops
 from massl_fast.models.precision import Precision, choose_precision
+from massl_fast.objectives import objective_class
 from massl_fast.profiling import ledger, sections
 from massl_fast.profiling.allocator import reserved_bytes
 from massl_fast.profiling.ledger import Change, Ledger, Peak, find_peak
@@ -159,7 +159,7 @@ def record_step(
     step = run.train_step
     pair = step.pair
     book.on_backward_end = lambda: book.know(ledger.GRADIENTS, [p.grad for _, p in step.parameters])
-    with sections.Sections(step, book.observe) as marks, book:
+    with sections.marked(step, book.observe) as marks, book:
         book.know(ledger.WEIGHTS, [*pair.student.parameters(), *pair.student.buffers()])
         book.know(ledger.TEACHER, [*pair.teacher.parameters(), *pair.teacher.buffers()])
         book.know(ledger.MEMORY, step.objective.buffers())
@@ -186,7 +186,7 @@ def kernel_workspace(config: Config, device_batch: int, backend: str, device_typ
     streaming: a tile of logits (on a GPU in 16 bits, too) and of entries; rows stacked and scaled; the partition's 64-bit positions.
     """
     objective, width = config.objective, config.model.embedding_dim
-    rows = (config.crops.num_local + 2 + NUM_TEACHER_VIEWS) * device_batch
+    rows = (config.crops.num_local + 2 + objective_class(objective.name).teacher_views) * device_batch
     results = rows * (width + 1) * 4
     if backend == "triton":
         processors = torch.cuda.get_device_properties(0).multi_processor_count if torch.cuda.is_available() else MULTIPROCESSORS
@@ -326,25 +326,21 @@ class Operations:
     def __init__(self, config: Config):
         simulated = config.model_copy(deep=True)
         simulated.run.init_from = ""
+        with FakeTensorMode():
+            self.objective = build_objective(simulated, Precision("fp32", "counting"), rank=0)
         with torch.device("meta"):
-            pair, _ = build_pair(simulated)
-        self.config, self.student = config, pair.student
-        self.batch_norm = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in pair.student.modules())
+            self.pair, _ = build_pair(simulated, self.objective)
+        self.config = config
+        self.batch_norm = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in self.pair.student.modules())
 
     @property
     def recomputed(self) -> float:
         """The student's forward pass."""
-        return sum(backbone_flops(self.student.backbone, view.size)[0] for view in views_of(self.config.crops))
+        return sum(backbone_flops(self.pair.student.backbone, view.size)[0] for view in views_of(self.config.crops))
 
     def of_an_image(self, num_local: int | None = None) -> float:
         crops = self.config.crops.model_copy(update={} if num_local is None else {"num_local": num_local})
-        return step_flops(
-            self.student,
-            crop_sizes=[view.size for view in views_of(crops)],
-            num_teacher_views=NUM_TEACHER_VIEWS,
-            batch=1,
-            memory_size=self.config.objective.memory_size,
-        )
+        return step_flops(self.pair, self.objective, crop_sizes=[view.size for view in views_of(crops)], batch=1)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from massl_fast.engine import phases
 from massl_fast.kernels.operators import implementation
 from massl_fast.profiling import sections
 from massl_fast.profiling.places import calling_line
@@ -62,7 +63,7 @@ class Piece:
     def category(self) -> str:
         if self.role:
             return self.role
-        if self.section == sections.LOSS:
+        if self.section == phases.LOSS:
             return LOSS
         if self.saved:
             return ACTIVATIONS
@@ -90,7 +91,7 @@ class Ledger(TorchDispatchMode):
     ``hidden(operator, arguments)`` gives the bytes that an operator takes and gives back inside itself; None: the kernels' operators are
     taken apart instead, and of others nothing is known.
 
-    ``observe`` is an observer for ``sections.Sections``.
+    ``observe`` is an observer for ``sections.marked``.
     """
 
     def __init__(self, student: nn.Module, *, rounding: int = 1, hidden: Callable[[str, tuple[Any, ...]], int] | None = None):
@@ -99,7 +100,7 @@ class Ledger(TorchDispatchMode):
         self.changes: list[Change] = []
         self.ends: list[int] = []
         """How many changes there were at the end of each step."""
-        self.section, self.part, self.number = sections.REST, "", 0
+        self.section, self.part, self.number = phases.REST, "", 0
         self._pieces: dict[int, Piece] = {}  # of living storages, by the address of their implementation
         self._references: dict[int, weakref.ref] = {}
         self._student, self._undo = student, contextlib.ExitStack()
@@ -125,20 +126,20 @@ class Ledger(TorchDispatchMode):
             self._see(tensor, "", role)
 
     def observe(self, section: str) -> None:
-        if section == sections.CLIP:
+        if section == phases.CLIP:
             self.on_backward_end()
-        if section == sections.BACKWARD:
+        if section == phases.BACKWARD:
             # Also what a recomputed part keeps as its argument, which autograd's hooks do not see.
             for piece in self._pieces.values():
-                piece.saved |= piece.section == sections.STUDENT
-        if section == sections.TEACHER or section == sections.STUDENT:
+                piece.saved |= piece.section == phases.STUDENT
+        if section == phases.TEACHER or section == phases.STUDENT:
             self.part = "embedding"
-        elif section in (sections.LOSS, sections.CLIP):
+        elif section in (phases.LOSS, phases.CLIP):
             self.part = ""
         if section == sections.END:
             self.number += 1
             self.ends.append(len(self.changes))
-        self.section = section or sections.REST
+        self.section = section or phases.REST
 
     def living(self) -> dict[int, Piece]:
         """Storages that are there now, by the address of their implementation (``_cdata``)."""
@@ -170,7 +171,7 @@ class Ledger(TorchDispatchMode):
             super().__exit__(None, None, None)
 
     def _enter_part(self, part: str) -> None:
-        if self.section in (sections.STUDENT, sections.TEACHER):
+        if self.section in (phases.STUDENT, phases.TEACHER):
             self.part = part
 
     def _save(self, tensor: Tensor) -> Tensor:
@@ -251,7 +252,7 @@ def highest_by_section(changes: list[Change]) -> dict[str, int]:
     for change in changes:
         before, total = total, total + change.sign * change.piece.bytes
         highest[change.section] = max(highest.get(change.section, 0), before, total)
-    return {name: highest[name] for name in sorted(highest, key=lambda name: name == sections.REST)}
+    return {name: highest[name] for name in sorted(highest, key=lambda name: name == phases.REST)}
 
 
 def timeline(changes: list[Change], points: int = 400) -> dict[str, Any]:

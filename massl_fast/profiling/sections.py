@@ -1,82 +1,44 @@
-"""The parts of a training step, marked from outside: hooks and wrappers that are taken off again, nothing in the step itself.
+"""The phases of a training step, timed and counted from outside through the step's own socket (``TrainStep.observed``).
 
-An observer is told the name of a part at the instant it begins; a part lasts until the next one begins. ``REST`` is what lies between the
-named parts (collecting results, checks), ``END`` the end of a step.
+An observer is called with the name of a phase at the instant it begins; a phase lasts until the next one begins. ``END`` is the end of a
+step.
 """
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Sequence
-from types import TracebackType
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from massl_fast.engine.phases import REST, Observer
 from massl_fast.engine.schedules import StepSettings
 from massl_fast.engine.step import StepResult, TrainStep
 
-TEACHER, STUDENT, LOSS, BACKWARD, CLIP, OPTIMIZER, EMA, ENQUEUE, REST = (
-    "teacher",
-    "student forward",
-    "loss",
-    "backward",
-    "norms, check, clip",
-    "optimizer",
-    "teacher average",
-    "enqueue",
-    "rest",
-)
 END = ""
-NAMES = (TEACHER, STUDENT, LOSS, BACKWARD, CLIP, OPTIMIZER, EMA, ENQUEUE, REST)
 
 
-class Sections:
-    """Marks on a ``TrainStep``, in force inside a ``with`` block; ``observe`` is called with the name of each part as it begins."""
+class Marked:
+    """A ``TrainStep`` whose beginning and end are marked, too."""
 
-    def __init__(self, train_step: TrainStep, observe: Callable[[str], None]):
+    def __init__(self, train_step: TrainStep, observe: Observer):
         self.train_step, self.observe = train_step, observe
-        self._undo = contextlib.ExitStack()
-
-    def __enter__(self) -> Sections:
-        step, pair, objective = self.train_step, self.train_step.pair, self.train_step.objective
-        for module, name, after in ((pair.teacher, TEACHER, REST), (step.student, STUDENT, REST), (objective, LOSS, BACKWARD)):
-            before = module.register_forward_pre_hook(lambda *_, name=name: self.observe(name))
-            behind = module.register_forward_hook(lambda *_, name=after: self.observe(name))
-            self._undo.callback(before.remove)
-            self._undo.callback(behind.remove)
-        before = step.optimizer.register_step_pre_hook(lambda *_: self.observe(OPTIMIZER))
-        behind = step.optimizer.register_step_post_hook(lambda *_: self.observe(REST))
-        self._undo.callback(before.remove)
-        self._undo.callback(behind.remove)
-        if hasattr(step.optimizer, "update_"):  # one that moves the teacher, too
-            self._wrap(step.optimizer, "update_", OPTIMIZER)
-        for owner, method, name in ((step, "_update", CLIP), (pair, "update_teacher_", EMA), (objective, "enqueue_", ENQUEUE)):
-            self._wrap(owner, method, name)
-        return self
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._undo.close()
 
     def step(self, micro_batches: Sequence[list[Tensor]], settings: StepSettings, number: int) -> StepResult:
-        """One step of the trainer, its beginning and its end marked, too."""
+        """One step of the trainer."""
         self.observe(REST)
         result = self.train_step(micro_batches, settings, number)
         self.observe(END)
         return result
 
-    def _wrap(self, owner: object, method: str, name: str) -> None:
-        inner = getattr(owner, method)
 
-        def marked(*args, **kwargs):
-            self.observe(name)
-            result = inner(*args, **kwargs)
-            self.observe(REST)
-            return result
-
-        setattr(owner, method, marked)  # on the instance, before the class's own
-        self._undo.callback(delattr, owner, method)
+@contextlib.contextmanager
+def marked(train_step: TrainStep, observe: Observer) -> Iterator[Marked]:
+    """Inside, ``observe`` is called with the name of each phase as it begins."""
+    with train_step.observed(observe):
+        yield Marked(train_step, observe)
 
 
 class SectionClock:

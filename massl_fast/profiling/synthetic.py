@@ -14,12 +14,12 @@ from massl_fast.config import Config
 from massl_fast.data.loaders import views_of
 from massl_fast.distributed.world import World
 from massl_fast.engine.build import build_objective, build_pair, build_step, demand_residual
-from massl_fast.engine.flops import flops_of_run
+from massl_fast.engine.flops import step_flops
 from massl_fast.engine.graphed_step import GraphedStep
 from massl_fast.engine.schedules import Schedules, StepSettings
 from massl_fast.engine.step import StepResult, TrainStep
+from massl_fast.length import Length, in_micro_batches
 from massl_fast.models.precision import Precision
-from massl_fast.run.length import in_micro_batches
 
 NUM_CROP_SETS = 2
 
@@ -49,7 +49,8 @@ class SyntheticRun:
     @property
     def flops(self) -> float:
         """Operations of one step."""
-        return flops_of_run(self.config, self.train_step.pair.student, self.batch)
+        sizes = [view.size for view in views_of(self.config.crops)]
+        return step_flops(self.train_step.pair, self.train_step.objective, crop_sizes=sizes, batch=self.batch)
 
 
 def micro_batches_of(config: Config, world_size: int = 1) -> tuple[int, int]:
@@ -63,9 +64,10 @@ def synthetic_run(config: Config, world: World, precision: Precision, *, device_
     Raises ValueError as the trainer does for settings that do not fit the precision.
     """
     demand_residual(config, precision)
+    objective = build_objective(config, precision, world.rank)
     fake = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
     with _without(fake), torch.device("meta") if fake else contextlib.nullcontext():
-        pair, _ = build_pair(config)
+        pair, _ = build_pair(config, objective)
     if fake:
         _in_shapes_(pair)
     else:
@@ -74,7 +76,7 @@ def synthetic_run(config: Config, world: World, precision: Precision, *, device_
         # What was compiled for other shapes counts against Dynamo's limit (8 a function), beyond which steps run uncompiled.
         torch.compiler.reset()
         pair.compile_blocks()
-    objective = build_objective(config, precision, world.rank).to(world.device)
+    objective.to(world.device)
     train_step = build_step(config, pair, objective, world, precision)
     sizes = [view.size for view in views_of(config.crops)]
     generator = None if fake else torch.Generator(world.device).manual_seed(0)
@@ -84,7 +86,8 @@ def synthetic_run(config: Config, world: World, precision: Precision, *, device_
 
     crop_sets = [[crops() for _ in range(accumulation)] for _ in range(1 if fake else NUM_CROP_SETS)]
     # Settings of the middle of a long run.
-    settings = Schedules(config, 10**6, 10**3).at(500_000)
+    length = Length(10**6, 10**3, device_batch * accumulation * world.size, accumulation, device_batch)
+    settings = Schedules(config, length, objective).at(500_000)
     take_step = GraphedStep(train_step) if config.train.cuda_graph and not fake else train_step
     return SyntheticRun(config, train_step, take_step, crop_sets, settings, device_batch * accumulation)
 

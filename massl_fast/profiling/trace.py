@@ -21,11 +21,12 @@ from massl_fast.benchmarks import records
 from massl_fast.benchmarks.step import WARM_UP, case_of, describe
 from massl_fast.config import load_config, recipe_names
 from massl_fast.distributed.world import join_world
+from massl_fast.engine.phases import PHASES
 from massl_fast.hardware import synchronize
 from massl_fast.models.precision import choose_precision
 from massl_fast.profiling import profiler as quiet_profiler  # noqa: F401  sets the profiler's log level
 from massl_fast.profiling.out_of_memory import demand_host_memory, explained
-from massl_fast.profiling.sections import END, NAMES, Sections
+from massl_fast.profiling.sections import END, marked
 from massl_fast.profiling.synthetic import SyntheticRun, micro_batches_of, synthetic_run
 from massl_fast.profiling.telling import folded
 from massl_fast.profiling.waits import Wait, find_waits
@@ -160,7 +161,7 @@ def trace_steps(run: SyntheticRun, steps: int, path: Path | None = None) -> Trac
     on_gpu = device.type == "cuda"
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if on_gpu else [])
     ranges = Ranges()
-    with Sections(run.train_step, ranges) as marks, profile(activities=activities) as profiler:
+    with marked(run.train_step, ranges) as marks, profile(activities=activities) as profiler:
         for _ in range(steps):
             with record_function(STEP):
                 run.step(marks.step)
@@ -169,7 +170,7 @@ def trace_steps(run: SyntheticRun, steps: int, path: Path | None = None) -> Trac
         profiler.export_chrome_trace(str(path))
     events = profiler.profiler.kineto_results.events()
     host, kernels = split_events(events)
-    parts = {name: sum(stop - start for start, stop, label in host if label == name) / steps for name in NAMES}
+    parts = {name: sum(stop - start for start, stop, label in host if label == name) / steps for name in PHASES}
     return Traced(top_operators(profiler, on_gpu, steps), parts, find_gaps(kernels, host) if on_gpu else None)
 
 
@@ -186,14 +187,14 @@ def split_events(events: Iterable[Any]) -> tuple[list[Interval], list[Interval]]
         if event.device_type() == DeviceType.CPU:
             if event.name() != "[memory]":
                 host.append(interval)
-        elif event.name() not in NAMES and event.name() != STEP:
+        elif event.name() not in PHASES and event.name() != STEP:
             kernels.append(interval)
     return sorted(host), sorted(kernels)
 
 
 def top_operators(profiler: profile, on_gpu: bool, steps: int) -> list[Operator]:
     """Kernels of the device, or operators of the host, by the time spent in themselves."""
-    rows = [row for row in profiler.key_averages() if row.key not in NAMES and row.key not in (STEP, "[memory]")]
+    rows = [row for row in profiler.key_averages() if row.key not in PHASES and row.key not in (STEP, "[memory]")]
     if on_gpu:
         rows = [row for row in rows if row.device_type != DeviceType.CPU]
     micros = {row.key: (row.self_device_time_total if on_gpu else row.self_cpu_time_total) for row in rows}
@@ -219,8 +220,8 @@ def find_gaps(kernels: Sequence[Interval], host: Sequence[Interval], smallest: f
         if start - busy_until >= smallest:
             gaps.append((busy_until, start))
         busy_until = max(busy_until, stop)
-    parts = [interval for interval in host if interval[2] in NAMES]
-    others = [interval for interval in host if interval[2] not in NAMES and interval[2] != STEP]
+    parts = [interval for interval in host if interval[2] in PHASES]
+    others = [interval for interval in host if interval[2] not in PHASES and interval[2] != STEP]
     found = [Gap(stop - start, _innermost(parts, stop) or "between steps", _outermost(others, start, stop)) for start, stop in gaps]
     by_part: dict[str, float] = defaultdict(float)
     for gap in found:

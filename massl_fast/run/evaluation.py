@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from massl_fast.config import Config
+from massl_fast.data.loaders import open_together
 from massl_fast.data.sources import Source
 from massl_fast.distributed.world import World
 from massl_fast.evaluation.knn import KnnEvaluator
+from massl_fast.length import Length
 from massl_fast.models.pair import StudentTeacher
 from massl_fast.models.precision import Precision
-from massl_fast.run.length import open_together
 
 HEADLINE_K = 20
 NAMES_SHOWN = 5
@@ -27,12 +28,10 @@ class RunEvaluation:
         best: the teacher's highest headline so far, %; -1 before there is one.
     """
 
-    def __init__(
-        self, config: Config, world: World, precision: Precision, *, num_workers: int, steps_per_epoch: int, total_steps: int
-    ) -> None:
+    def __init__(self, config: Config, world: World, precision: Precision, length: Length, *, num_workers: int) -> None:
         evaluation = config.evaluation
-        self.ks, self.total_steps = evaluation.ks, total_steps
-        self.every_steps = round(evaluation.every_epochs * steps_per_epoch)
+        self.ks, self.total_steps = evaluation.ks, length.total_steps
+        self.every_steps = length.steps(evaluation.every_epochs)
         self.percents: dict[str, float] = {}
         self.best = -1.0
         self.told_unreadable: set[str] = set()

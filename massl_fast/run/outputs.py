@@ -1,8 +1,6 @@
 """What a person sees of a run: progress bar, metrics.jsonl, TensorBoard, Weights & Biases, summary.json.
 
 Rates are taken over the steps since the line before. ``data_wait_percent`` is the share of that time in which the host waited for a batch.
-``model_flops_utilization_percent`` = operations a step needs (engine.flops, nothing recomputed counted) / (seconds a step × devices ×
-dense peak of the device in the step's precision).
 """
 
 from __future__ import annotations
@@ -13,8 +11,10 @@ import json
 import math
 import os
 import resource
-import subprocess
 import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,9 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 from rich.text import Text
+
+from massl_fast.objectives.base import Metric
+from massl_fast.run.rows import write_json
 
 CLOCK_KEYS = (
     "images_per_second",
@@ -37,6 +40,8 @@ CLOCK_KEYS = (
     "host_memory_peak_gib",
 )
 GIB = 2**30
+DECLARATIONS = "metrics.schema.json"
+"""What the objective says of its metrics, in the run's folder for whoever reads it later."""
 
 
 class WindowClock:
@@ -49,15 +54,15 @@ class WindowClock:
     def restart(self) -> None:
         self.started, self.waited, self.steps = self.now(), 0.0, 0
 
-    def fetch(self, iterator):
-        """``next(iterator)``, its time counted as waiting."""
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """The time inside counts as waiting."""
         before = self.now()
-        item = next(iterator)
+        yield
         self.waited += self.now() - before
-        return item
 
     def read(self) -> tuple[float, float]:
-        """(seconds a step, share of the time spent waiting for data) since the restart."""
+        """(seconds per step, share of the time spent waiting for data) since the restart."""
         elapsed = self.now() - self.started
         return elapsed / max(self.steps, 1), self.waited / elapsed if elapsed > 0 else 0.0
 
@@ -89,8 +94,18 @@ class Rate(ProgressColumn):
 class Telemetry:
     """The outputs of the main rank. Other ranks make one with ``active=False``, whose calls do nothing."""
 
-    def __init__(self, folder: Path, *, total_steps: int, tensorboard: bool, wandb_project: str, config: dict[str, Any], active: bool):
-        self.folder, self.total_steps, self.active = folder, total_steps, active
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        total_steps: int,
+        metrics: Sequence[Metric],
+        tensorboard: bool,
+        wandb_project: str,
+        config: dict[str, Any],
+        active: bool,
+    ):
+        self.folder, self.total_steps, self.declared, self.active = folder, total_steps, tuple(metrics), active
         self.console = Console(quiet=not active, highlight=False)
         self.config, self.tensorboard, self.wandb_project = config, tensorboard, wandb_project
         self.warnings: list[str] = []
@@ -108,6 +123,7 @@ class Telemetry:
         """Open the outputs; lines that an interrupted run wrote after ``step``, the one it resumes from, are taken back."""
         if not self.active:
             return
+        write_json([asdict(metric) for metric in self.declared], self.folder / DECLARATIONS)
         path = self.folder / "metrics.jsonl"
         # A run that starts over at step 0 evaluates the untrained network again.
         kept = rows_up_to(path, step) if step else []
@@ -155,7 +171,7 @@ class Telemetry:
         if self.progress and "loss" in row:
             self.progress.update(self.task, **{key: row[key] or 0.0 for key in ("loss", "images_per_second", "data_wait_percent")})
         elif not self.progress:
-            self.say(line_of(row, self.total_steps))
+            self.say(line_of(row, self.total_steps, self.declared))
 
     def _write(self, line: str) -> None:
         """Append to metrics.jsonl. What a full disk refuses waits for the next line; nothing is left half written."""
@@ -184,15 +200,17 @@ class Telemetry:
             self.wandb_run.finish()
 
 
-def line_of(row: dict[str, Any], total_steps: int) -> str:
+def line_of(row: dict[str, Any], total_steps: int, metrics: Sequence[Metric] = ()) -> str:
     """A logged row as one line, where there is no terminal for a progress bar."""
     line = f"step {row['step']}/{total_steps}"
     if row.get("loss") is not None:
         remaining = (total_steps - row["step"]) * row["step_seconds"]
-        line += (
-            f"  loss {row['loss']:.4f}  entropy {row['student_entropy_nats']:.3f}/{row['teacher_entropy_nats']:.3f} nats"
-            f"  {row['images_per_second']:.0f} images/s  data wait {row['data_wait_percent']:.0f}%  {remaining / 60:.1f} min left"
-        )
+        line += f"  loss {row['loss']:.4f}"
+        shown = [metric for metric in metrics if metric.console and row.get(metric.key) is not None]
+        for name, members in groupby(shown, key=lambda metric: metric.console):
+            together = list(members)
+            line += f"  {name} {'/'.join(f'{row[metric.key]:.3f}' for metric in together)} {together[0].unit}".rstrip()
+        line += f"  {row['images_per_second']:.0f} images/s  data wait {row['data_wait_percent']:.0f}%  {remaining / 60:.1f} min left"
     return line + "".join(
         f"  {key.removesuffix('_percent')} {value:.1f}%" for key, value in row.items() if key.startswith("knn") and "k20_" in key
     )
@@ -211,26 +229,3 @@ def rows_up_to(path: Path, step: int) -> list[dict[str, Any]]:
         if row["step"] <= step:
             rows.append(row)
     return rows
-
-
-def versions() -> dict[str, str]:
-    """Versions of what computes, for summaries and records."""
-    import timm
-    import torchvision
-
-    found = {"torch": torch.__version__, "torchvision": torchvision.__version__, "timm": timm.__version__}
-    try:
-        import triton
-
-        found["triton"] = triton.__version__
-    except ImportError:
-        found["triton"] = "absent"
-    found["git_commit"] = git_commit()
-    return found
-
-
-def git_commit() -> str:
-    """Commit of the checkout the program runs from; empty outside one."""
-    here = Path(__file__).parent
-    answer = subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True)
-    return answer.stdout.strip() if answer.returncode == 0 else ""

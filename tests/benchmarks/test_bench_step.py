@@ -8,9 +8,9 @@ from massl_fast.benchmarks.train import Situation, verdict
 from massl_fast.cli import main
 from massl_fast.config import load_config
 from massl_fast.distributed.world import World
+from massl_fast.engine.phases import PHASES as NAMES
 from massl_fast.models.backbone import Encoder
 from massl_fast.models.precision import Precision
-from massl_fast.profiling.sections import NAMES
 
 TINY = ["--model.architecture", "vit_tiny_patch16_224", "--model.model_args", "{patch_size: 8, depth: 1, embed_dim: 24, num_heads: 2}"]
 TINY += ["--objective.memory_size", "64", "--objective.block_size", "32", "--model.head_hidden_dim", "16"]

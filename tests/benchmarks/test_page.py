@@ -10,8 +10,8 @@ from massl_fast.benchmarks.chapters import intensity, latest
 from massl_fast.benchmarks.charts import Bar, Dot, Line, bars, over_sizes, roofline
 from massl_fast.benchmarks.page import page_of
 from massl_fast.cli import main
+from massl_fast.engine.phases import PHASES as NAMES
 from massl_fast.profiling.ledger import CATEGORIES
-from massl_fast.profiling.sections import NAMES
 
 MODEL = {"architecture": "vit_tiny", "batch": 4, "crops": "2×32 + 2×16", "memory": 64, "precision": "fp32", "device": "cpu"}
 

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -10,6 +11,7 @@ from massl_fast.engine.flops import step_flops
 from massl_fast.hardware import GPUS
 from massl_fast.models.backbone import Encoder, build_backbone
 from massl_fast.models.head import ProjectionHead
+from massl_fast.objectives.massl import MasslObjective
 from planning import NETWORKS, Cluster, ddp_step, fsdp2_step
 
 H100, SMALL, LARGE = GPUS["H100"], NETWORKS["vit_small"], NETWORKS["vit_large"]
@@ -19,7 +21,9 @@ def test_the_figures_of_vit_small_are_those_of_the_network():
     backbone = build_backbone("vit_small_patch16_224", image_size=224, other_sizes=[96])
     encoder = Encoder(backbone, ProjectionHead(backbone.feature_dim))
     assert SMALL.parameters == sum(p.numel() for p in encoder.parameters())
-    flops = step_flops(encoder, crop_sizes=[224] * 2 + [96] * 10, num_teacher_views=2, batch=1, memory_size=65536)
+    objective = MasslObjective(65536, 256, block_size=16384, student_temperature=0.1)
+    pair = SimpleNamespace(student=encoder, teacher=encoder)
+    flops = step_flops(pair, objective, crop_sizes=[224] * 2 + [96] * 10, batch=1)
     assert flops == pytest.approx(SMALL.flops_per_image, rel=0.001)
 
 

@@ -26,7 +26,7 @@ def test_no_graph_break_and_nothing_compiled_after_the_first_step():
     step = compile_(build_step(drop_path=0.2), backend="aot_eager")
     graphs = []
     for number in range(4):
-        step([crops(number), crops(10 + number)], SETTINGS._replace(teacher_temperature=0.04 + 0.01 * number), number)
+        step([crops(number), crops(10 + number)], SETTINGS._replace(own={"teacher_temperature": 0.04 + 0.01 * number}), number)
         graphs.append(counters["stats"]["unique_graphs"])
     # Whole block and last block, with a gradient and drop path for the student, without either for the teacher.
     assert graphs == [4] * 4

@@ -28,6 +28,10 @@ class Pair:
         self.student.to(memory_format=torch.channels_last)
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
 
+    def twins(self):
+        teacher = dict(self.teacher.named_parameters())
+        return {name: (parameter, teacher[name]) for name, parameter in self.student.named_parameters()}
+
     def update_teacher_(self, momentum):
         for teacher, student in zip(self.teacher.parameters(), self.student.parameters()):
             teacher.lerp_(student.detach(), 1 - momentum)
@@ -41,7 +45,7 @@ class Pair:
 
 
 def settings_of(number: int) -> StepSettings:
-    return StepSettings(1e-2 * (1 + number), 0.1 + 0.05 * number, 0.9 + 0.02 * number, 0.05)
+    return StepSettings(1e-2 * (1 + number), 0.1 + 0.05 * number, 0.9 + 0.02 * number, {})
 
 
 def take_step(pair, optimizer, number, *, clip=0.5, clip_mode="parameter", scale=None, finite=True, settings=None):
@@ -91,7 +95,7 @@ def test_settings_may_be_tensors():
     one, other = optimizer_of(by_number, "adamw_with_teacher"), optimizer_of(by_tensor, "adamw_with_teacher")
     for number in range(3):
         take_step(by_number, one, number)
-        tensors = StepSettings(*torch.tensor(settings_of(number), dtype=torch.float64).unbind())
+        tensors = StepSettings.of_vector(settings_of(number).vector(torch.device("cpu")), [])
         take_step(by_tensor, other, number, settings=tensors)
     expected = by_number.tensors(one)
     for name, tensor in by_tensor.tensors(other).items():

@@ -27,9 +27,12 @@ def tapes(monkeypatch):
     """The tapes that stand in for CUDA graphs, one a run."""
     made = []
 
-    def on_tape(train_step):
+    def tape():
         made.append(OperatorTape())
-        return GraphedStep(train_step, made[-1])
+        return made[-1]
+
+    def on_tape(train_step):
+        return GraphedStep(train_step, tape)
 
     monkeypatch.setattr("massl_fast.engine.trainer.GraphedStep", on_tape)
     return made

@@ -13,21 +13,22 @@ from massl_fast.models.precision import LossScaler, Precision
 
 def settings_of(number: int) -> StepSettings:
     """All four change at every step."""
-    return StepSettings(1e-3 / (1 + number), 0.05 + 0.01 * number, 0.9 + 0.005 * number, 0.04 + 0.002 * number)
+    return StepSettings(1e-3 / (1 + number), 0.05 + 0.01 * number, 0.9 + 0.005 * number, {"teacher_temperature": 0.04 + 0.002 * number})
 
 
 def take(step, number: int, micro_batches=None) -> torch.Tensor:
     torch.manual_seed(number)  # of drop path, as the trainer does
     settings = settings_of(number)
     if not isinstance(step, GraphedStep):  # which rounds a temperature as a tensor otherwise than as a number
-        settings = StepSettings(*torch.tensor(settings, dtype=torch.float64, device=step.world.device).unbind())
+        settings = StepSettings.of_vector(settings.vector(step.world.device), list(settings.own))
     stopping = torch.zeros((), device=(micro_batches or [[torch.zeros(())]])[0][0].device)
-    return torch.stack(list(step(micro_batches or [crops(number)], settings, number, stopping))).clone()
+    result = step(micro_batches or [crops(number)], settings, number, stopping)
+    return torch.stack([result.loss, result.gradient_norm, *result.metrics.values()]).clone()
 
 
 def both(**options):
     eager, recorded = (build_step(optimizer="adamw_with_teacher", **options) for _ in range(2))
-    return eager, recorded, GraphedStep(recorded, OperatorTape())
+    return eager, recorded, GraphedStep(recorded, OperatorTape)
 
 
 def demand_equal_states(eager, recorded) -> None:
@@ -110,7 +111,7 @@ def test_crops_of_another_shape_are_refused():
     "options, tape, size, sentence",
     [
         ({}, OperatorTape, 1, "Choose optimizer.name adamw_with_teacher"),
-        ({"optimizer": "adamw_with_teacher"}, lambda: None, 1, "which has no CUDA graphs"),
+        ({"optimizer": "adamw_with_teacher"}, None, 1, "which has no CUDA graphs"),
         ({"optimizer": "adamw_with_teacher"}, OperatorTape, 2, "for one process only"),
     ],
 )
@@ -118,7 +119,7 @@ def test_where_a_step_cannot_be_recorded(options, tape, size, sentence):
     step = build_step(**options)
     step.world = World(0, size, 0, CPU)
     with pytest.raises(ValueError, match=sentence):
-        GraphedStep(step, tape())
+        GraphedStep(step, tape)
 
 
 @pytest.mark.parametrize(
@@ -138,7 +139,7 @@ def test_what_keeps_a_step_from_being_recorded_is_told(first, told, sentence, at
                 if at_the_end:  # as the end of a capture does
                     raise RuntimeError("operation failed due to a previous error during capture")
 
-    graphed = GraphedStep(build_step(optimizer="adamw_with_teacher"), Refusing())
+    graphed = GraphedStep(build_step(optimizer="adamw_with_teacher"), Refusing)
     with pytest.raises(told, match=sentence):
         for number in range(WARM_UP + 1):
             take(graphed, number)

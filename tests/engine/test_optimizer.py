@@ -6,7 +6,7 @@ from massl_fast.config import OptimizerSection
 from massl_fast.engine.optimizer import apply_settings, build_optimizer, clip_factors, load_optimizer_tensors, optimizer_tensors
 from massl_fast.engine.schedules import StepSettings
 
-SETTINGS = StepSettings(learning_rate=0.01, weight_decay=0.1, teacher_momentum=0.9, teacher_temperature=0.05)
+SETTINGS = StepSettings(learning_rate=0.01, weight_decay=0.1, teacher_momentum=0.9, own={})
 
 
 def network(seed: int = 0) -> nn.Module:

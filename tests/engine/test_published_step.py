@@ -49,7 +49,7 @@ def test_the_published_step_and_ours_are_the_same_mathematics():
     generator = torch.Generator().manual_seed(1)
     for step in range(STEPS):
         crops = [torch.randn(IMAGES, 3, 16, 16, generator=generator, dtype=torch.float64) for _ in range(5)]
-        settings = StepSettings(1e-3 * (step + 1), 0.1, 0.9 + 0.01 * step, 0.05)
+        settings = StepSettings(1e-3 * (step + 1), 0.1, 0.9 + 0.01 * step, {"teacher_temperature": 0.05})
         loss = published(crops, settings, step)
         torch.testing.assert_close(ours([crops], settings, step).loss.item(), loss, rtol=1e-12, atol=0)
     torch.testing.assert_close(objective.memory, published.memory.T, rtol=1e-9, atol=1e-12)

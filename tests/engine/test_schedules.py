@@ -4,11 +4,16 @@ import math
 import pytest
 
 from massl_fast.config import load_config
-from massl_fast.engine.schedules import Schedules, cosine, linear
+from massl_fast.engine.build import build_objective
+from massl_fast.engine.schedules import Schedules
+from massl_fast.length import Length, cosine, linear
+from massl_fast.models.precision import Precision
 
 
 def schedules(*overrides: str, total: int = 100, per_epoch: int = 10) -> Schedules:
-    return Schedules(load_config("vit_small_in1k", list(overrides)), total, per_epoch)
+    config = load_config("vit_small_in1k", ["--objective.memory_size", "1024", "--objective.block_size", "64", *overrides])
+    length = Length(total, per_epoch, config.train.global_batch, 1, config.train.global_batch)
+    return Schedules(config, length, build_objective(config, Precision("fp32", "test"), rank=0))
 
 
 def test_cosine_and_linear_touch_their_ends():
@@ -35,11 +40,11 @@ def test_unscaled_learning_rate():
 def test_weight_decay_momentum_and_temperature():
     run = schedules("--objective.teacher_temperature_warmup_epochs", "5")
     first, middle, last = run.at(0), run.at(50), run.at(99)
-    assert (first.weight_decay, first.teacher_momentum, first.teacher_temperature) == (0.04, 0.992, 0.04)
+    assert (first.weight_decay, first.teacher_momentum, first.own["teacher_temperature"]) == (0.04, 0.992, 0.04)
     assert middle.weight_decay == pytest.approx(0.22)
     assert middle.teacher_momentum == pytest.approx(0.996)
-    assert middle.teacher_temperature == last.teacher_temperature == 0.07
-    assert run.at(25).teacher_temperature == pytest.approx(0.055)
+    assert middle.own == last.own == {"teacher_temperature": 0.07}
+    assert run.at(25).own["teacher_temperature"] == pytest.approx(0.055)
     assert math.isclose(last.teacher_momentum, 1.0, abs_tol=1e-5)
 
 

@@ -9,11 +9,12 @@ from massl_fast.benchmarks import records
 from massl_fast.cli import main
 from massl_fast.config import load_config
 from massl_fast.data.loaders import views_of
-from massl_fast.engine.build import build_pair
+from massl_fast.engine import phases
+from massl_fast.engine.build import build_objective, build_pair
 from massl_fast.engine.flops import step_flops
-from massl_fast.engine.step import NUM_TEACHER_VIEWS
 from massl_fast.hardware import GPUS
-from massl_fast.profiling import budget, sections
+from massl_fast.models.precision import Precision
+from massl_fast.profiling import budget
 
 SMALL = ["--crops.global_size", "64", "--crops.local_size", "32", "--crops.num_local", "2", "--train.global_batch", "6"]
 SMALL += ["--model.architecture", "vit_tiny_patch16_224", "--model.model_args", "{depth: 2}", "--objective.memory_size", "2048"]
@@ -65,12 +66,13 @@ def test_operations_are_those_of_the_formula(accumulation, optimizer):
     config = load_config("vit_small_in1k", [*SMALL, "--optimizer.name", optimizer])
     found = budget.count_step(config, 6, accumulation)
     flops = sum(work.flops for work in found.values())
-    again = found[sections.BACKWARD, "attention"].flops / 5
-    pair, _ = build_pair(config)
+    again = found[phases.BACKWARD, "attention"].flops / 5
+    objective = build_objective(config, Precision("fp32", "test"), rank=0)
+    pair, _ = build_pair(config, objective)
     sizes = [view.size for view in views_of(config.crops)]
-    expected = step_flops(pair.student, crop_sizes=sizes, num_teacher_views=NUM_TEACHER_VIEWS, batch=6 * accumulation, memory_size=2048)
+    expected = step_flops(pair, objective, crop_sizes=sizes, batch=6 * accumulation)
     assert flops - again == pytest.approx(expected, rel=2e-3)
-    assert found[sections.LOSS, "loss"].operators == accumulation
+    assert found[phases.LOSS, "loss"].operators == accumulation
 
 
 def test_the_command(capsys, tmp_path):
@@ -79,7 +81,7 @@ def test_the_command(capsys, tmp_path):
     assert "| **whole step** |" in told and "312 TFLOP/s" in told and "GFLOP an image" in told and "measured" not in told
 
     case = {"recipe": "vit_small_in1k", "architecture": "vit_tiny_patch16_224", "batch": 6, "accumulation": 1}
-    figures = {f"part: {name}": records.figure([0.25], "s", "lower") for name in sections.NAMES}
+    figures = {f"part: {name}": records.figure([0.25], "s", "lower") for name in phases.PHASES}
     path = tmp_path / "records.jsonl"
     records.append(path, [records.record("step", case, figures)])
     assert main(["profile", "budget", *SMALL, "--record", str(path)]) == 0

@@ -11,6 +11,7 @@ from massl_fast.benchmarks import records
 from massl_fast.cli import main
 from massl_fast.config import load_config
 from massl_fast.distributed.world import World
+from massl_fast.engine import phases
 from massl_fast.models.precision import choose_precision
 from massl_fast.profiling import sections, trace
 from massl_fast.profiling.synthetic import SyntheticRun, synthetic_run
@@ -30,28 +31,28 @@ def tiny_run(*more: str, accumulation: int = 1) -> SyntheticRun:
 def test_every_part_is_marked_in_its_place(optimizer):
     seen = []
     run = tiny_run("--optimizer.name", optimizer, accumulation=2)
-    with sections.Sections(run.train_step, seen.append) as marks:
+    with sections.marked(run.train_step, seen.append) as marks:
         run.step(marks.step)
-    named = [name for name in seen if name not in (sections.REST, sections.END)]
-    forward = [sections.TEACHER, sections.STUDENT, sections.LOSS, sections.BACKWARD]
-    assert named == [*forward, *forward, sections.CLIP, sections.OPTIMIZER, sections.EMA, sections.ENQUEUE]
-    assert seen[0] == sections.REST and seen[-1] == sections.END
+    named = [name for name in seen if name not in (phases.REST, sections.END)]
+    forward = [phases.TEACHER, phases.STUDENT, phases.LOSS, phases.BACKWARD]
+    assert named == [*forward, *forward, phases.CLIP, phases.OPTIMIZER, phases.AVERAGE, phases.COMMIT]
+    assert seen[0] == phases.REST and seen[-1] == sections.END
     seen.clear()
     run.step()
     assert not seen, "the marks were left on"
 
 
 def test_marks_change_no_number():
-    plain, marked = tiny_run(), tiny_run()
+    plain, watched = tiny_run(), tiny_run()
     for _ in range(2):
         torch.manual_seed(0)
         plain.step()
         torch.manual_seed(0)
-        with sections.Sections(marked.train_step, sections.SectionClock(CPU.device)) as marks:
-            marked.step(marks.step)
-    for ours, theirs in zip(plain.train_step.pair.parameters(), marked.train_step.pair.parameters()):
+        with sections.marked(watched.train_step, sections.SectionClock(CPU.device)) as marks:
+            watched.step(marks.step)
+    for ours, theirs in zip(plain.train_step.pair.parameters(), watched.train_step.pair.parameters()):
         assert torch.equal(ours, theirs)
-    assert torch.equal(plain.train_step.objective.memory, marked.train_step.objective.memory)
+    assert torch.equal(plain.train_step.objective.memory, watched.train_step.objective.memory)
 
 
 def test_the_clock_adds_up_the_parts_of_each_step():
@@ -134,8 +135,8 @@ def test_the_command_writes_a_trace_with_the_parts(tmp_path, capsys):
     assert "Parts of a step" in told and "Nothing in a step makes the host wait" in told
     events = json.loads(gzip.decompress((tmp_path / "trace" / "trace.json.gz").read_bytes()))["traceEvents"]
     ranges = [event["name"] for event in events if event.get("cat") == "user_annotation"]
-    assert set(sections.NAMES) <= set(ranges)
-    assert ranges.count(sections.STUDENT) == 2
+    assert set(phases.PHASES) <= set(ranges)
+    assert ranges.count(phases.STUDENT) == 2
     (row,) = records.read(tmp_path / "trace" / "trace.jsonl")
     assert row["details"]["operators"][0]["seconds"] > 0
     assert row["figures"]["waits_per_step"]["median"] == 0

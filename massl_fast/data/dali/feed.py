@@ -14,8 +14,8 @@ import numpy as np
 from massl_fast.data.crops import View, sample_generator
 from massl_fast.data.dali.draws import Draws, ViewTable, draw_batch, random_numbers
 from massl_fast.data.decode import MOST_PIXELS, ORIENTATION, UnreadableImage, decode_rgb
+from massl_fast.data.loader import REPLACEMENTS
 from massl_fast.data.sources import Source
-from massl_fast.data.torchvision_loader import REPLACEMENTS
 
 BASELINE, EXTENDED, PROGRESSIVE = 0xC0, 0xC1, 0xC2
 START_OF_SCAN, APP1, APP14 = 0xDA, 0xE1, 0xEE

@@ -5,41 +5,40 @@ DALI's own readers and random operators are not used: the loader feeds it bytes 
 is seeking, at any world size.
 """
 
-import os
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import torch
 from nvidia.dali import fn, pipeline_def, types
 
-from massl_fast.data.bad_files import BadFiles
+from massl_fast.config import Config
 from massl_fast.data.crops import View
 from massl_fast.data.dali.feed import Feed, Prepared
 from massl_fast.data.dali.graph import build_graph, drawn_inputs
-from massl_fast.data.order import Batch, Order
+from massl_fast.data.loader import Loader
+from massl_fast.data.order import Batch
 from massl_fast.data.sources import Source
-from massl_fast.data.torchvision_loader import JUDGE_AFTER
 
 LEAST_FEEDERS, MOST_FEEDERS = 2, 8  # threads that read and draw, a micro-batch each: they mostly wait for storage
 
 
-class DaliLoader:
-    """An endless, seekable source of micro-batches, interchangeable with ``torchvision_loader.TorchvisionLoader``.
+class DaliLoader(Loader):
+    """Interchangeable with ``torchvision_loader.TorchvisionLoader``.
 
-    ``batches(start_step)`` depends on (seed, start_step, rank, world size) alone. A file that DALI cannot decode is decoded by
-    Pillow; one that neither can is named once in ``bad_files_path`` and replaced as in ``TorchvisionLoader``. If a decoder of DALI fails,
-    which ends a pipeline, the loader finds the file, builds the pipeline anew and continues at the same micro-batch.
+    A file that DALI cannot decode is decoded by Pillow; one that neither can is named and replaced as ``Loader`` says. If a decoder of DALI
+    fails, which ends a pipeline, the loader finds the file, builds the pipeline anew and continues at the same micro-batch.
 
-    Args: those of ``TorchvisionLoader``, and
+    Args: those of ``Loader``, and
         num_workers: DALI's threads, at least 1. prefetch: micro-batches that the pipeline works ahead.
         device: where the crops go; normalisation happens there.
         decode: ``cpu``, or ``mixed`` for the GPU with its share of hardware decoding. augment: ``cpu`` or ``gpu``.
             Without a GPU both are ``cpu``, and ``notes`` says so.
         dtype: of the crops; None is float16 on a GPU (half the traffic of twelve crops) and float32 on the CPU.
 
-    Raises ValueError for a batch that does not divide or is larger than the source, and for mixed decoding of crops made on the CPU.
+    Raises ValueError as ``Loader`` does, and for mixed decoding of crops made on the CPU.
     """
 
     name = "dali"
@@ -49,41 +48,14 @@ class DaliLoader:
         source: Source,
         views: Sequence[View],
         *,
-        seed: int,
-        global_batch: int,
-        device_batch: int,
-        accumulation: int = 1,
-        rank: int = 0,
-        world_size: int = 1,
         num_workers: int = 1,
-        prefetch: int = 2,
-        bad_files: Collection[str] = (),
-        max_bad_percent: float = 5.0,
-        bad_files_path: str | os.PathLike | None = None,
-        device: torch.device | str = "cpu",
         decode: str = "cpu",
         augment: str = "cpu",
         dtype: torch.dtype | None = None,
+        **shared: Any,
     ) -> None:
-        self.source = source.without(bad_files)
-        self.views = tuple(views)
-        self.order = Order(
-            len(self.source),
-            seed=seed,
-            global_batch=global_batch,
-            device_batch=device_batch,
-            accumulation=accumulation,
-            rank=rank,
-            world_size=world_size,
-            path=source.path,
-        )
-        self.steps_per_epoch = self.order.steps_per_epoch
-        images_per_epoch = self.steps_per_epoch * accumulation * device_batch
-        self.bad = BadFiles(source.path, bad_files_path, max_bad_percent, min(JUDGE_AFTER, images_per_epoch))
-        self.num_workers, self.prefetch = max(1, num_workers), prefetch
-        self.device = torch.device(device)
+        super().__init__(source, views, num_workers=max(1, num_workers), **shared)
         self.num_on_host = 0  # images that Pillow decoded instead of DALI
-        self.notes: tuple[str, ...] = ()
         on_gpu = self.device.type == "cuda"
         if not on_gpu and (decode, augment) != ("cpu", "cpu"):
             self.notes = (f"Without a GPU, DALI decodes and augments on the CPU (asked for: decode {decode}, augment {augment}).",)
@@ -98,26 +70,14 @@ class DaliLoader:
         if self.dtype not in (torch.float16, torch.float32):
             raise ValueError(f"DALI makes crops of float16 or float32, not of {self.dtype}.")
         self._device_id = (torch.cuda.current_device() if self.device.index is None else self.device.index) if on_gpu else None
-        self._feed = Feed(self.source, self.views, seed)
+        self._feed = Feed(self.source, self.views, self.seed)
         self._inputs = drawn_inputs(self.views)
-        self._running: Iterator[Batch] | None = None
 
-    @property
-    def num_bad(self) -> int:
-        """Different unreadable images that this process has met."""
-        return len(self.bad.names)
-
-    def batches(self, start_step: int) -> Iterator[Batch]:
-        """Micro-batches from ``start_step`` on, ``accumulation`` of them a step, without end."""
-        self.close()
-        self._running = self._batches(start_step)
-        return self._running
-
-    def close(self) -> None:
-        """Ends the threads and frees DALI's buffers."""
-        if self._running is not None:
-            self._running.close()
-            self._running = None
+    @classmethod
+    def own_arguments(cls, config: Config, device: torch.device) -> dict[str, Any]:
+        # Without autocast half-precision crops would meet float32 weights.
+        wide = torch.float32 if config.train.precision == "fp32" else None
+        return {"decode": config.data.decode, "augment": config.data.augment, "dtype": wide}
 
     def _batches(self, start_step: int) -> Iterator[Batch]:
         keys = self.order.micro_batches(start_step)
