@@ -26,7 +26,7 @@ from massl_fast.evaluation.registry import PROTOCOLS, protocol_named
 from massl_fast.evaluation.store import DTYPES, FeatureStore
 from massl_fast.evaluation.subject import Subject
 from massl_fast.hardware import chosen_device, versions
-from massl_fast.models.published import load_backbone, rebuild
+from massl_fast.models.published import add_network_arguments, load_backbone, network_options, rebuild
 from massl_fast.models.recipes import RECIPES
 from massl_fast.plugins import load_plugins
 
@@ -70,6 +70,7 @@ class Evaluation:
             "settings": protocol.settings.model_dump(mode="json"),
             "data": result.data,
             "departures": result.departures,
+            "assumed": info.get("assumed", []),
             "notes": info["notes"] + result.notes,
             "unreadable": result.unreadable,
             "results": result.results,
@@ -96,7 +97,7 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--which", choices=("teacher", "student", "both"), default="both", help="networks of the checkpoint (default: both)"
     )
-    parser.add_argument("--arch", metavar="NAME", help="timm name of the network, for checkpoints that do not say it")
+    add_network_arguments(parser)
     parser.add_argument("--features", choices=RECIPES, help="which features of the network (default: the protocol's)")
     parser.add_argument("--image-size", type=int, help="side of the images, pixels (default: that of the checkpoint's global crops)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, or cuda:1 and so on (default: auto)")
@@ -169,12 +170,12 @@ def subject_of(args: argparse.Namespace) -> tuple[Subject, dict[str, Any]]:
         if value is not None and value < least:
             raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be at least {least}.")
     device = chosen_device(args.device)
-    networks, info = networks_of(args.checkpoint, args.which, args.arch)
+    networks, info = networks_of(args.checkpoint, args.which, **network_options(args))
     if not args.no_baselines:
         networks[UNTRAINED] = untrained(next(iter(networks.values())))
     subject = Subject(
         networks={name: network.to(device) for name, network in networks.items()},
-        image_size=args.image_size or info["image_size"],
+        image_size=info["image_size"],
         mean=info["mean"],
         std=info["std"],
         device=device,
@@ -191,14 +192,17 @@ def subject_of(args: argparse.Namespace) -> tuple[Subject, dict[str, Any]]:
     return subject, info
 
 
-def networks_of(checkpoint: Path, which: str, arch: str | None) -> tuple[dict[str, nn.Module], dict[str, Any]]:
-    """({name: network}, what is known of the checkpoint). Of "both", a student that the checkpoint lacks is noted and left out."""
+def networks_of(checkpoint: Path, which: str, **options: Any) -> tuple[dict[str, nn.Module], dict[str, Any]]:
+    """({name: network}, what is known of the checkpoint). Of "both", a student that the checkpoint lacks is noted and left out.
+
+    ``options`` go to ``load_backbone``.
+    """
     first = "student" if which == "student" else "teacher"
-    network, info = load_backbone(checkpoint, arch=arch, which=first)
+    network, info = load_backbone(checkpoint, which=first, **options)
     networks = {first: network}
     if which == "both":
         try:
-            student, _ = load_backbone(checkpoint, arch=arch, which="student")
+            student, _ = load_backbone(checkpoint, which="student", **options)
         except ValueError as reason:
             info["notes"] = [*info["notes"], f"Without a student: {reason}"]
         else:
@@ -228,6 +232,8 @@ def print_table(protocol: Protocol, result: Result, found: dict[str, Any]) -> No
     for name, values in result.results.items():
         table.add_row(name, *(_shown(values.get(figure.key)) for figure in figures))
     say = partial(console.print, markup=False, soft_wrap=True)
+    for assumption in found["assumed"]:
+        say(assumption)
     say(f"{protocol.title}: {found['architecture']} at {found['image_size']} px")
     console.print(table)
     for row in result.published:
@@ -237,7 +243,8 @@ def print_table(protocol: Protocol, result: Result, found: dict[str, Any]) -> No
     for departure in found["departures"]:
         say(f"Not as published: {departure}")
     for note in found["notes"]:
-        say(note)
+        if note not in found["assumed"]:
+            say(note)
     if names := result.unreadable:
         shown = ", ".join(names[:NAMES_SHOWN]) + (" …" if len(names) > NAMES_SHOWN else "")
         say(f"{len(names)} of these images could not be read and were left out: {shown}")

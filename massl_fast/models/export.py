@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from massl_fast.models.published import HEAD_FILE, build_network, read_network
+from massl_fast.models.published import HEAD_FILE, add_network_arguments, build_network, network_options, read_network, rebuild
 
 TOLERANCE = 1e-5
 
@@ -38,14 +38,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--to", required=True, type=Path, metavar="DIR", help="folder to write; must not hold anything yet")
     parser.add_argument("--which", choices=("teacher", "student"), default="teacher", help="network to write (default: teacher)")
-    parser.add_argument("--arch", metavar="NAME", help="timm name of the network, for checkpoints that do not say it")
+    add_network_arguments(parser, position_embedding=False)
 
 
 def run(args: argparse.Namespace) -> int:
     network = read_network(args.checkpoint, args.which)
-    backbone, info = build_network(network, arch=args.arch)
-    export_backbone(backbone, info, args.to, head=network.head)
-    for note in info["notes"]:
+    backbone, info = build_network(network, **network_options(args))
+    for note in info["notes"] + export_backbone(backbone, info, args.to, head=network.head):
         print(note)
     size = info["image_size"]
     print(
@@ -55,8 +54,8 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def export_backbone(backbone: nn.Module, info: dict[str, Any], to: Path, *, head: dict[str, Tensor] | None = None) -> None:
-    """Write ``backbone`` (from ``load_backbone``, with its ``info``) to the folder ``to``.
+def export_backbone(backbone: nn.Module, info: dict[str, Any], to: Path, *, head: dict[str, Tensor] | None = None) -> list[str]:
+    """Write ``backbone`` (from ``load_backbone``, with its ``info``) to the folder ``to``; returns what there is to say about it.
 
     The folder is written under another name, loaded through timm and compared, and then renamed. ValueError where ``to``
     already holds something, where the disk refuses, or where timm gives other features.
@@ -74,12 +73,13 @@ def export_backbone(backbone: nn.Module, info: dict[str, Any], to: Path, *, head
             (partial / HEAD_FILE).parent.mkdir()
             save_file({name: tensor.contiguous() for name, tensor in head.items()}, partial / HEAD_FILE, metadata={"format": "pt"})
         (partial / "config.json").write_text(json.dumps(timm_config(backbone, info), indent=2) + "\n", encoding="utf-8")
-        _compare(backbone, info["image_size"], partial)
+        notes = _compare(backbone, info["image_size"], partial)
         os.replace(partial, to)
     except OSError as error:
         raise ValueError(f"{to} could not be written: {error.strerror or error}.") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+    return notes
 
 
 def timm_config(backbone: nn.Module, info: dict[str, Any]) -> dict[str, Any]:
@@ -118,15 +118,32 @@ def timm_config(backbone: nn.Module, info: dict[str, Any]) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _compare(backbone: nn.Module, size: int, folder: Path) -> None:
+def _compare(backbone: nn.Module, size: int, folder: Path) -> list[str]:
+    """Raises ValueError where timm gives other features than ``backbone``, apart from what it has no setting for: that is returned."""
     try:
         loaded = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     except RuntimeError as error:
         raise ValueError(f"timm {timm.__version__} does not load this network again: {str(error).splitlines()[0]}") from None
     images = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0))
-    expected, found = copy.deepcopy(backbone).cpu().eval()(images), loaded(images)
+    ours, found, notes = copy.deepcopy(backbone).cpu().eval(), loaded(images), []
+    expected = ours(images)
+    if "layer_norm_epsilon" in backbone.timm_args:
+        named = {name: value for name, value in backbone.timm_args.items() if name != "layer_norm_epsilon"}
+        as_timm_builds_it = rebuild(named).eval()
+        as_timm_builds_it.load_state_dict(ours.state_dict())
+        exact, expected = expected, as_timm_builds_it(images)
+        added = backbone.timm_args["layer_norm_epsilon"]
+        notes.append(
+            f"The norms of this network add {added:g} to the variance, and timm, which has no argument for it, another number: on noise, "
+            f"features of the exported folder are {_difference(expected, exact):.1g} apart, relative to the largest."
+        )
     if expected.shape != found.shape or not torch.allclose(found, expected, rtol=TOLERANCE, atol=TOLERANCE):
         raise ValueError(
             f"timm {timm.__version__} loads this network, but its features differ from ours; nothing was written. "
             "Please report this with the architecture and model_args."
         )
+    return notes
+
+
+def _difference(found: Tensor, expected: Tensor) -> float:
+    return ((found - expected).abs().max() / expected.abs().max()).item()

@@ -8,28 +8,29 @@ in the notes.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
-import math
-import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+import yaml
 from safetensors import SafetensorError, safe_open
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
 
+from massl_fast.models import positions
 from massl_fast.models.backbone import build_backbone, patch_size
 from massl_fast.models.checkpoint_files import DamagedCheckpoint, lacks_checksums, read_state, read_tensors
+from massl_fast.models.foreign_file import ForeignFile, tensors_of
+from massl_fast.models.key_layouts import Chosen, choose, known_heads, model_args, stored_grid, timm_names
 from massl_fast.models.packed import resampling_matrix
 
 HEAD_FILE = Path("head/head.safetensors")
-# Where other software keeps a single network; and tokens that only masked training needs.
-SINGLE_NETWORK_KEYS = ("state_dict", "model")
-MASK_TOKENS = ("mask_token", "masked_embed")
 
 
 @dataclass
@@ -47,40 +48,96 @@ class Network:
     std: tuple[float, ...] = IMAGENET_DEFAULT_STD
     notes: list[str] = field(default_factory=list)
     """Sentences for the user about what was assumed or passed over."""
+    chosen: Chosen | None = None
+    """Where a file of other software holds it; None for our own."""
 
 
-def load_backbone(checkpoint: Path, *, arch: str | None = None, which: str = "teacher") -> tuple[nn.Module, dict[str, Any]]:
+POSITION_EMBEDDINGS = ("timm", "dino")
+"""Whose resampling of position embeddings is taken at sizes other than the stored one; see ``positions``."""
+
+
+def add_network_arguments(parser: argparse.ArgumentParser, *, position_embedding: bool = True) -> None:
+    """The options that ``network_options`` reads: what a foreign file does not say of its network."""
+    parser.add_argument("--arch", metavar="NAME", help="timm name of the network, for checkpoints that do not say it")
+    parser.add_argument(
+        "--model-args",
+        nargs="+",
+        metavar="KEY=VALUE",
+        default=[],
+        help="further arguments of timm's network beside --arch, such as num_heads=12 init_values=1e-5",
+    )
+    if position_embedding:
+        parser.add_argument(
+            "--position-embedding",
+            choices=POSITION_EMBEDDINGS,
+            default="timm",
+            help="how position embeddings are resampled at another image size: as timm does, or as DINO's code does (default: timm)",
+        )
+
+
+def network_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of ``load_backbone`` from the options of ``add_network_arguments``; raises ValueError for one that is no KEY=VALUE."""
+    model_args = {}
+    for entry in args.model_args:
+        key, equals, text = entry.partition("=")
+        if not key.isidentifier() or not equals:
+            raise ValueError(f"--model-args takes KEY=VALUE, such as num_heads=12, not {entry!r}.")
+        model_args[key] = yaml.safe_load(text)
+        if isinstance(model_args[key], str):
+            with contextlib.suppress(ValueError):  # YAML takes 1e-5 for a text
+                model_args[key] = float(text)
+    options = {"arch": args.arch, "model_args": model_args, "position_embedding": getattr(args, "position_embedding", "timm")}
+    return options | ({"image_size": args.image_size} if getattr(args, "image_size", None) else {})
+
+
+def load_backbone(checkpoint: Path, *, which: str = "teacher", **options: Any) -> tuple[nn.Module, dict[str, Any]]:
     """The backbone of a checkpoint, in evaluation mode on the CPU, and what is known of it.
 
     ``checkpoint``: a checkpoint folder of a run, the run's folder (its last checkpoint is taken), a folder written by
-    ``massl-fast export``, or a file of other software, for which ``arch`` names the architecture. ``which``: "teacher" or
-    "student".
+    ``massl-fast export``, or a file of other software. ``which``: "teacher" or "student". ``options``: those of ``build_network``.
 
-    The second value holds ``architecture``, ``image_size`` (pixels), ``mean``, ``std``, ``path`` and ``notes`` (sentences).
+    The second value holds ``architecture``, ``image_size`` (pixels), ``mean``, ``std``, ``path``, ``notes`` (sentences) and ``assumed``,
+    the first of the notes: what decides over the features and that the file does not tell.
     Raises ValueError where the file cannot be read or does not fit.
     """
-    return build_network(read_network(Path(checkpoint), which), arch=arch)
+    return build_network(read_network(Path(checkpoint), which), **options)
 
 
-def build_network(network: Network, *, arch: str | None = None) -> tuple[nn.Module, dict[str, Any]]:
-    """What ``load_backbone`` returns, of a network that has been read."""
+def build_network(
+    network: Network,
+    *,
+    arch: str | None = None,
+    model_args: dict[str, Any] | None = None,
+    image_size: int | None = None,
+    position_embedding: str = "timm",
+) -> tuple[nn.Module, dict[str, Any]]:
+    """What ``load_backbone`` returns, of a network that has been read.
+
+    ``arch``, ``model_args``: timm's name of the network and further arguments, for a file that does not say its architecture.
+    ``image_size``: side of the images it will be given, pixels; None: that of the checkpoint. ``position_embedding``: "timm" or "dino".
+    """
     if network.timm_args is None:
         if arch is None:
-            raise ValueError(f"{network.source} does not say its architecture. Name it as timm does: --arch vit_small_patch16_224.")
-        backbone = _build_like(arch, network)
+            said = f" Its arguments call it {network.chosen.architecture}." if network.chosen and network.chosen.architecture else ""
+            raise ValueError(f"{network.source} does not say its architecture.{said} Name it as timm does: --arch vit_small_patch16_224.")
+        backbone, assumed = _build_like(arch, model_args or {}, network)
     else:
         stored = network.timm_args["architecture"]
         if arch not in (None, stored):
             raise ValueError(f"{network.source} holds a {stored}, not a {arch}. Leave --arch out.")
-        backbone = rebuild(network.timm_args)
-    notes = network.notes + _fill(backbone, network)
+        if model_args:
+            raise ValueError(f"{network.source} says how its {stored} is built. Leave --model-args out.")
+        backbone, assumed = rebuild(network.timm_args), []
+    notes = [*assumed, *network.notes, *_fill(backbone, network)]
+    notes += positions.prepare(backbone, image_size or backbone.timm_args["image_size"], position_embedding)
     info = {
         "architecture": backbone.timm_args["architecture"],
-        "image_size": backbone.timm_args["image_size"],
+        "image_size": image_size or backbone.timm_args["image_size"],
         "mean": network.mean,
         "std": network.std,
         "path": str(network.source),
         "notes": notes,
+        "assumed": assumed,
     }
     return backbone.eval(), info
 
@@ -89,11 +146,23 @@ def start_from(backbone: nn.Module, checkpoint: Path, *, which: str = "teacher")
     """Put the weights of a checkpoint into ``backbone``, in place; returns what there is to say about it.
 
     Takes what ``load_backbone`` takes. Position embeddings of another grid are resampled; anything else that does not fit is a
-    ValueError.
+    ValueError, a number of attention heads that the file tells otherwise included.
     """
     network = read_network(Path(checkpoint), which)
+    heads = _heads_of(backbone)
+    assumed = []
+    if network.chosen and heads:
+        tensors, _ = timm_names(network.backbone, set(backbone.state_dict()))
+        known = known_heads(network.chosen, tensors)
+        if known and known[0] != heads:
+            raise ValueError(
+                f"{network.source} is of a network of {known[0]} attention heads ({known[1]}), and the one set here has {heads}. "
+                f"Set --model.model_args.num_heads {known[0]}."
+            )
+        if not known:
+            assumed = [f"The run's {heads} attention heads are taken: {network.source} does not tell how many its network has."]
     first = f"Start from the backbone of the {which} in {network.source}; the projection head starts from random weights."
-    return [first, *network.notes, *_fill(backbone, network)]
+    return [*assumed, first, *network.notes, *_fill(backbone, network)]
 
 
 def rebuild(timm_args: dict[str, Any]) -> nn.Module:
@@ -102,7 +171,12 @@ def rebuild(timm_args: dict[str, Any]) -> nn.Module:
     The arguments may come from a stranger's file: they pass the same checks as a user's.
     """
     model_args = {name: value for name, value in timm_args["model_args"].items() if name != "img_size"}
-    return build_backbone(timm_args["architecture"], image_size=timm_args["image_size"], model_args=model_args)
+    backbone = build_backbone(timm_args["architecture"], image_size=timm_args["image_size"], model_args=model_args)
+    if timm_args.get("layer_norm_epsilon"):
+        _set_norms(backbone, float(timm_args["layer_norm_epsilon"]))
+    if timm_args.get("position_embedding"):
+        positions.prepare(backbone, timm_args["image_size"], timm_args["position_embedding"])
+    return backbone
 
 
 def read_network(path: Path, which: str) -> Network:
@@ -189,18 +263,32 @@ def _read_export(path: Path, which: str) -> Network:
 
 def _read_file(path: Path, which: str) -> Network:
     notes = [f"{path} does not say how images are normalised; the mean and deviation of ImageNet are taken."]
-    content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
-    tensors = _tensors_of(content.get(which))
-    if tensors is None and any(_tensors_of(content.get(name)) for name in ("teacher", "student")):
-        raise ValueError(f"{path} holds no {which}, but {_listed(sorted(str(key) for key in content))}.")
-    if tensors is None:
-        candidates = [_tensors_of(content.get(key)) for key in SINGLE_NETWORK_KEYS]
-        tensors = next((candidate for candidate in [*candidates, _tensors_of(content)] if candidate), None)
+    if path.suffix == ".safetensors":
+        return _network_of(path, which, _read_safetensors(path), _plain_tensors, lambda tensor: tensor, notes)
+    with ForeignFile(path) as file:
+        if not isinstance(file.content, dict):
+            raise ValueError(f"{path} holds a {type(file.content).__name__}, not a dictionary of weights.")
+        return _network_of(path, which, file.content, tensors_of, file.tensor, notes)
+
+
+def _network_of(
+    path: Path, which: str, content: dict[Any, Any], tensors_of: Callable[..., Any], read: Callable[[Any], Tensor], notes: list[str]
+) -> Network:
+    held = _listed(sorted(str(key) for key in content))
+    try:
+        chosen = choose(content, which, tensors_of)
+    except ValueError as error:
+        raise ValueError(f"{path} {error}, but {held}.") from None
+    if chosen is None:
+        raise ValueError(f"{path} holds no network that is known here, but {held}.")
+    if chosen.single:
         notes.append(_one_network(path, which))
-    if not tensors:
-        raise ValueError(f"{path} holds no network that is known here, but {_listed(sorted(str(key) for key in content))}.")
-    backbone, head = _split(tensors)
-    return Network(path, backbone, head, notes=notes)
+    elif chosen.prefix:
+        notes.append(f"The {which} is {chosen.prefix.removesuffix('.')} of {path} ({chosen.project}).")
+    if chosen.aside:
+        notes.append(f"Of {path}, {_listed(chosen.aside)} is left aside.")
+    backbone, head = ({name: read(stored) for name, stored in part.items()} for part in (chosen.backbone, chosen.head))
+    return Network(path, backbone, head, notes=notes, chosen=chosen)
 
 
 def _one_network(path: Path, which: str) -> str:
@@ -232,82 +320,117 @@ def _read_safetensors(file: Path) -> dict[str, Tensor]:
         raise ValueError(f"{file} cannot be read: {error}.") from None
 
 
-def _read_pickle(file: Path) -> dict[Any, Any]:
-    """What ``torch.save`` wrote, if it is tensors and plain values; DINO's files also hold their argparse namespace."""
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{file} holds more than tensors and plain values ({str(error).strip().splitlines()[0]}), and loading that would run "
-            "code from the file. Where you trust it, save its state dict alone and give that."
-        ) from None
-    except Exception as error:  # bytes that are no checkpoint fail in the unpickler in any way
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise ValueError(f"{file} cannot be read as a PyTorch checkpoint ({reason}).") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} holds a {type(content).__name__}, not a dictionary of weights.")
-    return content
-
-
-def _tensors_of(content: Any) -> dict[str, Tensor] | None:
-    """The tensors of a state dict, or None if this is none."""
+def _plain_tensors(content: Any) -> dict[str, Tensor] | None:
     if not isinstance(content, dict):
         return None
-    return {name: value for name, value in content.items() if isinstance(name, str) and isinstance(value, Tensor)} or None
+    return {name: value for name, value in content.items() if isinstance(value, Tensor)} or None
 
 
 def _split(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """(backbone, what followed it) by their own names; what wrappers wrote before the names falls away."""
-    tensors = {name.replace("module.", "").replace("_orig_mod.", ""): tensor for name, tensor in tensors.items()}
-    if not any(name.startswith("backbone.") for name in tensors):
-        return tensors, {}
+    """(backbone, projection head) of our own checkpoint."""
     backbone = {name.removeprefix("backbone."): tensor for name, tensor in tensors.items() if name.startswith("backbone.")}
     head = {name.removeprefix("head."): tensor for name, tensor in tensors.items() if not name.startswith("backbone.")}
     return backbone, head
 
 
-def _build_like(arch: str, network: Network) -> nn.Module:
-    """A network of ``arch`` laid out for the image size that the file's position embeddings had."""
+def _build_like(arch: str, chosen_args: dict[str, Any], network: Network) -> tuple[nn.Module, list[str]]:
+    """(a network of ``arch`` laid out for what the file holds, what had to be assumed for it)."""
     size = timm.get_pretrained_cfg_value(arch, "input_size")[-1] if timm.is_model(arch) else 224
-    backbone = build_backbone(arch, image_size=size)
-    patch, grid = patch_size(backbone), _stored_grid(backbone, network)
+    backbone = build_backbone(arch, image_size=size, model_args=chosen_args)
+    ours = set(backbone.state_dict())
+    tensors = _renamed(network, ours)[0]
+    found = model_args(tensors, ours)
+    known = known_heads(network.chosen, tensors)
+    heads, notes = _heads_of(backbone), []
+    if heads and "num_heads" not in chosen_args:
+        if known and known[0] != heads:
+            found["num_heads"] = known[0]
+            notes.append(f"{arch} is built with {known[0]} attention heads, not timm's {heads}: {known[1]}.")
+        elif not known:
+            notes.append(
+                f"{arch} is taken with timm's {heads} attention heads: {network.source} does not tell how many its network has, and "
+                "another number gives other features. --model-args num_heads=N sets it."
+            )
+    elif heads and known and known[0] != heads:
+        notes.append(f"{arch} is built with {heads} attention heads, as --model-args says. The file's own are {known[0]}: {known[1]}.")
+    args = {**found, **chosen_args}
+    if args != chosen_args:
+        backbone = build_backbone(arch, image_size=size, model_args=args)
+    patch, grid = patch_size(backbone), _stored_grid(backbone, tensors)
     if patch and grid and patch * grid != size:
-        backbone = build_backbone(arch, image_size=patch * grid)
-    return backbone
+        backbone = build_backbone(arch, image_size=patch * grid, model_args=args)
+    if isinstance(backbone, SwinTransformer):
+        notes += _swin_norms(backbone, network)
+    return backbone, notes
+
+
+def _renamed(network: Network, ours: set[str]) -> tuple[dict[str, Tensor], list[str]]:
+    try:
+        return timm_names(network.backbone, ours)
+    except ValueError as error:
+        raise ValueError(f"{network.source} {error}; it is of no layout that is known here.") from None
+
+
+def _heads_of(backbone: nn.Module) -> int | None:
+    """Attention heads of a vision transformer that has as many in each block; None for other networks, whose weights tell."""
+    if not hasattr(backbone, "blocks") or not hasattr(backbone, "cls_token"):
+        return None
+    counts = {getattr(getattr(block, "attn", None), "num_heads", None) for block in backbone.blocks}
+    return counts.pop() if len(counts) == 1 else None
+
+
+def _swin_norms(backbone: nn.Module, network: Network) -> list[str]:
+    """iBOT and MaSSL build Swin with 1e-6 in its norms, timm and Microsoft with 1e-5; timm has no argument for it."""
+    if network.chosen.project != "DINO's kind":
+        return [f"timm's 1e-5 is taken for the norms' epsilon: {network.source} does not tell it, and iBOT's Swin has 1e-6."]
+    _set_norms(backbone, 1e-6)
+    return []
+
+
+def _set_norms(backbone: nn.Module, epsilon: float) -> None:
+    for module in backbone.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.eps = epsilon
+    backbone.timm_args["layer_norm_epsilon"] = epsilon
 
 
 def _prefix_length(backbone: nn.Module) -> int:
     return 0 if getattr(backbone, "no_embed_class", False) else getattr(backbone, "num_prefix_tokens", 0)
 
 
-def _stored_grid(backbone: nn.Module, network: Network) -> int | None:
+def _stored_grid(backbone: nn.Module, tensors: dict[str, Tensor]) -> int | None:
     """Side in patches of the stored position embeddings, where both networks have such and they are square."""
-    stored, ours = network.backbone.get("pos_embed"), getattr(backbone, "pos_embed", None)
-    if stored is None or ours is None or stored.ndim != 3 or stored.shape[0] != 1 or stored.shape[2:] != ours.shape[2:]:
+    stored, ours = tensors.get("pos_embed"), getattr(backbone, "pos_embed", None)
+    if stored is None or ours is None or stored.shape[2:] != ours.shape[2:]:
         return None
-    patches = stored.shape[1] - _prefix_length(backbone)
-    side = math.isqrt(max(patches, 0))
-    return side if side and side**2 == patches else None
+    return stored_grid(tensors, _prefix_length(backbone)) or (stored_grid(tensors, 1) if _adds_class_position(backbone, tensors) else None)
+
+
+def _adds_class_position(backbone: nn.Module, tensors: dict[str, Tensor]) -> bool:
+    """Whether the file keeps a position of the class token, which timm has added to the token itself (DINOv2 with registers)."""
+    return "reg_token" in tensors and _prefix_length(backbone) == 0 and stored_grid(tensors, 0) is None
 
 
 @torch.no_grad()
 def _fill(backbone: nn.Module, network: Network) -> list[str]:
     """Copy the stored weights into ``backbone``; returns what was passed over or resampled, raises ValueError for the rest."""
     ours = backbone.state_dict()
-    stored = dict(network.backbone)
+    stored, passed_over = _renamed(network, set(ours))
     notes = []
-    passed_over = sorted(name for name in _optional_names(backbone, stored) if name not in ours)
+    passed_over = sorted([*passed_over, *(name for name in _classifier_names(backbone, stored) if name not in ours)])
     for name in passed_over:
-        del stored[name]
+        stored.pop(name, None)
     if passed_over:
-        notes.append(f"Of {network.source}, {_listed(passed_over)} is not used.")
+        notes.append(f"Of {network.source}, {_listed(_parts(passed_over))} is not used.")
 
-    grid = _stored_grid(backbone, network)
+    grid = _stored_grid(backbone, stored)
+    if _adds_class_position(backbone, stored) and grid:
+        stored["cls_token"] = stored["cls_token"] + stored["pos_embed"][:, :1]
+        stored["pos_embed"] = stored["pos_embed"][:, 1:]
     built_for = tuple(getattr(getattr(backbone, "patch_embed", None), "grid_size", None) or ())
     if grid and built_for and (grid, grid) != built_for:
         stored["pos_embed"] = _resampled(stored["pos_embed"], (grid, grid), built_for, _prefix_length(backbone))
-        notes.append(f"Position embeddings were resampled from {grid}×{grid} to {built_for[0]}×{built_for[1]} patches.")
+        notes.append(f"Position embeddings were resampled from {grid}×{grid} to {built_for[0]}×{built_for[1]} patches, as timm does.")
 
     missing, besides = sorted(ours.keys() - stored.keys()), sorted(stored.keys() - ours.keys())
     shapes = [
@@ -320,20 +443,24 @@ def _fill(backbone: nn.Module, network: Network) -> list[str]:
         found = "; ".join(f"{what} {_listed(names)}" for what, names in problems if names)
         raise ValueError(
             f"{network.source} is of another architecture than {backbone.timm_args['architecture']} as set here: {found}. "
-            "Name the architecture (and model_args) it was made with."
+            "Name the architecture it was made with (--arch), and what it was built with besides (--model-args)."
         )
     for name, tensor in ours.items():
         tensor.copy_(stored[name])
     return notes
 
 
-def _optional_names(backbone: nn.Module, stored: dict[str, Tensor]) -> Iterator[str]:
-    """Names that a feature extractor has no use for: mask tokens and the classifier."""
+def _classifier_names(backbone: nn.Module, stored: dict[str, Tensor]) -> Iterator[str]:
     classifiers = getattr(backbone, "pretrained_cfg", {}).get("classifier") or ()
     classifiers = (classifiers,) if isinstance(classifiers, str) else classifiers
     for name in stored:
-        if name in MASK_TOKENS or any(name.startswith(f"{classifier}.") for classifier in classifiers):
+        if any(name.startswith(f"{classifier}.") for classifier in classifiers):
             yield name
+
+
+def _parts(names: list[str]) -> list[str]:
+    """The names, those of a decoder as one."""
+    return list(dict.fromkeys("the decoder (decoder_*)" if name.startswith("decoder") else name for name in names))
 
 
 def _resampled(position: Tensor, old: tuple[int, int], new: tuple[int, int], prefix: int) -> Tensor:

@@ -34,12 +34,13 @@ def networks(monkeypatch):
     """Stands in for a checkpoint: a teacher and a student of one architecture."""
     made = {}
 
-    def load_backbone(path, arch=None, which="teacher"):
+    def load_backbone(path, arch=None, which="teacher", image_size=None, **options):
         torch.manual_seed(len(made) + 10)
         made[which] = build_backbone(
             "vit_tiny_patch16_224", image_size=16, model_args=dict(patch_size=8, embed_dim=24, depth=1, num_heads=3)
         )
-        return made[which], dict(architecture=arch or "vit_tiny", image_size=16, mean=(0.5,) * 3, std=(0.25,) * 3, notes=["A note."])
+        known = dict(architecture=arch or "vit_tiny", image_size=image_size or 16, mean=(0.5,) * 3, std=(0.25,) * 3)
+        return made[which], {**known, "notes": ["A note."]}
 
     monkeypatch.setattr(command, "load_backbone", load_backbone)
     return made
@@ -128,7 +129,7 @@ class TestCheckpoints:
 
     def test_one_network_is_shown_once(self, tmp_path, data):
         same = self.write(tmp_path / "c", {"teacher": self.network(1), "student": self.network(1)})
-        networks, info = command.networks_of(same, "both", None)
+        networks, info = command.networks_of(same, "both")
         assert list(networks) == ["teacher"] and "shown once" in info["notes"][-1]
 
     def test_a_foreign_file_with_one_network_is_one_row_and_a_sentence(self, tmp_path, data, capsys):
@@ -142,10 +143,10 @@ class TestCheckpoints:
 
     def test_a_missing_student_is_noted(self, tmp_path):
         path = self.write(tmp_path / "c", {"teacher": self.network(1)})
-        networks, info = command.networks_of(path, "both", None)
+        networks, info = command.networks_of(path, "both")
         assert list(networks) == ["teacher"] and "Without a student:" in info["notes"][-1]
         with pytest.raises(ValueError, match="holds no student"):
-            command.networks_of(path, "student", None)
+            command.networks_of(path, "student")
 
     def test_a_damaged_checkpoint_is_a_sentence(self, tmp_path, data, capsys):
         arguments = ["eval", "knn", "--train", data[0], "--test", data[1], "--checkpoint"]
