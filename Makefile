@@ -8,7 +8,7 @@ setup: .venv/.installed
 .venv/.installed: setup.py pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("massl-fast needs Python 3.10 or newer; this is %s. Name another one: make PYTHON=python3.12 ..." % sys.version.split()[0])'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --editable '.[test,eval]'
+	$(BIN)/python -m pip install --quiet --editable '.[test,eval,report,tensorboard,dali-cuda13]'
 	@touch $@
 
 demo: setup

@@ -9,10 +9,8 @@ from itertools import pairwise
 from statistics import median
 from typing import Any
 
-from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
-
 from massl_fast.benchmarks.intervals import median_interval
-from massl_fast.report.figures import STAND_INS, drawing, plain
+from massl_fast.report.figures import STAND_INS, drawing, plain, ticker
 
 COLOURS = ("--blue", "--orange", "--green", "--violet", "--muted")
 MIB = 2**20
@@ -57,7 +55,7 @@ def bars(items: Sequence[Bar], unit: str, *, wide: bool = False) -> str:
         axes.set_xlim(0, longest * 1.04)
         plain(axes)
         axes.tick_params(axis="y", colors=STAND_INS["--ink"])
-        axes.xaxis.set_major_locator(NullLocator())
+        axes.xaxis.set_major_locator(ticker.NullLocator())
         axes.spines["bottom"].set_visible(False)
         return finish()
 
@@ -100,7 +98,7 @@ def roofline(dots: Sequence[Dot], matrix_rate: float, bandwidth: float) -> str:
         _powers(axes.xaxis, "")
         _powers(axes.yaxis, "FLOP/s")
         if highest < 100 * lowest:
-            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
         axes.set_xlabel("operations a byte of least traffic", color=STAND_INS["--muted"], loc="right")
         axes.set_ylabel("FLOP/s", color=STAND_INS["--muted"])
         _legend(axes)
@@ -127,12 +125,12 @@ def over_sizes(lines: Sequence[Line], x_label: str, unit: str) -> str:
         axes.set_yscale("log")
         sizes = sorted({x for line in lines for x, _ in line.points})
         axes.set_xticks(sizes, [f"{size:g}" for size in sizes])
-        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_minor_locator(ticker.NullLocator())
         plain(axes, grid=True)
         low, high = axes.get_ylim()
-        axes.yaxis.set_major_locator(LogLocator(subs=(1,)) if high > 30 * low else LogLocator(subs=(1, 2, 5), numticks=12))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1,)) if high > 30 * low else ticker.LogLocator(subs=(1, 2, 5), numticks=12))
+        axes.yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_formatter(ticker.NullFormatter())
         axes.set_xlabel(x_label, color=STAND_INS["--muted"], loc="right")
         axes.set_ylabel(unit, color=STAND_INS["--muted"])
         _legend(axes, columns=2)
@@ -154,7 +152,7 @@ def split(parts: dict[str, float], unit: str) -> str:
             left += value
         axes.set_xlim(0, total)
         plain(axes)
-        axes.yaxis.set_major_locator(NullLocator())
+        axes.yaxis.set_major_locator(ticker.NullLocator())
         axes.set_xlabel(unit, color=STAND_INS["--muted"], loc="right")
         _legend(axes, columns=9)
         return finish()
@@ -184,7 +182,7 @@ def waterfall(estimated: dict[str, int], measured: dict[str, int] | None) -> str
         axes.set_xlim(0, total * 1.09)
         plain(axes)
         axes.tick_params(axis="y", colors=STAND_INS["--ink"])
-        axes.xaxis.set_major_locator(MaxNLocator(6))
+        axes.xaxis.set_major_locator(ticker.MaxNLocator(6))
         axes.set_xlabel("MiB", color=STAND_INS["--muted"], loc="right")
         return finish()
 
@@ -216,7 +214,7 @@ def memory_timeline(line: dict[str, Any], by_moment: bool) -> str:
         axes.set_xlim(xs[0] if xs else 0, xs[-1] if xs else 1)
         axes.set_ylim(0, highest * 1.13 or 1)
         plain(axes, grid=True)
-        axes.yaxis.set_major_locator(MaxNLocator(5))
+        axes.yaxis.set_major_locator(ticker.MaxNLocator(5))
         axes.set_ylabel("MiB", color=STAND_INS["--muted"])
         x_label = "allocations and releases, in order" if by_moment else "ms, while every operator is watched"
         axes.set_xlabel(x_label, color=STAND_INS["--muted"], loc="right")
@@ -239,9 +237,9 @@ def _legend(axes, columns: int = 5) -> None:
 
 
 def _powers(axis, unit: str) -> None:
-    axis.set_major_locator(LogLocator(numticks=10))
-    axis.set_major_formatter(EngFormatter(unit=unit, sep="" if not unit else " "))
-    axis.set_minor_formatter(NullFormatter())
+    axis.set_major_locator(ticker.LogLocator(numticks=10))
+    axis.set_major_formatter(ticker.EngFormatter(unit=unit, sep="" if not unit else " "))
+    axis.set_minor_formatter(ticker.NullFormatter())
 
 
 def _number(value: float) -> str:

@@ -203,7 +203,7 @@ def _more_from_loader(s: Situation) -> list[str]:
             if importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None:
                 tries.append("Try --data.loader dali: it decodes and augments on the GPU.")
             else:
-                tries.append("Try DALI (the package nvidia-dali-cuda130 or the one for your CUDA): it decodes and augments on the GPU.")
+                tries.append("Try DALI, which decodes and augments on the GPU: pip install 'massl-fast[dali-cuda13]' (or [dali-cuda12]).")
     else:
         if s.decode == "cpu":
             tries.append("Try --data.decode mixed: JPEGs are decoded on the GPU.")

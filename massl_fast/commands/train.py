@@ -6,7 +6,8 @@ import argparse
 import contextlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from massl_fast.config import Config, chosen_objective, describe_settings, load_config, recipe_names
@@ -36,6 +37,17 @@ def print_help(args: argparse.Namespace) -> None:
 def print_notes(config: Config) -> None:
     for note in config.notes:
         print(f"massl-fast train: {note}", file=sys.stderr)
+
+
+def report_writer(world: World) -> Callable[..., Path] | None:
+    """What writes report.html; None where matplotlib is missing, which is said before the run rather than after."""
+    try:
+        from massl_fast.report.page import write_report
+    except ValueError as missing:
+        if world.is_main:
+            print(f"massl-fast train: {missing} The run goes on without; `massl-fast report` writes it afterwards.", file=sys.stderr)
+        return None
+    return write_report
 
 
 @contextlib.contextmanager
@@ -71,7 +83,6 @@ def run(args: argparse.Namespace) -> int:
     from massl_fast.distributed.signals import StopRequest
     from massl_fast.distributed.world import join_world, leave_world
     from massl_fast.engine.trainer import Trainer
-    from massl_fast.report.page import write_report
     from massl_fast.run.exits import Ended, Interrupted, OutOfMemory, RankLost
 
     world = join_world(config.train.device, config.parallel.timeout_seconds)
@@ -82,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
             stop = StopRequest(world)
             if stop.at_start(world):
                 raise Interrupted(f"Ended by {stop.name} before its first step, and nothing is lost; the same command goes on.")
-            Trainer(config, world, write_report).run()
+            Trainer(config, world, report_writer(world)).run()
     except Ended as error:
         if world.size > 1 and isinstance(error, (RankLost, OutOfMemory)):
             end_process(str(error))  # leaving the process group would wait for the others

@@ -129,8 +129,8 @@ def choose_loader(asked: str, device_type: str) -> tuple[str, str]:
     if asked == "dali":
         if obstacle:
             raise ValueError(
-                f"data.loader is dali, but nvidia.dali does not import ({obstacle}). Install nvidia-dali-cuda130 (or the build for your "
-                f"CUDA), or choose auto."
+                f"data.loader is dali, but nvidia.dali does not import ({obstacle}). Install it, by the CUDA of your PyTorch (pip install "
+                f"'massl-fast[dali-cuda13]' or 'massl-fast[dali-cuda12]'), or choose auto."
             )
         return "dali", "data.loader names it"
     if obstacle:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 from types import ModuleType
+
+from massl_fast import extras
 
 
 def needs(module: str, purpose: str) -> ModuleType:
     """The module, or a ValueError that says what needs it and how it is installed."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        library = {"sklearn": "scikit-learn", "scipy": "SciPy"}.get(module.split(".")[0], module)
-        raise ValueError(f"{library} does not import ({error}), but {purpose} needs it: pip install 'massl-fast[eval]'.") from None
+    return extras.needs(module, purpose, "eval")

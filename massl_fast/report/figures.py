@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 import matplotlib
 import numpy as np
+from matplotlib import ticker
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 MAX_POINTS = 300
 
@@ -122,19 +122,19 @@ def plain(axes, grid: bool = False) -> None:
 
 def _dress(axes, unit: str, logarithmic: bool, from_zero: bool, several: bool) -> None:
     plain(axes, grid=True)
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.xaxis.set_major_locator(ticker.MaxNLocator(6, integer=True))
+    axes.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
     axes.set_xlabel("step", color=STAND_INS["--muted"], loc="right")
     axes.margins(x=0.01)
     axes.set_xlim(left=0)
     if logarithmic:
         axes.set_yscale("log")
         low, high = axes.get_ylim()
-        axes.yaxis.set_major_locator(LogLocator(subs=(1,)) if high > 30 * low else LogLocator(subs=(1, 2, 3, 5), numticks=12))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1,)) if high > 30 * low else ticker.LogLocator(subs=(1, 2, 3, 5), numticks=12))
+        axes.yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_formatter(ticker.NullFormatter())
     else:
-        axes.yaxis.set_major_locator(MaxNLocator(5))
+        axes.yaxis.set_major_locator(ticker.MaxNLocator(5))
         if from_zero:
             axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
     if unit:

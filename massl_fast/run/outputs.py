@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from massl_fast.extras import needs
 from massl_fast.objectives.base import Metric
 from massl_fast.run.rows import write_json
 
@@ -132,17 +133,13 @@ class Telemetry:
         os.replace(temporary, path)
         self.metrics = path.open("ab", buffering=0)
         if self.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.events = SummaryWriter(self.folder / "tensorboard", purge_step=step + 1 if step else None)
-        if self.wandb_project:
             try:
-                import wandb
-            except ImportError:
-                raise ValueError(
-                    "logging.wandb is set, but wandb is not installed. Install it (pip install 'massl-fast[wandb]') or leave it empty."
-                ) from None
-            self.wandb_run = wandb.init(
+                writer = needs("torch.utils.tensorboard", "logging.tensorboard", "tensorboard").SummaryWriter
+                self.events = writer(self.folder / "tensorboard", purge_step=step + 1 if step else None)
+            except ValueError as missing:  # a default, and metrics.jsonl has all that it would hold
+                self.warn(f"{missing} No events are written.")
+        if self.wandb_project:
+            self.wandb_run = needs("wandb", "logging.wandb", "wandb").init(
                 project=self.wandb_project, dir=self.folder, config=self.config, id=self.folder.name, resume="allow"
             )
         if self.console.is_terminal:
