@@ -90,14 +90,15 @@ def test_other_views_against_plain_pytorch(views, teachers, images, entries, bac
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_same_row_with_weights_and_padding_against_plain_pytorch(backend):
     z, w, keys, teacher_keys, bias = prototype_case(3, 3, 5)
-    weight = torch.rand(3, 5, dtype=torch.float64)
+    weight = torch.rand(3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     weight[1:, 2:] = 0
     z, keys = leaves(z, keys)
     q = (w @ teacher_keys.T / 0.05 + bias).softmax(-1)
     expected = -(weight * (q * (z @ keys.T / 0.1).log_softmax(-1)).sum(-1)).sum()
-    arguments = dict(key_bias=bias, student_temp=0.1, teacher_temp=torch.tensor(0.05).double(), pairs="same row", backend=backend)
+    temps = dict(student_temp=0.1, teacher_temp=torch.tensor(0.05, dtype=torch.float64))
+    arguments = dict(key_bias=bias, pairs="same row", backend=backend, **temps)
     found = prototype_cross_entropy(z, w, keys, teacher_keys, row_weight=weight, **arguments).loss
-    torch.testing.assert_close(gradients(found, z, keys), gradients(expected, z, keys), rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(gradients(found, z, keys), gradients(expected, z, keys), rtol=1e-10, atol=1e-13)
     kept = weight > 0
     packed = prototype_cross_entropy(z[kept], w[kept], keys, teacher_keys, row_weight=weight[kept], **arguments).loss
     torch.testing.assert_close(packed, found)
@@ -173,7 +174,7 @@ def test_contrast_against_plain_pytorch(backend, grouped):
     if grouped:
         logits = logits.masked_fill((row_group[:, None] == key_group) & (torch.arange(23) != own[:, None]), -torch.inf)
         groups = dict(row_group=row_group, key_group=key_group)
-    weight = torch.rand(10, dtype=torch.float64)
+    weight = torch.rand(10, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     for given, used in ((None, torch.full((10,), 0.1, dtype=torch.float64)), (weight, weight)):
         result = contrast(query, key, own, temperature=0.2, row_weight=given, **groups, backend=backend)
         loss = (used * F.cross_entropy(logits, own, reduction="none")).sum()
@@ -231,7 +232,7 @@ def test_gradcheck():
     z, keys = leaves(z, keys)
     query, key, own, row_group, key_group = contrast_case(4, 9, 5)
     (query,) = leaves(query)
-    weight = torch.rand(3, 2, dtype=torch.float64)
+    weight = torch.rand(3, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     temps = dict(student_temp=0.4, teacher_temp=0.3)
     losses = [
         lambda z, c: prototype_cross_entropy(z, w, c, teacher_keys, key_bias=bias, row_weight=weight, **temps).loss,
@@ -293,7 +294,7 @@ def test_error_is_at_most_twice_that_of_the_reference_in_the_same_precision(name
         assert found[0].dtype == torch.float32 and all(g.dtype == dtype for g in found[1:])
         errors[backend] = [float((f.double() - t).abs().max()) for f, t in zip(found, truth)]
     floors = [4 * torch.finfo(torch.float32).eps * float(truth[0])]
-    floors += [torch.finfo(dtype).eps * float(t.abs().max()) for t in truth[1:]]
+    floors += [4 * torch.finfo(dtype).eps * float(t.abs().max()) for t in truth[1:]]
     for ours, theirs, floor in zip(errors["streaming"], errors["reference"], floors):
         assert ours <= 2 * theirs + floor
 
