@@ -6,7 +6,7 @@ rounding alone does over so many steps, how far the plain one lies from itself w
 code 1 where a way differs by more than ten times that. (In float64 timm's own interpolation of position embeddings, in float32, is what
 sets the plain way apart.)
 
-On a CPU a tape of operators stands in for the CUDA graph (tests/engine/operator_tape.py).
+On a CPU a tape of operators stands in for the CUDA graph (tests/operator_tape.py).
 """
 
 from __future__ import annotations

@@ -73,7 +73,82 @@ class MasslSettings(ObjectiveSettings):
             )
 
 
-SETTINGS: Registry[type[ObjectiveSettings]] = Registry("objective.name", {"massl": MasslSettings})
+class PrototypeSettings(ObjectiveSettings):
+    """What objectives with a teacher that sharpens over prototypes share."""
+
+    prototypes: int = Field(65536, ge=2, lt=2**31)
+    """Outputs of the last layer, K."""
+    student_temperature: Temperature = 0.1
+    """Temperature of the student's softmax."""
+    teacher_temperature_start: Temperature = 0.04
+    """Temperature of the teacher's softmax at step 0."""
+    teacher_temperature: Temperature = 0.04
+    """Temperature of the teacher's softmax after its warm-up. The published default is 0.04 throughout; the boosted run ends at 0.07."""
+    teacher_temperature_warmup_epochs: Epochs = 0
+    """Epochs over which the teacher temperature rises linearly."""
+    center_momentum: float = Field(0.9, ge=0, le=1)
+    """Momentum of the centre's moving average."""
+    freeze_norm: bool = True
+    """Keep the prototypes at unit length. The published ViT-S run lets their lengths learn."""
+    freeze_last_layer_epochs: Epochs = 1
+    """Epochs in which the last layer stands still at the start."""
+    backend: Literal["auto", "reference", "streaming", "triton"] = "auto"
+    """Implementation of the loss. auto: the fastest that runs on the device; a named one that cannot run is an error."""
+
+
+class DinoSettings(PrototypeSettings):
+    """DINO (Caron et al., ICCV 2021): assignments to learned prototypes, kept apart by a centre or by Sinkhorn-Knopp (DINOv2)."""
+
+    name: Literal["dino"] = "dino"
+    centering: Literal["centre", "sinkhorn"] = "centre"
+    """What keeps the teacher's assignments from collapsing: a moving centre (DINO) or Sinkhorn-Knopp over the batch (DINOv2, SwAV)."""
+    sinkhorn_iterations: int = Field(3, ge=1, le=100)
+    """Rounds of Sinkhorn-Knopp."""
+
+
+class CarpSettings(ObjectiveSettings):
+    """CARP (Silva and Ramírez Rivera, NeurIPS 2023): consistent assignments over random partitions of learned prototypes."""
+
+    name: Literal["carp"] = "carp"
+    prototypes: int = Field(65536, ge=2, lt=2**31)
+    """Outputs of the last layer, K."""
+    block_size: int = Field(512, ge=2, lt=2**31)
+    """Prototypes of a block; the last K modulo block_size of each partition sit out a step."""
+    backend: Literal["auto", "reference", "streaming"] = "auto"
+    """Implementation of the loss; reference keeps all logits."""
+
+    def check(self, config: Config) -> None:
+        if self.block_size > self.prototypes:
+            raise ValueError(
+                f"objective.block_size is {self.block_size}, larger than objective.prototypes {self.prototypes}: there would be no block. "
+                f"Choose a block of at most the prototypes."
+            )
+
+
+class MocoV3Settings(ObjectiveSettings):
+    """MoCo v3 (Chen, Xie, He, ICCV 2021): contrast of queries with a moving average's keys of the same batch."""
+
+    name: Literal["moco_v3"] = "moco_v3"
+    temperature: Temperature = 0.2
+    """Temperature of the contrast: 0.2 for transformers, 1.0 for ResNet-50."""
+    predictor_batch_norm: bool = True
+    """A batch norm behind the predictor's last layer (transformers; the published ResNet-50 has none)."""
+    freeze_patch_embedding: bool = True
+    """Keep the patch embedding as it was drawn, which steadies the training of transformers (section 4.3). No effect without one."""
+    backend: Literal["auto", "reference", "streaming", "triton"] = "auto"
+    """Implementation of the loss. auto: the fastest that runs on the device; a named one that cannot run is an error."""
+
+    def check(self, config: Config) -> None:
+        if config.crops.num_local:
+            raise ValueError(
+                f"crops.num_local is {config.crops.num_local}, but moco_v3 compares two global crops with each other and takes no others. "
+                f"Set crops.num_local 0."
+            )
+
+
+SETTINGS: Registry[type[ObjectiveSettings]] = Registry(
+    "objective.name", {"massl": MasslSettings, "carp": CarpSettings, "dino": DinoSettings, "moco_v3": MocoV3Settings}
+)
 
 
 def register_settings(name: str, model: type[ObjectiveSettings]) -> None:

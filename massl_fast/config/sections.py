@@ -166,6 +166,8 @@ class ModelSection(Section):
     """Linear layers in the projection head."""
     embedding_dim: Width = Field(256, ge=2)
     """Width of the embeddings (and of the memory)."""
+    position_embedding: Literal["learned", "sin-cos"] = "learned"
+    """learned: timm's; sin-cos: fixed two-dimensional sine and cosine waves (MoCo v3), for transformers with a class token or none."""
     crops_pass: Literal["auto", "packed", "separate"] = "auto"
     """packed: one pass over the tokens of all crops; separate: one pass per crop size. auto: packed where the network allows it."""
     compile: bool = False
@@ -202,9 +204,11 @@ class OptimizerSection(Section):
     warmup_epochs: Epochs = 0
     """Epochs of linear warm-up from 0."""
     weight_decay: float = Field(0.04, ge=0, le=1e6)
-    """Weight decay at the start. Biases and one-dimensional parameters have none."""
+    """Weight decay at the start. See optimizer.decayed for what it acts on."""
     weight_decay_end: float = Field(0.4, ge=0, le=1e6)
     """Weight decay at the end of the cosine."""
+    decayed: Literal["matrices", "all"] = "matrices"
+    """What weight decay acts on: all but biases and one-dimensional parameters, or everything (as published for MoCo v3)."""
     betas: tuple[Beta, Beta] = (0.9, 0.999)
     """AdamW's averaging coefficients."""
     momentum: float = Field(0.9, ge=0, lt=1)

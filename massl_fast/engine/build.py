@@ -37,6 +37,7 @@ def build_pair(config: Config, objective: Objective) -> tuple[StudentTeacher, li
             other_sizes=[crops.local_size] if crops.num_local else [],
             drop_path=drop_path,
             model_args=model.model_args,
+            position_embedding=model.position_embedding,
         )
 
     student = backbone(model.drop_path)

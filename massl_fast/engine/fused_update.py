@@ -29,6 +29,7 @@ class AdamWWithTeacher(Optimizer):
             )
         device = parameters[0].device
         self.decayed = {id(parameter) for parameter in self.param_groups[0]["params"]}
+        self.unread: dict[Tensor, Tensor] = {}
         self.betas = torch.tensor(betas, dtype=torch.float64, device=device)
         self.on_gpu = device.type == "cuda"
         if self.on_gpu and (torch.version.hip is not None or torch.cuda.get_device_capability(device) < (8, 0)):
@@ -41,13 +42,14 @@ class AdamWWithTeacher(Optimizer):
     def update_(
         self,
         students: list[Tensor],
-        teachers: list[Tensor],
+        teachers: list[Tensor | None],
         gradients: list[Tensor],
         factors: Tensor,
         finite: Tensor,
         settings: StepSettings,
     ) -> None:
-        """One step of ``students`` and of the ``teachers`` that follow them; where ``finite`` (bool 0-d tensor) is false, nothing changes.
+        """One step of ``students`` and of the ``teachers`` that follow them (None: nobody does). Where ``finite`` (bool 0-d tensor) is
+        false, nothing changes.
 
         ``factors`` [number of weights]: what each gradient is multiplied by first. ``settings``: numbers, or 0-d tensors on the device.
         """
@@ -57,6 +59,11 @@ class AdamWWithTeacher(Optimizer):
                 state["step"] = torch.zeros((), dtype=torch.float32, device=student.device)
                 state["exp_avg"] = torch.zeros_like(student)
                 state["exp_avg_sq"] = torch.zeros_like(student)
+        # The kernel moves a teacher of every weight; what nobody follows (a predictor) gets one that nobody reads.
+        teachers = [
+            self.unread.setdefault(student, torch.zeros_like(student)) if teacher is None else teacher
+            for student, teacher in zip(students, teachers)
+        ]
         steps, firsts, seconds = ([self.state[student][name] for student in students] for name in ("step", "exp_avg", "exp_avg_sq"))
         torch._foreach_add_(steps, finite.to(torch.float32), alpha=1)  # without alpha PyTorch takes the tensor for a number, and reads it
         # A step that was skipped before any other leaves the count at 0, where the correction would be 0 as well.

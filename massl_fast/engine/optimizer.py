@@ -14,11 +14,12 @@ from massl_fast.models.pair import StudentTeacher
 
 
 def build_optimizer(module: nn.Module, settings: OptimizerSection) -> Optimizer:
-    """The optimizer of all trainable parameters: group 0 decays, group 1 (biases and one-dimensional parameters) does not."""
+    """The optimizer of all trainable parameters: group 0 decays, group 1 (biases and one-dimensional parameters, or nothing) does not."""
     decayed, exempt = [], []
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
-            (exempt if parameter.ndim <= 1 or name.endswith(".bias") else decayed).append(parameter)
+            exempted = settings.decayed == "matrices" and (parameter.ndim <= 1 or name.endswith(".bias"))
+            (exempt if exempted else decayed).append(parameter)
     groups = [{"params": decayed}, {"params": exempt, "weight_decay": 0.0}]
     if settings.name == "adamw":
         return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=settings.betas, fused=True)
@@ -115,7 +116,8 @@ def update_weights_(
         factors = factors / loss_scale
     if isinstance(optimizer, AdamWWithTeacher):
         observe(OPTIMIZER)
-        moving = [twins for twins in pair.twins().values() if twins[0].grad is not None]
+        twins = pair.twins()
+        moving = [twins.get(name, (parameter, None)) for name, parameter in pair.student.named_parameters() if parameter.grad is not None]
         optimizer.update_(*map(list, zip(*moving)), gradients=gradients, factors=factors, finite=finite, settings=settings)
         return
     if clip or loss_scale is not None:

@@ -110,7 +110,7 @@ class TrainStep:
         """
         carried, outcomes = [], []
         sound = torch.ones(3, dtype=torch.bool, device=self.world.device)
-        at = At(step, settings.own, micro_batches[0][0].shape[0], self.world)
+        at = At(step, settings.own, micro_batches[0][0].shape[0], settings.frozen, self.world)
         for index, crops in enumerate(micro_batches):
             last = index + 1 == len(micro_batches)
             with self._exchanging_gradients(now=last):
@@ -157,10 +157,10 @@ class TrainStep:
         self.observe(CLIP)
         gradients, moving = [], []
         for index, (name, parameter) in enumerate(self.parameters):
-            assert parameter.grad is not None, f"{name} took no part in the loss"
             if name.startswith(settings.frozen):
                 parameter.grad = None  # so that optimizers pass over it, moments and decay included
             else:
+                assert parameter.grad is not None, f"{name} took no part in the loss"
                 gradients.append(local(parameter.grad))
                 moving.append(index)
         norms = torch.stack(torch._foreach_norm(gradients))

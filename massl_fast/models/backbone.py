@@ -36,6 +36,7 @@ def build_backbone(
     other_sizes: Sequence[int] = (),
     drop_path: float = 0.0,
     model_args: dict[str, Any] | None = None,
+    position_embedding: str = "learned",
 ) -> nn.Module:
     """A timm network with random weights and pooled features instead of a classifier, ready for crops of several sizes.
 
@@ -80,6 +81,8 @@ def build_backbone(
             settings = f"{model_args or 'its default arguments'}"
             raise ValueError(f"timm cannot build {arch} for {image_size} px with {settings}: {message}") from error
 
+    if position_embedding == "sin-cos":
+        _fix_sin_cos_positions_(backbone, arch)
     sizes = [image_size, *other_sizes]
     patch = patch_size(backbone)
     for size in sizes:
@@ -90,6 +93,30 @@ def build_backbone(
     backbone.feature_dim = _trace_feature_dim(backbone, arch, sizes)
     backbone.timm_args = {"architecture": arch, "model_args": {**optional, **model_args}, "image_size": image_size}
     return backbone
+
+
+@torch.no_grad()
+def _fix_sin_cos_positions_(backbone: nn.Module, arch: str) -> None:
+    """Two-dimensional sine and cosine waves in place of learned position embeddings, zeros for prefix tokens (MoCo v3, section 4).
+
+    A quarter of the width each: sine and cosine along x, sine and cosine along y, of frequencies 10000^(−i/quarter).
+    """
+    positions = getattr(backbone, "pos_embed", None)
+    grid = getattr(getattr(backbone, "patch_embed", None), "grid_size", None)
+    if not isinstance(positions, nn.Parameter) or grid is None or positions.shape[-1] % 4:
+        raise ValueError(
+            f"model.position_embedding is sin-cos, which takes a transformer with position embeddings of a width divisible by 4; {arch} "
+            f"has none such. Choose learned."
+        )
+    height, width = grid
+    quarter = positions.shape[-1] // 4
+    frequencies = 10000.0 ** -(torch.arange(quarter, dtype=torch.float64) / quarter)
+    y, x = torch.meshgrid(torch.arange(height, dtype=torch.float64), torch.arange(width, dtype=torch.float64), indexing="ij")
+    waves = [part for place in (x, y) for angle in (place.flatten()[:, None] * frequencies,) for part in (angle.sin(), angle.cos())]
+    patches = torch.cat(waves, dim=1)
+    positions.zero_()
+    positions[0, -len(patches) :] = patches.to(positions.dtype)
+    positions.requires_grad_(False)
 
 
 def patch_size(backbone: nn.Module) -> int | None:

@@ -13,6 +13,9 @@ OBJECTIVES: Registry[str | type[Objective]] = Registry(
     "objective.name",
     {
         "massl": "massl_fast.objectives.massl:MasslObjective",
+        "carp": "massl_fast.objectives.carp:CarpObjective",
+        "dino": "massl_fast.objectives.dino:DinoObjective",
+        "moco_v3": "massl_fast.objectives.moco_v3:MocoV3Objective",
     },
 )
 """Classes, or where they are imported from when a run names them."""

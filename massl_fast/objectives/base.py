@@ -59,6 +59,8 @@ class At(NamedTuple):
     """The values of ``Objective.schedules`` in this step."""
     images: int
     """N."""
+    frozen: tuple[str, ...]
+    """What ``Objective.frozen`` gave for this step."""
     world: World
 
 

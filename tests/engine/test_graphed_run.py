@@ -7,12 +7,12 @@ import json
 
 import pytest
 import torch
-from operator_tape import OperatorTape
 from test_cli import images, train  # noqa: F401
 
 from massl_fast.engine.graphed_step import WARM_UP, GraphedStep
 from massl_fast.run.checkpoint import CheckpointFolder, read_checkpoint
 from massl_fast.run.outputs import CLOCK_KEYS
+from operator_tape import OperatorTape
 
 STEPS = 12
 SETTINGS = [

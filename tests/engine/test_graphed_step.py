@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from operator_tape import OperatorTape
 from test_step import CPU, SETTINGS, build_step, crops, state
 
 from massl_fast.distributed.world import World
 from massl_fast.engine.graphed_step import WARM_UP, GraphedStep
 from massl_fast.engine.schedules import StepSettings
 from massl_fast.models.precision import LossScaler, Precision
+from operator_tape import OperatorTape
 
 
 def settings_of(number: int) -> StepSettings:

@@ -1,0 +1,155 @@
+"""What holds for every objective: packed as separate, accumulated as whole, recorded as eager, frozen layers, commits undone, recipes."""
+
+import pytest
+import torch
+
+from massl_fast.config import load_config, recipe_names
+from massl_fast.config.objectives import SETTINGS
+from massl_fast.distributed.world import World
+from massl_fast.engine.graphed_step import WARM_UP, GraphedStep
+from massl_fast.engine.optimizer import optimizer_tensors
+from massl_fast.length import Length
+from massl_fast.objectives import OBJECTIVES as REGISTERED
+from massl_fast.objectives import objective_class
+from massl_fast.objectives.base import At
+from operator_tape import OperatorTape
+from small import CPU, OBJECTIVES, crops_of, settings_of, small_step, step_settings
+
+LENGTH = Length(total_steps=20, steps_per_epoch=4, global_batch=8, accumulation=1, micro_batch=8)
+
+
+def state(step):
+    tensors = {**step.pair.state_dict(), **step.objective.state_dict(), **optimizer_tensors(step.optimizer, step.pair.student)}
+    return {name: tensor.clone() for name, tensor in tensors.items()}
+
+
+def losses(step, config, steps=3, accumulation=1):
+    found = []
+    for number in range(steps):
+        crops = crops_of(config, 8, number, torch.float64)
+        parts = [list(part) for part in zip(*(crop.chunk(accumulation) for crop in crops))]
+        settings = step_settings(number, frozen=step.objective.frozen(number, LENGTH))
+        found.append(step(parts, settings, number).loss)
+    return torch.stack(found)
+
+
+def test_settings_and_classes_have_the_same_names():
+    assert set(SETTINGS) == set(REGISTERED)
+    for name in REGISTERED:
+        assert objective_class(name).Settings is SETTINGS[name]
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_every_metric_is_declared_and_every_declared_metric_is_given(name):
+    config = settings_of(name)
+    step = small_step(config)
+    own = {key: curve(0) for key, curve in step.objective.schedules(LENGTH).items()}
+    result = step([crops_of(config, 8, 0)], step_settings(0), 0)
+    given = {*result.metrics, *step.objective.readings(1, LENGTH), *own}
+    assert given == {metric.key for metric in step.objective.metrics()}
+    assert all(value.isfinite() for value in result.metrics.values())
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_packed_crops_train_as_separate_ones(name):
+    found = [
+        losses(small_step(settings_of(name, model={"crops_pass": crops_pass}), torch.float64), settings_of(name))
+        for crops_pass in ("packed", "separate")
+    ]
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", [name for name in OBJECTIVES if name not in ("carp", "moco_v3", "dino-sinkhorn")])
+def test_accumulated_micro_batches_train_as_one(name):
+    config = settings_of(name)
+    whole, accumulated = (losses(small_step(config, torch.float64), config, accumulation=parts) for parts in (1, 2))
+    torch.testing.assert_close(whole, accumulated, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", ["carp", "moco_v3"])
+def test_batch_terms_under_accumulation_get_a_sentence(name):
+    step = small_step(settings_of(name))
+    accumulated = Length(20, 4, 8, accumulation=2, micro_batch=4)
+    assert any("micro-batch" in sentence for sentence in step.objective.warnings(accumulated, 1000))
+    assert not any("micro-batch" in sentence for sentence in step.objective.warnings(LENGTH, 1000))
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_a_step_that_is_not_finite_changes_nothing(name):
+    config = settings_of(name)
+    step = small_step(config)
+    step([crops_of(config, 8, 0)], step_settings(0), 0)
+    running = ("running_mean", "running_var", "num_batches_tracked")
+    before = state(step)
+    crops = crops_of(config, 8, 1)
+    crops[0][0, 0, 0, 0] = torch.nan
+    step([crops], step_settings(1), 1)
+    for key, tensor in state(step).items():
+        assert key.endswith(running) or torch.equal(tensor, before[key]), key
+    assert "Step 1" in step.failure()
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_recorded_steps_are_eager_steps(name):
+    """By a tape of operators, which freezes what a CUDA graph freezes; layers that are frozen at first need a recording of their own."""
+    config = settings_of(name, optimizer={"name": "adamw_with_teacher"})
+    eager, recorded = small_step(config), small_step(config)
+    graphed = GraphedStep(recorded, OperatorTape)
+    for number in range(2 * WARM_UP + 3):
+        frozen = recorded.objective.frozen(number, LENGTH)
+        settings = step_settings(number, frozen=frozen)
+        tensors = type(settings).of_vector(settings.vector(CPU), list(settings.own), frozen)
+        crops = crops_of(config, 8, number)
+        found = graphed([crops], settings, number, torch.zeros(()))
+        expected = eager([crops], tensors, torch.tensor(number), torch.zeros(()))
+        torch.testing.assert_close(found.loss, expected.loss, rtol=1e-6, atol=1e-7)
+    assert graphed.result is not None and graphed.tape.calls, "nothing was recorded"
+
+
+def test_a_frozen_last_layer_stands_still_and_then_moves():
+    config = settings_of("dino")
+    step = small_step(config)
+    before = step.pair.student.head.last_layer.v.detach().clone()
+    for number in range(4):
+        frozen = step.objective.frozen(number, LENGTH)
+        assert bool(frozen) == (number < 2)  # half an epoch of four steps
+        step([crops_of(config, 8, number)], step_settings(number, frozen=frozen), number)
+        assert torch.equal(step.pair.student.head.last_layer.v, before) == (number < 2)
+        assert bool(step.optimizer.state[step.pair.student.head.last_layer.v]) == (number >= 2)
+
+
+def test_a_centre_is_the_same_however_ranks_divide_the_images():
+    config = settings_of("dino")
+    step = small_step(config, torch.float64)
+    w = torch.nn.functional.normalize(torch.randn(2, 8, 12, dtype=torch.float64), dim=-1)
+    keys = torch.randn(40, 12, dtype=torch.float64)
+
+    class Half(World):
+        def mean(self, values):
+            return (values + w[:, 4:].mean((0, 1))) / 2
+
+    whole, half = small_step(config, torch.float64).objective, step.objective
+    for objective, rows, world in ((whole, w, World(0, 1, 0, CPU)), (half, w[:, :4], Half(0, 2, 0, CPU))):
+        at = At(0, {"teacher_temperature": 0.05}, rows.shape[1], (), world)
+        objective.commit_([{"mean": rows.mean((0, 1)), "prototypes": keys}], torch.tensor(True), at)
+    torch.testing.assert_close(whole.center, half.center, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("name", ["dino", "dino-sinkhorn"])
+def test_a_planted_collapse_is_seen_by_the_meters(name):
+    """All embeddings alike: assignments tell nothing of their image, and the embeddings have no spread."""
+    config = settings_of(name)
+    step = small_step(config)
+    crops = crops_of(config, 8, 0)
+    alive = step([crops], step_settings(0), 0).metrics
+    same = [crop[:1].expand_as(crop).contiguous() for crop in crops]
+    dead = small_step(config)([same], step_settings(0), 0).metrics
+    assert dead["assignment_information_nats"].abs() < 1e-4 < alive["assignment_information_nats"]
+    assert dead["embedding_spread"] < alive["embedding_spread"]
+
+
+@pytest.mark.parametrize("recipe", [name for name in recipe_names() if name.startswith(("dino", "carp", "moco"))])
+def test_recipes_build(recipe):
+    config = load_config(recipe, ["--data.train", "somewhere"])
+    assert config.objective.name in recipe
+    assert objective_class(config.objective.name).Settings is type(config.objective)
