@@ -11,6 +11,7 @@ import json
 import os
 import re
 import tarfile
+import zlib
 from collections import OrderedDict
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -71,6 +72,10 @@ class Source:
     def files(self) -> Iterator[str]:
         """Paths of the files that hold the images."""
         raise NotImplementedError
+
+    def names_checksum(self) -> str:
+        """CRC-32 of all names in their order, 8 hexadecimal digits: the same wherever the images lie."""
+        return f"{zlib.crc32(self._names, zlib.crc32(self._ends)):08x}"
 
     def stamp(self) -> str:
         """A hash of names, labels, and the sizes and times of change of the files: what tells that the images are the same as before."""

@@ -40,6 +40,7 @@ from massl_fast.run.exits import Diverged, Drifted, Ended, Interrupted, RankLost
 from massl_fast.run.folder import prepare_folder
 from massl_fast.run.outputs import Telemetry, WindowClock, memory_peaks_gib, rows_up_to
 from massl_fast.run.rows import clock_row, learning_row, write_json
+from massl_fast.run.same_run import demand_same_run
 from massl_fast.run.saving import BackgroundSaver
 
 STORE_SECONDS = 10
@@ -62,7 +63,7 @@ class Trainer:
         checkpoint = config.checkpoint
         self.checkpoints = CheckpointFolder(self.folder / "checkpoints", checkpoint.keep_every_steps, checkpoint.keep_last)
         self.saver = BackgroundSaver(self.checkpoints, world)
-        self.resume_from = prepare_folder(self.folder, config.run.resume, self.checkpoints, world)
+        self.resume_from, self.lock = prepare_folder(self.folder, config.run.resume, self.checkpoints, world)
         self.precision = choose_precision(config.train.precision, world.device)
         self.objective = build_objective(config, self.precision, world.rank)
         self._build_data()
@@ -86,7 +87,7 @@ class Trainer:
         Raises an ``Ended`` where it stops before.
         """
         # Signals are noted to the very end: torchrun sends SIGTERM to those who are still finding out who is gone.
-        with self.stop.listening(), self.heartbeat or contextlib.nullcontext():
+        with self.stop.listening(), self.lock, self.heartbeat or contextlib.nullcontext():
             try:
                 return self._run()
             except RuntimeError as error:
@@ -329,6 +330,7 @@ class Trainer:
             "strategy": self.strategy,
             "steps_per_epoch": self.length.steps_per_epoch,
             "num_images": len(self.source),
+            "images": self.loader.source.names_checksum(),
             **self.evaluation.state(),
             "timm_args": self.pair.student.timm_args,
             "mean": self.config.crops.mean,
@@ -345,14 +347,8 @@ class Trainer:
 
     def _restore(self, path: Path) -> None:
         state = read_state(path)
-        ours = {"num_images": len(self.source), "train.global_batch": self.config.train.global_batch}
-        theirs = {"num_images": state["num_images"], "train.global_batch": state["config"]["train"]["global_batch"]}
-        for name, value in ours.items():
-            if theirs[name] != value:
-                raise ValueError(
-                    f"The checkpoint {path} was made with {name} {theirs[name]}, this run has {value}: its place in the data would be "
-                    f"lost. Use the same data and batch, or start a new run from its weights with run.init_from."
-                )
+        settings, images = self.config.model_dump(mode="json"), self.loader.source.names_checksum()
+        self.build_notes += demand_same_run(path, state, settings, len(self.source), images)
         restore(self.train_step, path)
         self.step = state["step"]
         self.evaluation.restore(state)

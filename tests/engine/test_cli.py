@@ -98,7 +98,7 @@ def test_a_place_that_refuses_writing(images, tmp_path, capsys):
     assert str(tmp_path / "file") in complaint and "Traceback" not in complaint
 
 
-def test_a_run_completes_and_another_architecture_is_refused(images, tmp_path, capsys):
+def test_a_run_completes_and_another_architecture_or_seed_is_refused(images, tmp_path, capsys):
     assert train(tmp_path, images) == 0
     folder = tmp_path / "run"
     for name in ("config.yaml", "metrics.jsonl", "summary.json", "report.html", "checkpoints/last", "checkpoints/best"):
@@ -106,8 +106,9 @@ def test_a_run_completes_and_another_architecture_is_refused(images, tmp_path, c
     assert train(tmp_path, images) == 0
     assert "is complete" in capsys.readouterr().out
     changed = ["--model.model_args", "{patch_size: 4, depth: 2, num_heads: 2, embed_dim: 32}"]
-    assert train(tmp_path, images, *changed) == 2
-    assert "another architecture" in capsys.readouterr().err
+    assert train(tmp_path, images, *changed, "--run.seed", "7") == 2
+    said = capsys.readouterr().err
+    assert "is of another run. It was made with run.seed 0 (here 7); model.model_args {" in said, said
     assert main(["eval", "knn", "--checkpoint", str(folder), "--train", str(images), "--test", str(images), "--k", "3"]) == 0
     assert main(["export", "--checkpoint", str(folder), "--to", str(tmp_path / "exported")]) == 0
     assert train(tmp_path, images, "--run.resume", "never") == 0

@@ -90,7 +90,7 @@ def test_the_newest_are_kept(folder, tensors):
 
 
 def test_rows_that_a_full_disk_refuses_are_written_later(tmp_path, capsys):
-    telemetry = Telemetry(tmp_path, total_steps=9, tensorboard=False, wandb_project="", config={}, active=True)
+    telemetry = Telemetry(tmp_path, total_steps=9, metrics=(), tensorboard=False, wandb_project="", config={}, active=True)
     telemetry.start(0)
     telemetry.log({"step": 1})
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
