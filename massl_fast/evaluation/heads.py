@@ -1,0 +1,421 @@
+"""Linear classifiers on frozen features, many at once.
+
+``train_heads`` takes SGD steps of all heads of a sweep together: their weights are one matrix, so a step is two products, whatever the
+number of heads. iBOT and DINOv2 train 45 and 52 heads beside each other in as many modules and optimizers. ``fit_logistic`` minimises
+regularised logistic regressions for many penalties and many training sets together by L-BFGS.
+
+``tests/evaluation/test_heads.py`` holds the readable twins: ``torch.optim.SGD`` head by head, scikit-learn penalty by penalty.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+INITIAL_DEVIATION = 0.01
+LARS_COEFFICIENT = 0.001
+COLUMNS_AT_ONCE = 1536
+"""Outputs (heads × classes) of one product on a CPU: beyond this the weights leave its cache."""
+ALIGNMENT = 8
+"""Features are filled up to a multiple of this, with the column of ones that makes the bias."""
+VALUES_AT_ONCE = 2**23
+"""Logits that ``fit_logistic`` and ``correct_of_heads`` hold at once."""
+HISTORY = 10
+ARMIJO = 1e-4
+MOST_HALVINGS = 25
+
+# Heads by stochastic gradient descent
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """One head per entry: learning rates (as used, after scaling with the batch), weight decays, and which heads use LARS."""
+
+    rates: tuple[float, ...]
+    decays: tuple[float, ...] = ()
+    """Empty: none."""
+    lars: tuple[bool, ...] = ()
+    """Empty: none."""
+
+    def __len__(self) -> int:
+        return len(self.rates)
+
+
+class Heads:
+    """H linear classifiers over the same features.
+
+    Attributes:
+        weight: [H, C, D'], one or two columns of D' being bias and fill; float32, or float64 for features of that type.
+        numbers: [H] int64: which entries of the sweep these are. Heads that diverge leave.
+        lost: numbers of heads that have left.
+    """
+
+    def __init__(self, sweep: Sweep, features: int, classes: int, *, seed: int, device: torch.device | str, dtype: torch.dtype) -> None:
+        self.sweep, self.features, self.classes = sweep, features, classes
+        width = -(-(features + 1) // ALIGNMENT) * ALIGNMENT
+        generator = torch.Generator().manual_seed(seed)
+        weight = torch.zeros(len(sweep), classes, width, dtype=dtype)
+        # The same start for every head, so that heads differ by their settings alone.
+        start = torch.empty(classes, features, dtype=torch.float32).normal_(0, INITIAL_DEVIATION, generator=generator)
+        weight[:, :, :features] = start.to(dtype)
+        self.weight = weight.to(device)
+        self.velocity = torch.zeros_like(self.weight)
+        self.numbers = torch.arange(len(sweep))
+        self.lost: list[int] = []
+        self._rate = torch.tensor(sweep.rates, dtype=dtype, device=device)
+        self._decay = torch.tensor(sweep.decays or [0.0] * len(sweep), dtype=dtype, device=device)
+        self._lars = torch.tensor(sweep.lars or [False] * len(sweep), device=device)
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def padded(self, features: Tensor) -> Tensor:
+        """[n, D] → [n, D'] of the heads' type: a column of ones for the bias, then zeros."""
+        padded = torch.zeros(len(features), self.weight.shape[2], dtype=self.weight.dtype, device=self.weight.device)
+        padded[:, : self.features] = features
+        padded[:, self.features] = 1
+        return padded
+
+    @torch.no_grad()
+    def step(self, features: Tensor, labels: Tensor, *, schedule: float, momentum: float, products: torch.dtype | None = None) -> Tensor:
+        """One step of every head on a batch; returns the mean cross entropies [H] before it.
+
+        Args:
+            features: [n, D'], see ``padded``.
+            labels: [n] int64.
+            schedule: factor of all learning rates.
+            products: type of the matrix products; None: that of the weights.
+        """
+        heads, at_once = len(self), self._heads_at_once()
+        losses = torch.empty(heads, dtype=self.weight.dtype, device=self.weight.device)
+        low = features.to(products) if products is not None else features
+        rows = torch.arange(len(labels), device=labels.device)
+        for first in range(0, heads, at_once):
+            part = slice(first, min(first + at_once, heads))
+            weight, velocity = self.weight[part], self.velocity[part]
+            flat = weight.flatten(0, 1)
+            logits = (flat.to(low.dtype) @ low.T).to(weight.dtype).unflatten(0, (-1, self.classes))
+            slope = torch.softmax(logits, dim=1)
+            true = slope[:, labels, rows]
+            losses[part] = -true.clamp(min=torch.finfo(true.dtype).tiny).log().mean(1)
+            slope[:, labels, rows] = true - 1
+            self._update(part, weight, velocity, slope.flatten(0, 1), low, schedule, momentum)
+        return losses
+
+    def _update(
+        self, part: slice, weight: Tensor, velocity: Tensor, slope: Tensor, features: Tensor, schedule: float, momentum: float
+    ) -> None:
+        """SGD with momentum as ``torch.optim.SGD`` has it; LARS after You et al. 2017, where weight decay and the trust ratio spare biases."""
+        decay, lars, rate = self._decay[part], self._lars[part], schedule * self._rate[part]
+        scale = 1 / len(features)
+        if not lars.any():
+            if features.dtype == velocity.dtype:  # the momentum costs nothing inside the product
+                velocity.flatten(0, 1).addmm_(slope, features, beta=momentum, alpha=scale)
+            else:
+                product = slope.to(features.dtype) @ features
+                velocity.mul_(momentum).flatten(0, 1).add_(product, alpha=scale)
+            if decay.any():
+                velocity.addcmul_(weight, decay[:, None, None])
+        else:
+            gradient = (scale * (slope.to(features.dtype) @ features).to(weight.dtype)).view_as(weight)
+            spared = torch.ones_like(gradient[:1, :1])
+            spared[..., self.features :] = 0
+            decayed = gradient + decay[:, None, None] * torch.where(lars[:, None, None], spared, 1) * weight
+            sizes = (weight * spared).flatten(1).norm(dim=1), (decayed * spared).flatten(1).norm(dim=1)
+            ratio = torch.where((sizes[0] > 0) & (sizes[1] > 0), LARS_COEFFICIENT * sizes[0] / sizes[1], 1.0)
+            ratio = torch.where(lars[:, None, None] & (spared > 0), ratio[:, None, None], 1.0)
+            velocity.mul_(momentum).add_(ratio * decayed)
+        torch.addcmul(weight, velocity, -rate[:, None, None], out=weight)
+
+    @torch.no_grad()
+    def logits(self, features: Tensor) -> Tensor:
+        """[n, D'] → [H, C, n]."""
+        return (self.weight.flatten(0, 1) @ features.T).unflatten(0, (-1, self.classes))
+
+    @torch.no_grad()
+    def drop_diverged(self) -> list[int]:
+        """Take away heads whose weights are no longer finite; returns their numbers in the sweep."""
+        finite = self.weight.flatten(1).isfinite().all(1) & self.velocity.flatten(1).isfinite().all(1)
+        if bool(finite.all()):
+            return []
+        gone = self.numbers[~finite.cpu()].tolist()
+        self.weight, self.velocity = self.weight[finite], self.velocity[finite]
+        self._rate, self._decay, self._lars = self._rate[finite], self._decay[finite], self._lars[finite]
+        self.numbers = self.numbers[finite.cpu()]
+        self.lost += gone
+        return gone
+
+    def _heads_at_once(self) -> int:
+        return len(self) if self.weight.device.type == "cuda" else max(1, COLUMNS_AT_ONCE // self.classes)
+
+
+@torch.no_grad()
+def train_heads(
+    view: Callable[[int], Tensor],
+    labels: Tensor,
+    sweep: Sweep,
+    *,
+    classes: int,
+    epochs: int,
+    batch_size: int,
+    momentum: float = 0.9,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    order: Callable[[int], Tensor] | None = None,
+    start: Tensor | None = None,
+    products: torch.dtype | None = None,
+    after_epoch: Callable[[int, Heads], None] | None = None,
+) -> tuple[Heads, Tensor]:
+    """Train all heads of a sweep on the same batches. Cosine of the learning rates to 0, one step of it per epoch.
+
+    Args:
+        view: epoch → features [n, D] of that epoch, float32 or float64, on any device.
+        labels: [n] int64.
+        batch_size: the last batch of an epoch is short.
+        order: epoch → the images' order in it [n]; None: drawn by (seed, epoch).
+        start: weights to start from, [H, C, D]; None: N(0, 0.01²) by ``seed``. Biases start at 0.
+        products: type of the matrix products, such as bfloat16; None: that of the features. Weights keep the type of the features.
+        after_epoch: called with the epoch and the heads that are left.
+
+    Returns:
+        the heads after the last epoch, and losses [H, steps]: mean cross entropy of each step before it was taken, nan for lost heads.
+    """
+    first = view(0)
+    dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
+    heads = Heads(sweep, first.shape[1], classes, seed=seed, device=device, dtype=dtype)
+    if start is not None:
+        heads.weight[:, :, : first.shape[1]] = start
+    steps = -(-len(labels) // batch_size)
+    losses = torch.full((len(sweep), epochs * steps), math.nan, dtype=dtype)
+    for epoch in range(epochs):
+        features = first if epoch == 0 else view(epoch)
+        positions = _drawn_order(seed, epoch, len(labels)) if order is None else order(epoch)
+        schedule = (1 + math.cos(math.pi * epoch / epochs)) / 2
+        of_epoch = []
+        for some in positions.split(batch_size):
+            batch = heads.padded(features[some].to(device))
+            of_epoch.append(heads.step(batch, labels[some].to(device), schedule=schedule, momentum=momentum, products=products))
+        losses[heads.numbers, epoch * steps : (epoch + 1) * steps] = torch.stack(of_epoch, dim=1).cpu()
+        heads.drop_diverged()
+        if not len(heads):
+            break
+        if after_epoch is not None:
+            after_epoch(epoch, heads)
+    return heads, losses
+
+
+def _drawn_order(seed: int, epoch: int, count: int) -> Tensor:
+    return torch.randperm(count, generator=torch.Generator().manual_seed(1_000_003 * seed + epoch))
+
+
+@torch.no_grad()
+def correct_of_heads(heads: Heads, features: Tensor, labels: Tensor) -> Tensor:
+    """How many of [n, D] each head classifies as ``labels`` [n] says: [H] int64 on the CPU. Of equal logits the first class wins."""
+    device = heads.weight.device
+    correct = torch.zeros(len(heads), dtype=torch.int64)
+    rows = max(1, VALUES_AT_ONCE // (len(heads) * heads.classes))
+    for some, truth in zip(features.split(rows), labels.split(rows)):
+        guesses = heads.logits(heads.padded(some.to(device))).argmax(1)
+        correct += (guesses == truth.to(device)).sum(1).cpu()
+    return correct
+
+
+# Logistic regression
+
+
+@dataclass(frozen=True)
+class LogisticFit:
+    """Minima of mean loss + λ/2 · ‖W‖², without intercept, of S training sets and L penalties λ."""
+
+    weight: Tensor
+    """[S, L, C, D], of the features' type, on their device."""
+    objective: Tensor
+    """[S, L] float64."""
+    gradient: Tensor
+    """[S, L] float64: largest entry of the gradient there."""
+    iterations: Tensor
+    """[S, L] int64."""
+    converged: Tensor
+    """[S, L] bool: whether the gradient came below the tolerance; otherwise arithmetic or ``most_iterations`` was at its end."""
+
+
+@torch.no_grad()
+def fit_logistic(
+    features: Sequence[Tensor],
+    labels: Sequence[Tensor],
+    penalties: Sequence[float],
+    *,
+    classes: int,
+    loss: str = "multinomial",
+    tolerance: float = 1e-5,
+    most_iterations: int = 1000,
+) -> LogisticFit:
+    """Logistic regressions for all training sets and penalties together, by L-BFGS with a backtracking line search.
+
+    Every regression takes steps of its own length; one that has converged leaves the products. Sums of losses and inner products are
+    float64, products are of the features' type.
+
+    Args:
+        features: S tensors [n_s, D], float32 or float64, on one device.
+        labels: S tensors [n_s] int64.
+        penalties: L values of λ > 0.
+        loss: multinomial, mean over images of the cross entropy; one_vs_rest, mean over images of the sum over classes of
+            log(1 + exp(-y z)), y = ±1.
+        tolerance: largest entry of the gradient at which a regression is done.
+    """
+    problems = _Problems(features, labels, classes, loss, penalties)
+    count = len(problems.penalties)
+    size = classes * features[0].shape[1]
+    point = torch.zeros(count, size, dtype=features[0].dtype, device=features[0].device)
+    active = torch.arange(count, device=point.device)
+    value, slope = problems.evaluate(point, active)
+    iterations = torch.zeros(count, dtype=torch.int64, device=point.device)
+    best_value, best_gradient = value.clone(), slope.abs().amax(1).double()
+    active, value, slope, history = _without(best_gradient > tolerance, active, value, slope, [])
+    solution = point.clone()
+    point = point[active]
+    while len(active) and int(iterations.max()) < most_iterations:
+        direction = _direction(slope, history)
+        descent = _dot(direction, slope)
+        uphill = descent >= 0
+        if uphill.any():  # rounding has spoilt the curvature; the gradient itself always leads down
+            direction[uphill], descent[uphill] = -slope[uphill], -_dot(slope[uphill], slope[uphill])
+        step = torch.ones_like(value)
+        if not history:
+            step = (1 / slope.double().norm(dim=1)).clamp(max=1.0)
+        new_point, new_value, new_slope, moved = _line_search(problems, active, point, value, slope, direction, descent, step)
+        iterations[active] += 1
+        history = [*history[-(HISTORY - 1) :], _pair(new_point - point, new_slope - slope)]
+        point, value, slope = new_point, new_value, new_slope
+        solution[active], best_value[active], best_gradient[active] = point, value, slope.abs().amax(1).double()
+        going = moved & (best_gradient[active] > tolerance)
+        point = point[going]
+        active, value, slope, history = _without(going, active, value, slope, history)
+    shape = (len(features), len(penalties))
+    return LogisticFit(
+        weight=solution.view(*shape, classes, -1),
+        objective=best_value.view(shape).cpu(),
+        gradient=best_gradient.view(shape).cpu(),
+        iterations=iterations.view(shape).cpu(),
+        converged=(best_gradient <= tolerance).view(shape).cpu(),
+    )
+
+
+class _Problems:
+    """Value and gradient of S · L regressions; regression s · L + l has training set s and penalty l."""
+
+    def __init__(self, features: Sequence[Tensor], labels: Sequence[Tensor], classes: int, loss: str, penalties: Sequence[float]) -> None:
+        assert loss in ("multinomial", "one_vs_rest")
+        self.features, self.labels, self.classes, self.loss = features, labels, classes, loss
+        self.per_set = len(penalties)
+        self.penalties = torch.tensor(list(penalties) * len(features), dtype=torch.float64, device=features[0].device)
+
+    def evaluate(self, point: Tensor, problems: Tensor) -> tuple[Tensor, Tensor]:
+        """Values [P] float64 and gradients [P, C·D] of the regressions ``problems`` [P] at ``point`` [P, C·D]."""
+        penalty = self.penalties[problems]
+        value = 0.5 * penalty * _dot(point, point)
+        slope = point * penalty[:, None].to(point.dtype)
+        sets = torch.div(problems, self.per_set, rounding_mode="floor").tolist()
+        for number in dict.fromkeys(sets):
+            rows = [row for row, of in enumerate(sets) if of == number]
+            part = slice(rows[0], rows[-1] + 1)  # regressions of a set lie together
+            self._add_losses(number, point[part], value[part], slope[part])
+        return value, slope
+
+    def _add_losses(self, number: int, point: Tensor, value: Tensor, slope: Tensor) -> None:
+        features, labels, count = self.features[number], self.labels[number], len(point)
+        weight = point.view(count * self.classes, -1)
+        gradient = slope.view(count * self.classes, -1)
+        rows = max(1, VALUES_AT_ONCE // (count * self.classes))
+        for some, truth in zip(features.split(rows), labels.split(rows)):
+            logits = (weight @ some.T).view(count, self.classes, len(some))
+            images = torch.arange(len(some), device=some.device)
+            if self.loss == "multinomial":
+                true = logits[:, truth, images].clone()
+                top = logits.amax(1, keepdim=True)
+                sums = logits.sub_(top).exp_().sum(1, keepdim=True)
+                value += (sums.log().squeeze(1) + top.squeeze(1) - true).sum(1, dtype=torch.float64) / len(features)
+                outer = logits.div_(sums)
+            else:
+                # log(1 + exp(-y z)) = softplus(z) - z for y = 1, softplus(z) for y = -1.
+                true = logits[:, truth, images]
+                value += (torch.nn.functional.softplus(logits).sum(1) - true).sum(1, dtype=torch.float64) / len(features)
+                outer = logits.sigmoid_()
+            outer[:, truth, images] -= 1
+            gradient.addmm_(outer.view(count * self.classes, -1), some, alpha=1 / len(features))
+
+
+def _line_search(
+    problems: _Problems,
+    active: Tensor,
+    point: Tensor,
+    value: Tensor,
+    slope: Tensor,
+    direction: Tensor,
+    descent: Tensor,
+    step: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(points, values, gradients, which regressions have moved) after sufficient decrease, each by a step of its own."""
+    rounding = 4 * torch.finfo(point.dtype).eps * value.abs()
+    new_point, new_value, new_slope = point.clone(), value.clone(), slope.clone()
+    moved = torch.zeros_like(active, dtype=torch.bool)
+    waiting = torch.arange(len(active), device=active.device)
+    for _ in range(MOST_HALVINGS):
+        trial = point[waiting] + step[waiting, None].to(point.dtype) * direction[waiting]
+        found, gradient = problems.evaluate(trial, active[waiting])
+        enough = found <= value[waiting] + ARMIJO * step[waiting] * descent[waiting] + rounding[waiting]
+        done = waiting[enough]
+        new_point[done], new_value[done], new_slope[done], moved[done] = trial[enough], found[enough], gradient[enough], True
+        if bool(enough.all()):
+            break
+        # The minimum of the parabola through what is known, kept within sensible bounds.
+        left = ~enough
+        waiting, found = waiting[left], found[left]
+        curvature = found - value[waiting] - step[waiting] * descent[waiting]
+        best = -descent[waiting] * step[waiting] ** 2 / (2 * curvature)
+        step[waiting] = torch.where(best.isfinite(), best, 0.5 * step[waiting]).clamp(0.1 * step[waiting], 0.5 * step[waiting])
+    return new_point, new_value, new_slope, moved
+
+
+Pair = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def _pair(step: Tensor, change: Tensor) -> Pair:
+    """(s, y, 1 / sᵀy, sᵀy / yᵀy) of every regression; 1 / sᵀy is 0 where rounding has left no curvature, which leaves the pair out."""
+    product, square = _dot(step, change), _dot(change, change)
+    sound = product > 1e-12 * square.sqrt() * _dot(step, step).sqrt()
+    inverse = torch.where(sound, 1 / product, 0.0)
+    return step, change, inverse, torch.where(sound, product / square, 0.0)
+
+
+def _direction(slope: Tensor, history: list[Pair]) -> Tensor:
+    """-H · gradient by the two-loop recursion (Nocedal 1980), for every regression its own."""
+    direction = -slope
+    factors = []
+    for step, change, inverse, _ in reversed(history):
+        factor = inverse * _dot(step, direction)
+        direction = direction - factor[:, None].to(slope.dtype) * change
+        factors.append(factor)
+    scale = torch.ones(len(slope), dtype=torch.float64, device=slope.device)
+    for _, _, inverse, ratio in history:
+        scale = torch.where(inverse > 0, ratio, scale)
+    direction = direction * scale[:, None].to(slope.dtype)
+    for (step, change, inverse, _), factor in zip(history, reversed(factors)):
+        other = inverse * _dot(change, direction)
+        direction = direction + (factor - other)[:, None].to(slope.dtype) * step
+    return direction
+
+
+def _without(kept: Tensor, active: Tensor, value: Tensor, slope: Tensor, history: list[Pair]) -> tuple[Tensor, Tensor, Tensor, list[Pair]]:
+    if bool(kept.all()):
+        return active, value, slope, history
+    return active[kept], value[kept], slope[kept], [tuple(part[kept] for part in pair) for pair in history]
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """Row by row, summed in float64."""
+    return (a * b).sum(1, dtype=torch.float64)
