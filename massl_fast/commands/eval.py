@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
 import torch
-from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from massl_fast.evaluation.base import Protocol, Result, Settings
+from massl_fast.evaluation.base import Protocol, Result, Settings, checked_settings
 from massl_fast.evaluation.registry import PROTOCOLS, protocol_named
 from massl_fast.evaluation.store import DTYPES, FeatureStore
 from massl_fast.evaluation.subject import Subject
@@ -115,7 +114,7 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_option(parser: argparse._ArgumentGroup, name: str, field: FieldInfo) -> None:
     """The option of one setting: ``--field-name``, typed as its annotation, with its docstring as help."""
     kind, several = _kind_of(field.annotation)
-    flag = f"--{name.replace('_', '-')}"
+    flag = option_of(name)
     required = field.is_required()
     default = field.get_default()
     shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
@@ -144,23 +143,13 @@ def _kind_of(annotation: Any) -> tuple[Any, bool]:
     return annotation, False
 
 
+def option_of(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
 def settings_from(args: argparse.Namespace, kind: type[Settings]) -> Settings:
     """The protocol's settings among ``args``; raises ValueError with a sentence per problem."""
-    return checked_settings({name: getattr(args, name) for name in kind.model_fields if hasattr(args, name)}, kind)
-
-
-def checked_settings(values: dict[str, Any], kind: type[Settings]) -> Settings:
-    try:
-        return kind.model_validate(values)
-    except ValidationError as error:
-        raise ValueError("\n".join(map(_sentence, error.errors()))) from None
-
-
-def _sentence(problem: dict[str, Any]) -> str:
-    if problem["type"] == "value_error":
-        return str(problem["ctx"]["error"])
-    option = "--" + str(problem["loc"][0]).replace("_", "-") if problem["loc"] else "The settings"
-    return f"{option} is {problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}."
+    return checked_settings({name: getattr(args, name) for name in kind.model_fields if hasattr(args, name)}, kind, option_of)
 
 
 def subject_of(args: argparse.Namespace) -> tuple[Subject, dict[str, Any]]:

@@ -68,16 +68,16 @@ class Trainer:
         self.objective = build_objective(config, self.precision, world.rank)
         self._build_data()
         self._build_model()
+        self.evaluation = RunEvaluation(config, world, self.precision, self.length, num_workers=self.loader.num_workers)
         self.telemetry = Telemetry(
             self.folder,
             total_steps=self.length.total_steps,
-            metrics=self.objective.metrics(),
+            metrics=(*self.objective.metrics(), *self.evaluation.metrics()),
             tensorboard=config.logging.tensorboard,
             wandb_project=config.logging.wandb,
             config=config.model_dump(mode="json"),
             active=world.is_main,
         )
-        self.evaluation = RunEvaluation(config, world, self.precision, self.length, num_workers=self.loader.num_workers)
 
     # Running
 
@@ -314,7 +314,7 @@ class Trainer:
         demand_equal(self.train_step, self.checkpoints.last())
 
     def _evaluate_untrained(self) -> None:
-        if self.evaluation.evaluator:
+        if self.evaluation.active:
             self._doing("evaluating")
             self.telemetry.log({"step": 0, "epoch": 0.0, "images_seen": 0, **self.evaluation.of_untrained(self.pair)})
             self._warn(self.evaluation.unreadable())

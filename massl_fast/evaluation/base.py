@@ -7,11 +7,11 @@ An evaluation from outside the package is a file that calls ``registry.register`
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 if TYPE_CHECKING:
     from massl_fast.evaluation.features import LabelledImages
@@ -22,6 +22,25 @@ class Settings(BaseModel):
     """Settings of a protocol. On the command line ``field_name`` is ``--field-name``, with the field's docstring as its help."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
+
+
+def checked_settings(values: Mapping[str, Any], kind: type[Settings], written: Callable[[str], str]) -> Settings:
+    """``values`` as settings; ``written`` is how the user writes a setting's name. Raises ValueError with a sentence per problem."""
+    try:
+        return kind.model_validate(dict(values))
+    except ValidationError as error:
+        raise ValueError("\n".join(_sentence(problem, kind, written) for problem in error.errors())) from None
+
+
+def _sentence(problem: Any, kind: type[Settings], written: Callable[[str], str]) -> str:
+    if problem["type"] == "value_error":
+        return str(problem["ctx"]["error"])
+    name = str(problem["loc"][0])
+    if problem["type"] == "missing":
+        return f"{written(name)} is missing: {kind.model_fields[name].description}"
+    if problem["type"] == "extra_forbidden":
+        return f"There is no setting {written(name)}. There are {', '.join(map(written, kind.model_fields))}."
+    return f"{written(name)} is {problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}."
 
 
 @dataclass(frozen=True)

@@ -109,7 +109,7 @@ class Heads:
     def _update(
         self, part: slice, weight: Tensor, velocity: Tensor, slope: Tensor, features: Tensor, schedule: float, momentum: float
     ) -> None:
-        """SGD with momentum as ``torch.optim.SGD`` has it; LARS after You et al. 2017, where weight decay and the trust ratio spare biases."""
+        """SGD with momentum as ``torch.optim.SGD`` has it; LARS after You et al. 2017, weight decay and trust ratio sparing biases."""
         decay, lars, rate = self._decay[part], self._lars[part], schedule * self._rate[part]
         scale = 1 / len(features)
         if not lars.any():

@@ -7,8 +7,7 @@ similarity, the k nearest training images vote for their class with weight exp(s
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -16,17 +15,13 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 from massl_fast.evaluation.base import Figure, Protocol, Result, Settings, described
-from massl_fast.evaluation.features import FeatureFunction, Features, LabelledImages, extract, fixed_subset
+from massl_fast.evaluation.features import Features, LabelledImages, fixed_subset
 from massl_fast.evaluation.subject import Subject
-
-if TYPE_CHECKING:
-    from massl_fast.data.sources import Source
 
 DEFAULT_KS = (10, 20, 100, 200)
 HEADLINE_K = 20
 QUERY_CHUNK = 512
 KEY_CHUNK = 32768
-CACHE_BYTES = 2**30
 
 
 @torch.no_grad()
@@ -231,70 +226,3 @@ class Knn(Protocol):
         train = subject.source(settings.train, "train", "train")
         subset = fixed_subset(len(train), settings.max_train_images)
         return subject.labelled(train, positions=subset), subject.labelled(subject.source(settings.test, "test", "test"))
-
-
-class KnnEvaluator:
-    """k-NN accuracy of networks on one pair of labelled sets, as training goes on.
-
-    Decoded images are kept in memory between evaluations where both sets together take less than 1 GiB on this rank.
-
-    Args:
-        train_source, test_source: labelled sources; the first votes, the second is classified.
-        image_size: side of the images, pixels.
-        mean, std: of the normalisation the network was trained with.
-        max_train_images: compare with a fixed random subset of the training images; 0: all.
-        rank, world_size: each rank computes its share of the features; with world_size > 1, `evaluate` is a collective call.
-
-    Attributes:
-        notes: sentences to tell the user once, known before the first evaluation.
-        unreadable: names of the images that the last evaluation had to leave out.
-    """
-
-    def __init__(
-        self,
-        train_source: Source,
-        test_source: Source,
-        *,
-        image_size: int,
-        device: torch.device | str,
-        mean: Sequence[float],
-        std: Sequence[float],
-        ks: Sequence[int] = DEFAULT_KS,
-        temperature: float = 0.07,
-        batch_size: int = 256,
-        num_workers: int = 0,
-        amp_dtype: torch.dtype | None = None,
-        max_train_images: int = 0,
-        resize_ratio: float | None = None,
-        rank: int = 0,
-        world_size: int = 1,
-    ):
-        shape = dict(resize_ratio=resize_ratio, shard=(rank, world_size))
-        self.train = LabelledImages(train_source, image_size, positions=fixed_subset(len(train_source), max_train_images), **shape)
-        self.test = LabelledImages(test_source, image_size, **shape)
-        self.ks, self.temperature, self.device = tuple(ks), temperature, torch.device(device)
-        self.notes = [*train_source.notes, *test_source.notes, *clipped_ks(self.ks, len(self.train.labels))]
-        self.unreadable: tuple[str, ...] = ()
-        self._extract = dict(
-            device=device,
-            mean=mean,
-            std=std,
-            batch_size=batch_size,
-            num_workers=num_workers,
-            amp_dtype=amp_dtype,
-            keep_images=self.train.num_bytes + self.test.num_bytes <= CACHE_BYTES,
-        )
-
-    def evaluate(self, feature_function: FeatureFunction) -> dict[int, float]:
-        """{k: percentage of test images classified correctly} of one network, run in eval mode."""
-        return self.evaluate_all({"network": feature_function})["network"]
-
-    def evaluate_all(self, functions: Mapping[str, FeatureFunction]) -> dict[str, dict[int, float]]:
-        """The same for several networks, decoding every image once. Leaves the global random state as it was."""
-        train = extract(functions, self.train, **self._extract)
-        test = extract(functions, self.test, **self._extract)
-        self.unreadable = tuple(name for part in (train, test) for name in next(iter(part.values())).unreadable)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the notes have said it
-            settings = dict(ks=self.ks, temperature=self.temperature, device=self.device)
-            return {name: knn_accuracy(train[name], test[name], **settings) for name in functions}

@@ -1,112 +1,185 @@
-"""k-NN of a run: when it is due, of which networks, what was found last, and which step was the best."""
+"""Evaluations of a run: which are due when, of which networks, what they found last, and which step was the best by the named metric."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
+
+from torch import nn
 
 from massl_fast.config import Config
 from massl_fast.data.loaders import open_together
 from massl_fast.data.sources import Source
 from massl_fast.distributed.world import World
-from massl_fast.evaluation.knn import KnnEvaluator
+from massl_fast.evaluation.base import Figure, Protocol, checked_settings, flat
+from massl_fast.evaluation.registry import protocol_named
+from massl_fast.evaluation.subject import Subject
 from massl_fast.length import Length
 from massl_fast.models.pair import StudentTeacher
 from massl_fast.models.precision import Precision
+from massl_fast.objectives.base import Metric
 
-HEADLINE_K = 20
 NAMES_SHOWN = 5
+KNN = "knn"
 
 
 class RunEvaluation:
-    """Evaluates where ``evaluation.train`` is set; otherwise ``evaluator`` is None and nothing is ever due.
+    """Evaluates by the protocols of ``evaluation.protocols``; k-NN takes part where ``evaluation.train`` is set.
 
     Attributes:
-        sources: (training images, test images), or (None, None).
-        told_unreadable: names of images that were left out and told of.
-        percents: k-NN by the keys of metrics.jsonl, as last found.
-        best: the teacher's highest headline so far, %; -1 before there is one.
+        protocols: those that take part; where there are none, nothing is ever due.
+        notes: sentences to tell the user once, known before the first evaluation.
+        figures: what protocols found last, by the keys of metrics.jsonl.
+        best_metric: key of the metric by which the best checkpoint is chosen; None where nothing is evaluated.
+        best: the best value of it so far; None before there is one.
     """
 
     def __init__(self, config: Config, world: World, precision: Precision, length: Length, *, num_workers: int) -> None:
         evaluation = config.evaluation
-        self.ks, self.total_steps = evaluation.ks, length.total_steps
+        self.total_steps = length.total_steps
         self.every_steps = length.steps(evaluation.every_epochs)
-        self.percents: dict[str, float] = {}
-        self.best = -1.0
-        self.told_unreadable: set[str] = set()
-        self.evaluator: KnnEvaluator | None = None
-        self.sources: tuple[Source | None, Source | None] = (None, None)
-        if not evaluation.train:
-            return
-        self.sources = (
-            open_together(world, evaluation.train, "evaluation.train", "train"),
-            open_together(world, evaluation.test, "evaluation.test", "test"),
-        )
-        self.evaluator = KnnEvaluator(
-            *self.sources,
+        self.subject = Subject(
+            networks={},
             image_size=evaluation.image_size or config.crops.global_size,
-            device=world.device,
             mean=config.crops.mean,
             std=config.crops.std,
-            ks=evaluation.ks,
-            temperature=evaluation.temperature,
+            device=world.device,
             num_workers=num_workers,
-            amp_dtype=None if precision.name == "fp32" else precision.dtype,
-            max_train_images=evaluation.max_train_images,
-            rank=world.rank,
-            world_size=world.size,
+            precision=precision.name,
+            seed=config.run.seed,
+            raw_pixels=False,
+            shard=(world.rank, world.size),
+            keep_images=True,
+            option="evaluation.{}".format,
+            open_source=partial(open_together, world),
         )
+        self._labelled = (evaluation.train, evaluation.test)
+        self.protocols = _protocols_of(config)
+        self.notes = list(dict.fromkeys(note for protocol in self.protocols for note in protocol.prepare(self.subject)))
+        self.figures: dict[str, float] = {}
+        self.best_metric, self.higher_is_better = self._best_by(evaluation.best_metric)
+        self.best: float | None = None
+        self.told_unreadable: set[str] = set()
+        self._unreadable: list[str] = []
 
     @property
-    def notes(self) -> list[str]:
-        return self.evaluator.notes if self.evaluator else []
+    def active(self) -> bool:
+        return bool(self.protocols)
+
+    @property
+    def sources(self) -> tuple[Source | None, Source | None]:
+        """(training images, test images) of ``evaluation.train`` and ``evaluation.test``; None where no protocol has opened them."""
+        opened = self.subject.opened
+        return tuple(opened.get(("source", path, role)) for path, role in zip(self._labelled, ("train", "test")))
+
+    def metrics(self) -> list[Metric]:
+        """What the report should draw: the figures of all protocols but k-NN, which has a place of its own there."""
+        return [
+            Metric(f"{protocol.name}_{network}_{figure.key}", f"{protocol.title}, {network}: {figure.title}", figure.unit)
+            for protocol in self.protocols
+            if protocol.name != KNN
+            for network in ("teacher", "student")
+            for figure in protocol.figures()
+        ]
 
     def due(self, step: int) -> bool:
         """Whether to evaluate after ``step`` steps: every ``evaluation.every_epochs``, and at the end of the run."""
-        if self.evaluator is None:
+        if not self.active:
             return False
         return step == self.total_steps or bool(self.every_steps and step % self.every_steps == 0)
 
     def of_untrained(self, pair: StudentTeacher) -> dict[str, float]:
-        """k-NN before the first step, of the teacher: both networks are the same then. A collective call."""
-        percents = self.evaluator.evaluate(pair.teacher.features)
-        self.percents = {f"knn_untrained_k{k}_percent": round(value, 3) for k, value in percents.items()}
-        return self.percents
+        """Figures before the first step, of the teacher: both networks are the same then. A collective call."""
+        self.figures = self._evaluate({"untrained": pair.teacher})
+        return self.figures
 
     def of_both(self, pair: StudentTeacher) -> dict[str, float]:
-        """k-NN of teacher and student. A collective call."""
-        found = self.evaluator.evaluate_all({"teacher": pair.teacher.features, "student": pair.student.features})
-        percents = {f"knn_{name}_k{k}_percent": round(value, 3) for name, of_k in found.items() for k, value in of_k.items()}
-        self.percents |= percents
-        return percents
+        """Figures of teacher and student. A collective call."""
+        found = self._evaluate({"teacher": pair.teacher, "student": pair.student})
+        self.figures |= found
+        return found
+
+    def _evaluate(self, networks: Mapping[str, nn.Module]) -> dict[str, float]:
+        subject, found, unreadable = self.subject.of(networks), {}, []
+        for protocol in self.protocols:
+            result = protocol.run(subject)
+            found |= flat(result.results, protocol.name, protocol.figures())
+            unreadable += result.unreadable
+        self.take_note_of(unreadable)
+        return found
+
+    def take_note_of(self, unreadable: list[str]) -> None:
+        """These images could not be read in the last evaluation."""
+        self._unreadable = list(dict.fromkeys(unreadable))
 
     def unreadable(self) -> str | None:
         """A sentence about images that the last evaluation had to leave out and that have not been told of before; None without such."""
-        names = [name for name in self.evaluator.unreadable if name not in self.told_unreadable]
+        names = [name for name in self._unreadable if name not in self.told_unreadable]
         if not names:
             return None
         self.told_unreadable.update(names)
+        who = "k-NN" if [protocol.name for protocol in self.protocols] == [KNN] else "Evaluation"
         count = "1 image" if len(names) == 1 else f"{len(names)} images"
         shown = ", ".join(names[:NAMES_SHOWN]) + (f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else "")
-        paths = " and ".join(dict.fromkeys(str(source.path) for source in self.sources))
-        return f"k-NN leaves out {count} of {paths} that cannot be read: {shown}. massl-fast data check says what is wrong with them."
+        paths = " and ".join(dict.fromkeys(str(source.path) for source in self.subject.opened.values() if isinstance(source, Source)))
+        return f"{who} leaves out {count} of {paths} that cannot be read: {shown}. massl-fast data check says what is wrong with them."
 
     def headline(self, network: str) -> float | None:
-        """k-NN of a network at k = 20, or at the k that comes first where 20 was not asked for."""
-        return self.percents.get(f"knn_{network}_k{HEADLINE_K if HEADLINE_K in self.ks else self.ks[0]}_percent")
+        """k-NN of a network at k = 20, or at the k that comes first where 20 was not asked for; None without k-NN."""
+        knn = next((protocol for protocol in self.protocols if protocol.name == KNN), None)
+        return self.figures.get(f"{KNN}_{network}_{knn.headline.key}") if knn else None
 
     def is_best(self) -> bool:
-        """Whether the teacher's headline is higher than ever before; notes it if so."""
-        value = self.headline("teacher")
-        if value is None or value <= self.best:
+        """Whether the named metric is better than ever before; notes it if so."""
+        value = self.figures.get(self.best_metric)
+        if value is None or (self.best is not None and (value <= self.best if self.higher_is_better else value >= self.best)):
             return False
         self.best = value
         return True
 
+    def _best_by(self, key: str) -> tuple[str | None, bool]:
+        """(key of the metric that names the best checkpoint, whether more of it is better)."""
+        if not self.protocols:
+            return None, True
+        choices: dict[str, Figure] = {
+            f"{protocol.name}_{network}_{figure.key}": figure
+            for protocol in self.protocols
+            for network in ("teacher", "student")
+            for figure in protocol.figures()
+        }
+        key = key or f"{self.protocols[0].name}_teacher_{self.protocols[0].headline.key}"
+        if key not in choices:
+            raise ValueError(f"evaluation.best_metric is {key!r}, which no evaluation of this run finds. It can be {', '.join(choices)}.")
+        return key, choices[key].higher_is_better
+
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps of it; a copy, as it is written while training goes on."""
-        return {"best_knn_percent": self.best, "knn_percent": dict(self.percents)}
+        return {"best_metric": self.best_metric, "best_value": self.best, "evaluated": dict(self.figures)}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        self.best, self.percents = state["best_knn_percent"], state["knn_percent"]
+        """Go on from ``state``; one by another metric leaves the best open. Older checkpoints name theirs differently."""
+        self.figures = dict(state["evaluated"] if "evaluated" in state else state["knn_percent"])
+        if "best_value" in state:
+            self.best = state["best_value"] if state["best_metric"] == self.best_metric else None
+        elif (self.best_metric or "").startswith(f"{KNN}_teacher_"):
+            self.best = state["best_knn_percent"] if state["best_knn_percent"] >= 0 else None
+
+
+def _protocols_of(config: Config) -> list[Protocol]:
+    evaluation = config.evaluation
+    given = {"train": evaluation.train, "test": evaluation.test, "max_train_images": evaluation.max_train_images}
+    of_knn = {"k": evaluation.ks, "temperature": evaluation.temperature}
+    for name in evaluation.settings:
+        if name not in evaluation.protocols:
+            raise ValueError(f"evaluation.settings names {name}, which is not among evaluation.protocols. Add it there, or remove it.")
+    protocols = []
+    for name in dict.fromkeys(evaluation.protocols):
+        if name == KNN and not evaluation.train:
+            continue
+        kind = protocol_named(name)
+        fields = kind.Settings.model_fields
+        defaults = {key: value for key, value in {**given, **(of_knn if name == KNN else {})}.items() if key in fields and value != ""}
+        settings = {**defaults, **evaluation.settings.get(name, {})}
+        protocols.append(kind(checked_settings(settings, kind.Settings, f"evaluation.settings.{name}.{{}}".format)))
+    return protocols

@@ -10,7 +10,8 @@ from PIL import Image
 from massl_fast.cli import main
 from massl_fast.commands import eval as command
 from massl_fast.data.loaders import open_data
-from massl_fast.evaluation.knn import KnnEvaluator
+from massl_fast.evaluation.features import extract_features
+from massl_fast.evaluation.knn import knn_accuracy
 from massl_fast.models.backbone import build_backbone
 from massl_fast.run.checkpoint import CheckpointFolder
 
@@ -56,11 +57,10 @@ def test_json_holds_teacher_student_untrained_and_raw_pixels(data, networks, cap
     percents = result["knn_percent"]
     assert list(percents) == ["teacher", "student", "untrained", "raw pixels"] and percents["raw pixels"]["5"] == 100
     assert result["train"] == {"data": data[0], "images": 24} and result["image_size"] == 16
-    sources = open_data(data[0], "--train", "train"), open_data(data[1], "--test", "test")
-    settings = dict(image_size=16, device="cpu", mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25), ks=(1, 5))
+    settings = dict(image_size=16, device="cpu", mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
     for name, network in networks.items():
-        alone = KnnEvaluator(*sources, **settings).evaluate(network)
-        assert percents[name] == {str(k): value for k, value in alone.items()}
+        train, test = (extract_features(network, open_data(path, "", ""), **settings) for path in data)
+        assert percents[name] == {str(k): value for k, value in knn_accuracy(train, test, ks=(1, 5)).items()}
 
 
 def test_the_table_shows_every_k_and_the_notes(data, networks, capsys):
@@ -101,13 +101,6 @@ def test_help_names_every_option():
     text = parser.format_help()
     for option in ("--checkpoint", "--train", "--test", "--which", "--k", "--image-size", "--arch", "--json", "--temperature"):
         assert option in text
-
-
-def test_timm_networks_are_callable_as_feature_functions(data):
-    network = timm.create_model("resnet18", num_classes=0)
-    sources = open_data(data[0], "--train", "train"), open_data(data[1], "--test", "test")
-    evaluator = KnnEvaluator(*sources, image_size=32, device="cpu", mean=(0.5,) * 3, std=(0.25,) * 3, ks=(3,))
-    assert 0 <= evaluator.evaluate(network)[3] <= 100 and network.training
 
 
 class TestCheckpoints:

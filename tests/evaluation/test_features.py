@@ -3,6 +3,7 @@ import threading
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 from torch import nn
@@ -11,7 +12,8 @@ from torchvision import transforms
 from massl_fast.data.sources import open_source
 from massl_fast.evaluation import features
 from massl_fast.evaluation.features import LabelledImages, extract, extract_features, fixed_subset, raw_pixels, resize_and_crop
-from massl_fast.evaluation.knn import KnnEvaluator
+from massl_fast.evaluation.knn import Knn, KnnSettings
+from massl_fast.evaluation.subject import Subject
 
 NORMALISATION = dict(device="cpu", mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3))
 
@@ -207,41 +209,71 @@ def test_ranks_share_the_work_and_agree_with_one(tmp_path, monkeypatch, world_si
     assert sum(calls) == world_size * -(-3 * per_class // world_size)
 
 
-class TestKnnEvaluator:
+class TestKnn:
+    """The protocol on real folders: as often as a run evaluates, and for any number of networks."""
+
     @pytest.fixture
-    def sources(self, tmp_path):
-        return open_source(write_images(tmp_path / "train")), open_source(write_images(tmp_path / "test", per_class=3, seed=50))
+    def folders(self, tmp_path):
+        return write_images(tmp_path / "train"), write_images(tmp_path / "test", per_class=3, seed=50)
 
-    def evaluator(self, sources, **changes):
-        return KnnEvaluator(*sources, **(dict(image_size=16, ks=(1, 5), **NORMALISATION) | changes))
+    def knn(self, folders, **changes):
+        return Knn(KnnSettings(train=str(folders[0]), test=str(folders[1]), **({"k": (1, 5)} | changes)))
 
-    def test_tells_what_can_be_told_apart(self, sources):
-        evaluator = self.evaluator(sources)
-        brightness = evaluator.evaluate(lambda images: torch.cat([images.mean((1, 2, 3))[:, None], torch.ones(len(images), 1)], 1))
-        nothing = evaluator.evaluate(lambda images: torch.ones(len(images), 2))
-        assert brightness[5] == 100.0 and nothing == {1: pytest.approx(100 / 3), 5: pytest.approx(100 / 3)}
+    def subject(self, **changes):
+        settings = dict(networks={}, image_size=16, mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3), device=torch.device("cpu"))
+        return Subject(**(settings | dict(raw_pixels=False, keep_images=True) | changes))
 
-    def test_small_sets_are_decoded_once(self, sources, monkeypatch):
-        reads = []
-        for source in sources:
+    def percents(self, protocol, subject, **networks):
+        found = protocol.run(subject.of({name: Function(network) for name, network in networks.items()})).results
+        return {name: list(figures.values()) for name, figures in found.items()}
+
+    def test_tells_what_can_be_told_apart(self, folders):
+        found = self.percents(
+            self.knn(folders),
+            self.subject(),
+            brightness=lambda images: torch.cat([images.mean((1, 2, 3))[:, None], torch.ones(len(images), 1)], 1),
+            nothing=lambda images: torch.ones(len(images), 2),
+        )
+        assert found["brightness"][1] == 100.0 and found["nothing"] == [pytest.approx(100 / 3), pytest.approx(100 / 3)]
+
+    def test_small_sets_are_decoded_once(self, folders, monkeypatch):
+        protocol, subject, reads = self.knn(folders), self.subject(), []
+        protocol.prepare(subject)
+        for source in [source for key, source in subject.opened.items() if key[0] == "source"]:
             monkeypatch.setattr(source, "read", lambda i, read=source.read: reads.append(i) or read(i))
-        evaluator = self.evaluator(sources)
-        first = evaluator.evaluate_all({"teacher": flatten, "student": raw_pixels})
-        assert len(reads) == 27 and first == evaluator.evaluate_all({"teacher": flatten, "student": raw_pixels}) and len(reads) == 27
+        first = self.percents(protocol, subject, teacher=flatten, student=raw_pixels)
+        assert len(reads) == 27 and first == self.percents(protocol, subject, teacher=flatten, student=raw_pixels) and len(reads) == 27
 
-    def test_large_sets_are_not_kept(self, sources, monkeypatch):
-        monkeypatch.setattr("massl_fast.evaluation.knn.CACHE_BYTES", 27 * 3 * 16 * 16 - 1)
-        evaluator = self.evaluator(sources)
-        kept = self.evaluator(sources, image_size=15)
-        assert evaluator.evaluate(flatten) == evaluator.evaluate(flatten) and evaluator.train.kept is None
-        kept.evaluate(flatten)
-        assert kept.train.kept[0].shape == (18, 3, 15, 15)
+    @pytest.mark.parametrize(("limit", "kept"), [(27 * 3 * 16 * 16 - 1, False), (27 * 3 * 16 * 16, True)])
+    def test_large_sets_are_not_kept(self, folders, monkeypatch, limit, kept):
+        monkeypatch.setattr("massl_fast.evaluation.subject.KEPT_BYTES", limit)
+        subject = self.subject()
+        self.percents(self.knn(folders), subject, network=flatten)
+        held = [images.kept for key, images in subject.opened.items() if key[0] == "images"]
+        assert [images is not None for images in held] == [kept, kept]
+        if kept:
+            assert held[0][0].shape == (18, 3, 16, 16)
 
-    def test_a_subset_of_the_training_images(self, sources):
-        evaluator = self.evaluator(sources, max_train_images=9)
-        assert len(evaluator.train) == 9 and len(evaluator.test) == 9
+    def test_a_subset_of_the_training_images(self, folders):
+        subject = self.subject()
+        result = self.knn(folders, max_train_images=9).run(subject.of({"network": Function(flatten)}))
+        assert result.data["train"]["images"] == result.data["test"]["images"] == 9
 
-    def test_what_is_known_beforehand_is_noted(self, sources):
-        evaluator = self.evaluator(sources, ks=(10, 200))
-        assert evaluator.notes == ["k-NN with k = 200 compares with all 18 training images: there are no more."]
-        assert evaluator.evaluate(flatten).keys() == {10, 200}
+    def test_what_is_known_beforehand_is_noted(self, folders):
+        protocol, subject = self.knn(folders, k=(10, 200)), self.subject()
+        assert protocol.prepare(subject) == ["k-NN with k = 200 compares with all 18 training images: there are no more."]
+        assert protocol.run(subject.of({"network": Function(flatten)})).results["network"].keys() == {"k10_percent", "k200_percent"}
+
+    def test_modules_under_evaluation_are_put_back(self, folders):
+        network = timm.create_model("resnet18", num_classes=0)
+        found = self.knn(folders, k=(3,)).run(self.subject(image_size=32).of({"network": network}))
+        assert 0 <= found.results["network"]["k3_percent"] <= 100 and network.training and found.features == "pooled"
+
+
+class Function(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, images):
+        return self.function(images)

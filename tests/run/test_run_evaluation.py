@@ -2,10 +2,22 @@
 
 import json
 
-from test_cli import images, train  # noqa: F401
+import pytest
+from test_cli import TINY, images, train  # noqa: F401
 
+from massl_fast.config import load_config
+from massl_fast.distributed.world import join_world
+from massl_fast.length import length_of
+from massl_fast.models.precision import choose_precision
 from massl_fast.run.evaluation import RunEvaluation
 from small_images import write_images
+
+
+def run_evaluation(images, *settings):  # noqa: F811
+    data = ["--evaluation.train", str(images), "--evaluation.test", str(images)]
+    config = load_config("demo", [*TINY[2:], *data, *settings])
+    world = join_world("cpu", 60)
+    return RunEvaluation(config, world, choose_precision("fp32", world.device), length_of(config, 2, 1), num_workers=0)
 
 
 def test_unreadable_images_are_told_once(images, tmp_path, capsys):  # noqa: F811
@@ -24,19 +36,13 @@ def test_unreadable_images_are_told_once(images, tmp_path, capsys):  # noqa: F81
     assert sentence in (tmp_path / "run/report.html").read_text()
 
 
-def test_images_that_turn_unreadable_later_are_told_by_themselves():
-    class Evaluator:
-        unreadable = ("a.jpg",)
-
-    class Images:
-        path = "photos"
-
-    evaluation = RunEvaluation.__new__(RunEvaluation)
-    evaluation.evaluator, evaluation.sources, evaluation.told_unreadable = Evaluator, (Images, Images), set()
-    assert "1 image of photos that cannot be read: a.jpg." in evaluation.unreadable()
+def test_images_that_turn_unreadable_later_are_told_by_themselves(images):  # noqa: F811
+    evaluation = run_evaluation(images)
+    evaluation.take_note_of(["a.jpg"])
+    assert f"1 image of {images} that cannot be read: a.jpg." in evaluation.unreadable()
     assert evaluation.unreadable() is None
-    Evaluator.unreadable = ("a.jpg", "b.jpg")
-    assert "1 image of photos that cannot be read: b.jpg." in evaluation.unreadable()
+    evaluation.take_note_of(["a.jpg", "b.jpg"])
+    assert f"1 image of {images} that cannot be read: b.jpg." in evaluation.unreadable()
 
 
 def test_a_run_killed_before_its_summary_gets_it_when_started_again(images, tmp_path, capsys):  # noqa: F811
@@ -50,3 +56,43 @@ def test_a_run_killed_before_its_summary_gets_it_when_started_again(images, tmp_
     for key in ("loss", "knn_percent", "knn_untrained_percent", "images_per_second", "steps"):
         assert after[key] == before[key], key
     assert f"Done      loss {before['loss']:.4f}" in capsys.readouterr().out
+
+
+def test_the_best_checkpoint_is_by_the_named_metric(images):  # noqa: F811
+    evaluation = run_evaluation(images)
+    assert evaluation.best_metric == "knn_teacher_k3_percent"
+    evaluation = run_evaluation(images, "--evaluation.best_metric", "knn_student_k3_percent")
+    found = []
+    for student, teacher in ((50.0, 10.0), (40.0, 90.0), (50.0, 90.0), (60.0, 0.0)):
+        evaluation.figures = {"knn_student_k3_percent": student, "knn_teacher_k3_percent": teacher}
+        found.append(evaluation.is_best())
+    assert found == [True, False, False, True]
+    again = run_evaluation(images, "--evaluation.best_metric", "knn_student_k3_percent")
+    again.restore(json.loads(json.dumps(evaluation.state())))
+    assert again.best == 60.0 and again.figures == evaluation.figures
+    other = run_evaluation(images)
+    other.restore(evaluation.state())
+    assert other.best is None  # the best student is no measure of the teacher
+
+
+def test_the_state_of_older_checkpoints_is_read(images):  # noqa: F811
+    evaluation = run_evaluation(images)
+    evaluation.restore({"best_knn_percent": 71.5, "knn_percent": {"knn_teacher_k3_percent": 70.0}})
+    assert evaluation.best == 71.5 and evaluation.headline("teacher") == 70.0
+    evaluation.restore({"best_knn_percent": -1.0, "knn_percent": {}})
+    assert evaluation.best is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["--evaluation.best_metric", "loss"], "evaluation.best_metric is 'loss', which no evaluation of this run finds"),
+        (["--evaluation.protocols", "[kn]"], "The evaluation is 'kn'. Did you mean knn?"),
+        (["--evaluation.settings.linear.epochs", "3"], "names linear, which is not among evaluation.protocols"),
+        (["--evaluation.settings.knn.kk", "3"], "There is no setting evaluation.settings.knn.kk"),
+        (["--evaluation.settings.knn.temperature", "-3"], "evaluation.settings.knn.temperature is -3: input should be greater than 0"),
+    ],
+)
+def test_mistakes_are_sentences(images, settings, message):  # noqa: F811
+    with pytest.raises(ValueError, match=message):
+        run_evaluation(images, *settings)
