@@ -4,6 +4,7 @@ import functools
 import warnings
 from collections.abc import Callable
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from massl_fast.kernels.partition import partition_indices
 if find_spec("triton") is not None:
     from massl_fast.kernels import fused
 else:
-    fused = None
+    fused = None  # type: ignore[assignment]  # a module or nothing
 
 BACKENDS = ("auto", "reference", "streaming", "triton")
 # What the fused kernels can do, by operation; the other backends can do everything. A kernel joins by a line here.
@@ -64,8 +65,8 @@ def _say_once(sentence: str) -> None:
     warnings.warn(sentence, stacklevel=4)
 
 
-def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The tensors as autocast would have them: 16-bit or 32-bit ones in its dtype, others untouched."""
+def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """The tensors as autocast would have them: 16-bit or 32-bit ones in its dtype, others, and None, untouched."""
     given = tuple(t for t in tensors if t is not None)
     checks.check_plain_tensors(given)
     device = given[0].device.type

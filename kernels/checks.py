@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from massl_fast.kernels.loss import count_pairs
-from massl_fast.kernels.partition import check_step
+from massl_fast.kernels.shuffle import check_step
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 CHECK_PARTITION = "MASSL_FAST_CHECK_PARTITION"

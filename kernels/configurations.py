@@ -1,6 +1,7 @@
 """Tile sizes and resources of the read kernel: a table per class of GPU, and the neighbours that the tuner tries."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import triton
@@ -110,7 +111,7 @@ def padded_width(width: int) -> int:
 def neighbours(fixed: Configuration, width: int) -> list[Configuration]:
     """The fixed choice and those one step away from it: twelve compiles at most."""
     two_programs = {"block_rows": fixed.block_rows // 2, "warps": fixed.warps // 2, "programs": 2 * fixed.programs}
-    steps = [
+    steps: list[dict[str, Any]] = [
         {"stages": fixed.stages - 1},
         {"stages": fixed.stages + 1},
         {"block_entries": fixed.block_entries // 2, "stages": fixed.stages + 1},

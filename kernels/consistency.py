@@ -21,7 +21,7 @@ reaches C through them.
 
 import math
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -108,7 +108,8 @@ class _Attach(torch.autograd.Function):
     """The loss already computed; both gradients come from pass two, in backward."""
 
     @staticmethod
-    def forward(ctx, student, prototypes, loss, slope, z, w, keys, teacher_keys, block_size, clamp, partition, seed, step, step_tensor):
+    def forward(ctx: Any, student: Tensor, prototypes: Tensor, loss: Tensor, *rest: Any) -> Tensor:
+        slope, z, w, keys, teacher_keys, block_size, clamp, partition, seed, step, step_tensor = rest
         ctx.save_for_backward(slope, z, w, keys, teacher_keys, partition, step_tensor)
         ctx.plain = block_size, clamp, seed, step
         ctx.dtypes = student.dtype, prototypes.dtype
@@ -116,7 +117,7 @@ class _Attach(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, upstream: Tensor):
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         slope, z, w, keys, teacher_keys, partition, step_tensor = ctx.saved_tensors
         block_size, clamp, seed, step = ctx.plain
         of_student, of_prototypes = torch.ops.massl_fast.partition_consistency_gradient(
@@ -160,7 +161,7 @@ def _partition_consistency(
 
 
 @_partition_consistency.register_fake
-def _(student, teacher, prototypes, *_):
+def _(student: Tensor, teacher: Tensor, prototypes: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     wide = wide_dtype(prototypes)
     return prototypes.new_empty((), dtype=wide), prototypes.new_empty(prototypes.shape[0], dtype=wide)
 
@@ -208,8 +209,9 @@ def _partition_consistency_gradient(
 
 @_partition_consistency_gradient.register_fake
 def _(
-    upstream, slope, student, teacher, prototypes, teacher_prototypes, block_size, clamp, partition, seed, step, step_tensor, learned
-):  # fmt: skip
+    upstream: Tensor, slope: Tensor, student: Tensor, teacher: Tensor, prototypes: Tensor, teacher_prototypes: Tensor,
+    block_size: int, clamp: float, partition: Tensor | None, seed: int, step: int, step_tensor: Tensor | None, learned: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     wide = wide_dtype(prototypes)
     count = prototypes.shape[0] if learned else 0
     return student.new_empty(student.shape, dtype=wide), prototypes.new_empty((count, student.shape[2]), dtype=wide)

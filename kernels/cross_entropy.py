@@ -4,7 +4,7 @@ The gradient is a by-product of the forward pass (kernels/loss.py), so the op re
 outside it, and backward is one multiplication.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -124,6 +124,6 @@ def _memory_cross_entropy(
 
 
 @_memory_cross_entropy.register_fake
-def _(student, teacher, memory, *_):
+def _(student: Tensor, teacher: Tensor, memory: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     wide = wide_dtype(memory)
     return memory.new_empty(4, dtype=wide), student.new_empty(student.shape, dtype=wide)

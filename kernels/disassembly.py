@@ -36,8 +36,9 @@ class Instruction:
         """Rows, columns and depth of a product: of a warp group for HGMMA.64x128x16, of a warp for HMMA.16816."""
         found = re.search(r"\.(\d+)x(\d+)x(\d+)", self.name)
         if found:
-            return tuple(map(int, found.groups()))
-        return {"1688": (16, 8, 8), "16816": (16, 8, 16), "1684": (16, 8, 4)}[re.search(r"\.(\d+)", self.name).group(1)]
+            rows, columns, depth = map(int, found.groups())
+            return rows, columns, depth
+        return {"1688": (16, 8, 8), "16816": (16, 8, 16), "1684": (16, 8, 4)}[re.findall(r"\.(\d+)", self.name)[0]]
 
     @property
     def matrices(self) -> int:

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import os
 import warnings
+from typing import Any
 
 import torch
 import triton
@@ -203,7 +204,7 @@ def _choose(inputs: tuple, readout: Tensor, logsumexp: Tensor) -> tuple[Configur
     return choice, multiprocessors * choice.programs
 
 
-def resident_programs(compiled, warps: int, device: torch.device) -> int:
+def resident_programs(compiled: Any, warps: int, device: torch.device) -> int:
     """Programs of a compiled kernel that one multiprocessor of ``device`` holds at a time; its warps are never what runs out."""
     found = torch.cuda.get_device_properties(device)
     registers = -(-compiled.n_regs * 32 // 256) * 256 * warps  # a warp's registers are handed out in units of 256
@@ -228,7 +229,7 @@ def _tune(inputs: tuple, readout: Tensor, logsumexp: Tensor, fixed: Configuratio
                 continue
             if choice == fixed or all(resident_programs(one, choice.warps, memory.device) >= choice.programs for one in compiled):
                 times[choice] = triton.testing.do_bench(run, warmup=5, rep=20, return_mode="median")
-        _TUNED[key] = min(times, key=times.get)
+        _TUNED[key] = min(times, key=times.__getitem__)
     return _TUNED[key]
 
 
@@ -257,6 +258,6 @@ def _cached_limits(index: int) -> tuple[tuple[int, int], int, int, str]:
     return (found.major, found.minor), found.shared_memory_per_block_optin, found.multi_processor_count, found.name
 
 
-def _on(device: torch.device):
+def _on(device: torch.device) -> contextlib.AbstractContextManager:
     """Triton launches on the current device; make it the tensors' own."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

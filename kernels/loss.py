@@ -8,6 +8,8 @@ its target and a target q enters through Σ_k q_k m_k alone, hence with J_i = {j
     entropy of x, mean over blocks = (L(x) − x·R(x)/τ) / B
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -68,13 +70,13 @@ class AttachGradient(torch.autograd.Function):
     """The loss already computed, with the gradient already computed: wide, so that a loss scale multiplies it before it is rounded."""
 
     @staticmethod
-    def forward(ctx, student: Tensor, loss: Tensor, gradient: Tensor) -> Tensor:
+    def forward(ctx: Any, student: Tensor, loss: Tensor, gradient: Tensor) -> Tensor:
         ctx.save_for_backward(gradient)
         ctx.dtype = student.dtype
         return loss.clone()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, upstream: Tensor):
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
         return (gradient * upstream).to(ctx.dtype), None, None

@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
@@ -103,7 +104,7 @@ def shipped(arch: str) -> Iterator[Variant]:
                     yield Variant(width, dtype, constant_pivot, choice)
 
 
-def compile_variant(variant: Variant, arch: str):
+def compile_variant(variant: Variant, arch: str) -> Any:
     """Triton's compiled kernel; needs no GPU."""
     kernel, choice, name = read_kernel, variant.choice, TRITON_NAMES[variant.dtype]
     constants = {
@@ -144,7 +145,7 @@ def resources(variant: Variant, arch: str) -> Resources:
     """Compile one variant and read its machine code."""
     compiled = compile_variant(variant, arch)
     usage, code = _disassemble(compiled.asm["cubin"])
-    registers, stack = (int(re.search(rf"\b{key}:(\d+)", usage).group(1)) for key in ("REG", "STACK"))
+    registers, stack = (int(re.findall(rf"\b{key}:(\d+)", usage)[0]) for key in ("REG", "STACK"))
     found = disassembly.instructions(code)
     # The tile buffers are the allocations with a leading dimension; all others hold one tensor.
     buffers = [int(depth) for depth in re.findall(r"local_alloc\b.*?memdesc<(\d+)x\d+x\d+x", compiled.asm["ttgir"])]

@@ -1,4 +1,4 @@
-"""The partition as one small Triton launch: the twin of ``partition.shuffle``, bit for bit."""
+"""The partition as one small Triton launch: the twin of ``shuffle.shuffle``, bit for bit."""
 
 import contextlib
 
@@ -7,19 +7,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from massl_fast.kernels import partition
+from massl_fast.kernels import shuffle
 
-ROUNDS: tl.constexpr = tl.constexpr(partition.ROUNDS)
-MULTIPLIER: tl.constexpr = tl.constexpr(partition.MULTIPLIER)
-ROUND_STRIDE: tl.constexpr = tl.constexpr(partition.ROUND_STRIDE)
-REFLECTION_STATE: tl.constexpr = tl.constexpr(partition.STATES[0])
-KEY_STATE: tl.constexpr = tl.constexpr(partition.STATES[1])
+ROUNDS: tl.constexpr = tl.constexpr(shuffle.ROUNDS)
+MULTIPLIER: tl.constexpr = tl.constexpr(shuffle.MULTIPLIER)
+ROUND_STRIDE: tl.constexpr = tl.constexpr(shuffle.ROUND_STRIDE)
+REFLECTION_STATE: tl.constexpr = tl.constexpr(shuffle.STATES[0])
+KEY_STATE: tl.constexpr = tl.constexpr(shuffle.STATES[1])
 BLOCK = 256
 
 
 @triton.jit
 def _mix(x):
-    """``partition._mix`` on uint32."""
+    """``shuffle._mix`` on uint32."""
     x = ((x >> 16) ^ x) * MULTIPLIER
     x = ((x >> 16) ^ x) * MULTIPLIER
     return (x >> 16) ^ x
@@ -77,7 +77,7 @@ def partition_indices(num_entries: int, seed: int, step: int | Tensor, device: t
     """``partition.partition_indices`` on a GPU: no sort, no host work, one launch."""
     indices = torch.empty(num_entries, dtype=torch.int32, device=device)
     on_device = isinstance(step, Tensor)
-    low, high = (0, 0) if on_device else _words(step)
+    low, high = (0, 0) if isinstance(step, Tensor) else _words(step)
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         _partition_kernel[(triton.cdiv(num_entries, BLOCK),)](
             indices,
@@ -95,4 +95,5 @@ def partition_indices(num_entries: int, seed: int, step: int | Tensor, device: t
 
 def _words(number: int) -> tuple[int, int]:
     """Low and high 32 bits, as the signed integers that Triton passes in one type whatever their value."""
-    return tuple((number >> shift & partition.MASK) - (number >> shift + 31 & 1) * 2**32 for shift in (0, 32))
+    low, high = ((number >> shift & shuffle.MASK) - (number >> shift + 31 & 1) * 2**32 for shift in (0, 32))
+    return low, high

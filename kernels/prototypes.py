@@ -11,7 +11,7 @@ C_i = Σ_{j∈J_i} T(w_j), S_j = Σ_{i≠j} ω_i z_i and weights ω of the stude
 The row gradient is a by-product of forward. The read-backs run in backward, and not at all where the prototypes are frozen.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -135,7 +135,7 @@ class _Attach(torch.autograd.Function):
     """The loss and the row gradient already computed; the prototypes' gradient still to come."""
 
     @staticmethod
-    def forward(ctx, student, prototypes, loss, gradient, *rest):
+    def forward(ctx: Any, student: Tensor, prototypes: Tensor, loss: Tensor, gradient: Tensor, *rest: Any) -> Tensor:
         *tensors, student_temp, student_temp_tensor, teacher_temp, teacher_temp_tensor, backend = rest
         ctx.save_for_backward(gradient, *tensors, student_temp_tensor, teacher_temp_tensor)
         ctx.plain = student_temp, teacher_temp, backend
@@ -144,7 +144,7 @@ class _Attach(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, upstream: Tensor):
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         gradient, *tensors, student_temp_tensor, teacher_temp_tensor = ctx.saved_tensors
         student_temp, teacher_temp, backend = ctx.plain
         of_student = of_prototypes = None
@@ -197,5 +197,8 @@ def _prototype_gradient(
 
 
 @_prototype_gradient.register_fake
-def _(upstream, student, weight, logsumexp, teacher, weighted, teacher_logsumexp, prototypes, *_):
+def _(
+    upstream: Tensor, student: Tensor, weight: Tensor, logsumexp: Tensor, teacher: Tensor, weighted: Tensor, teacher_logsumexp: Tensor,
+    prototypes: Tensor, *_: Any,
+) -> Tensor:  # fmt: skip
     return prototypes.new_empty(prototypes.shape, dtype=wide_dtype(prototypes))

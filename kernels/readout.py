@@ -3,6 +3,8 @@
 Both are custom ops of plain tensors without autograd; the losses put theirs around them.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -228,9 +230,10 @@ def _memory_readout(
 
 @_memory_readout.register_fake
 def _(
-    rows, memory, partition, block_size, temperature, temperature_tensor, seed, step, step_tensor, backend,
-    values=None, key_bias=None, row_group=None, key_group=None, per_block=False, stored_order=False,
-):  # fmt: skip
+    rows: Tensor, memory: Tensor, partition: Tensor | None, block_size: int, temperature: float, temperature_tensor: Tensor | None,
+    seed: int, step: int, step_tensor: Tensor | None, backend: str, values: Tensor | None = None, key_bias: Tensor | None = None,
+    row_group: Tensor | None = None, key_group: Tensor | None = None, per_block: bool = False, stored_order: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     wide, count = wide_dtype(memory), rows.shape[0]
     width = memory.shape[1] if values is None else values.shape[1]
     sums = (count, memory.shape[0] // block_size) if per_block else (count,)
@@ -268,9 +271,9 @@ def _memory_readback(
 
 @_memory_readback.register_fake
 def _(
-    rows, memory, logsumexp, partition, block_size, temperature, temperature_tensor, seed, step, step_tensor, backend,
-    row_values, *_,
-):  # fmt: skip
+    rows: Tensor, memory: Tensor, logsumexp: Tensor, partition: Tensor | None, block_size: int, temperature: float,
+    temperature_tensor: Tensor | None, seed: int, step: int, step_tensor: Tensor | None, backend: str, row_values: Tensor | None, *_: Any,
+) -> Tensor:  # fmt: skip
     entries = memory.shape[0]
     shape = (entries,) if row_values is None else (entries, row_values.shape[1])
     return memory.new_empty(shape, dtype=wide_dtype(memory))

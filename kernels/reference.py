@@ -122,6 +122,7 @@ def _extended_logits(
     if key_bias is not None:
         logits = logits + _blocks(key_bias, partition, block_size)
     if row_group is not None:
+        assert key_group is not None, "groups of rows and of keys come together"
         logits = logits.masked_fill(row_group[:, None, None] == _blocks(key_group, partition, block_size), -torch.inf)
     return logits
 

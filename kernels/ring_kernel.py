@@ -60,7 +60,7 @@ def enqueue_(memory: Tensor, pointer: Tensor, rows: Tensor, eps: float, enabled:
     rows = rows.contiguous()
     (count, width), entries = rows.shape, memory.shape[0]
     guarded = enabled is not None
-    flag = enabled.view(torch.int8) if guarded else pointer
+    flag = pointer if enabled is None else enabled.view(torch.int8)
     with torch.cuda.device(memory.device) if memory.device.type == "cuda" else contextlib.nullcontext():
         _write_kernel[(count,)](
             memory, pointer, rows, flag, entries, memory.stride(0),

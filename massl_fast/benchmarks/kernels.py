@@ -37,7 +37,7 @@ from massl_fast.hardware import chosen_device, device_slug, processor_name
 from massl_fast.kernels import reference
 from massl_fast.kernels.backends import triton_obstacle
 from massl_fast.kernels.loss import assemble, count_pairs
-from massl_fast.kernels.partition import round_keys, shuffle
+from massl_fast.kernels.shuffle import round_keys, shuffle
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Their ratio is a power of two, so that the attention composition can give all rows one scale without rounding them.

@@ -15,8 +15,9 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
-from massl_fast.config.objectives import SETTINGS
+from massl_fast.config.objectives import SETTINGS, ObjectiveSettings
 from massl_fast.config.registry import shortened
 from massl_fast.config.sections import LOADERS, Section
 from massl_fast.config.whole import DEFAULT_OBJECTIVE, Config
@@ -214,11 +215,11 @@ def _parsed(text: str, origin: str) -> Any:
 
 def _models(objective: str) -> dict[str, type[Section]]:
     """The sections with the model of each, of a run that trains with ``objective``."""
-    models = {name: field.annotation for name, field in Config.model_fields.items()}
-    return {**models, "objective": SETTINGS.get(objective, models["objective"])}
+    models: dict[str, Any] = {name: field.annotation for name, field in Config.model_fields.items()}
+    return {**models, "objective": SETTINGS.get(objective, ObjectiveSettings)}
 
 
-def _sentence(problem: dict[str, Any], settings: dict[str, Any]) -> str:
+def _sentence(problem: ErrorDetails, settings: dict[str, Any]) -> str:
     """One pydantic problem as a sentence that names the key, what was found and what would do."""
     location = [str(part) for part in problem["loc"]]
     key = ".".join(location)

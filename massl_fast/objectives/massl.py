@@ -42,6 +42,9 @@ class MasslObjective(Objective):
 
     memory: Tensor
     pointer: Tensor
+    own_order: Tensor
+    config: Config
+    """Set by ``build``; the parts that a run asks for need it."""
 
     def __init__(
         self,
@@ -74,7 +77,6 @@ class MasslObjective(Objective):
             self.register_buffer("own_order", torch.arange(memory_size, dtype=torch.int32), persistent=False)
             partition_of_step = lambda step: self.own_order  # noqa: E731
         self.partition_of_step = partition_of_step or (lambda step: None)
-        self.config: Config | None = None
 
     @classmethod
     def build(cls, config: Config, precision: Precision, rank: int) -> MasslObjective:
@@ -151,7 +153,7 @@ class MasslObjective(Objective):
         return 4.0 * width * (views + self.teacher_views) * (entries // self.block_size * self.block_size)
 
     @property
-    def backend(self) -> str:
+    def backend(self) -> str:  # type: ignore[override]  # auto depends on where the memory lies by then
         return self.asked_backend if self.asked_backend != "auto" else available_backends(self.memory.device, self.memory.dtype)[0]
 
     def line(self, world_size: int) -> str:
