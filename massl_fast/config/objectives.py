@@ -5,7 +5,7 @@ A new objective adds a model here and names it in ``SETTINGS``; one that lives o
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
@@ -21,11 +21,6 @@ class ObjectiveSettings(Section):
 
     name: str
     """Which objective is trained."""
-
-    if TYPE_CHECKING:
-
-        def __getattr__(self, name: str) -> Any:
-            """``config.objective`` has the keys of the model that ``objective.name`` chose."""
 
     def check(self, config: Config) -> None:
         """Raise ValueError where these settings do not fit together or do not fit ``config``, whose sections are valid by themselves."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import PrivateAttr, SerializeAsAny, field_validator, model_validator
 
@@ -25,6 +25,11 @@ from massl_fast.config.sections import (
 
 DEFAULT_OBJECTIVE = MasslSettings().name
 
+if TYPE_CHECKING:
+    NamedObjective = Any  # which model it is, and so which keys it has, objective.name says when settings are read
+else:
+    NamedObjective = SerializeAsAny[ObjectiveSettings]
+
 
 class Config(Section):
     """A whole run."""
@@ -33,7 +38,7 @@ class Config(Section):
     data: DataSection = DataSection()
     crops: CropsSection = CropsSection()
     model: ModelSection = ModelSection()
-    objective: SerializeAsAny[ObjectiveSettings] = MasslSettings()
+    objective: NamedObjective = MasslSettings()
     optimizer: OptimizerSection = OptimizerSection()
     teacher: TeacherSection = TeacherSection()
     train: TrainSection = TrainSection()

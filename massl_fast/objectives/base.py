@@ -98,8 +98,11 @@ class Objective(nn.Module, ABC):
 
     teacher_views: int = 2
     """T: the teacher sees the first T crops."""
-    backend: str = "PyTorch"
-    """Implementation of the loss, for the banner and the summary."""
+
+    @property
+    def backend(self) -> str:
+        """Implementation of the loss, for the banner and the summary."""
+        return "PyTorch"
 
     @classmethod
     @abstractmethod

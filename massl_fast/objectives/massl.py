@@ -153,7 +153,7 @@ class MasslObjective(Objective):
         return 4.0 * width * (views + self.teacher_views) * (entries // self.block_size * self.block_size)
 
     @property
-    def backend(self) -> str:  # type: ignore[override]  # auto depends on where the memory lies by then
+    def backend(self) -> str:
         return self.asked_backend if self.asked_backend != "auto" else available_backends(self.memory.device, self.memory.dtype)[0]
 
     def line(self, world_size: int) -> str:
