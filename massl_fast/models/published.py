@@ -336,12 +336,12 @@ def _split(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Ten
 def _build_like(arch: str, chosen_args: dict[str, Any], network: Network) -> tuple[nn.Module, list[str]]:
     """(a network of ``arch`` laid out for what the file holds, what had to be assumed for it)."""
     size = timm.get_pretrained_cfg_value(arch, "input_size")[-1] if timm.is_model(arch) else 224
-    backbone = build_backbone(arch, image_size=size, model_args=chosen_args)
-    ours = set(backbone.state_dict())
+    skeleton = _skeleton(arch, size, chosen_args)
+    ours = set(skeleton.state_dict())
     tensors = _renamed(network, ours)[0]
     found = model_args(tensors, ours)
     known = known_heads(network.chosen, tensors)
-    heads, notes = _heads_of(backbone), []
+    heads, notes = _heads_of(skeleton), []
     if heads and "num_heads" not in chosen_args:
         if known and known[0] != heads:
             found["num_heads"] = known[0]
@@ -354,14 +354,22 @@ def _build_like(arch: str, chosen_args: dict[str, Any], network: Network) -> tup
     elif heads and known and known[0] != heads:
         notes.append(f"{arch} is built with {heads} attention heads, as --model-args says. The file's own are {known[0]}: {known[1]}.")
     args = {**found, **chosen_args}
-    if args != chosen_args:
-        backbone = build_backbone(arch, image_size=size, model_args=args)
-    patch, grid = patch_size(backbone), _stored_grid(backbone, tensors)
-    if patch and grid and patch * grid != size:
-        backbone = build_backbone(arch, image_size=patch * grid, model_args=args)
+    if found:
+        skeleton = _skeleton(arch, size, args)
+    patch, grid = patch_size(skeleton), _stored_grid(skeleton, tensors)
+    backbone = build_backbone(arch, image_size=patch * grid if patch and grid else size, model_args=args)
     if isinstance(backbone, SwinTransformer):
         notes += _swin_norms(backbone, network)
     return backbone, notes
+
+
+def _skeleton(arch: str, size: int, args: dict[str, Any]) -> nn.Module:
+    """The network without values, which costs no drawing of random ones; whole where it cannot be built so."""
+    try:
+        with torch.device("meta"):
+            return build_backbone(arch, image_size=size, model_args=args)
+    except ValueError:
+        return build_backbone(arch, image_size=size, model_args=args)
 
 
 def _renamed(network: Network, ours: set[str]) -> tuple[dict[str, Tensor], list[str]]:
