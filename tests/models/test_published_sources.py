@@ -467,7 +467,7 @@ def dino(tmp_path):
     return teacher, tmp_path / "file.pth"
 
 
-@pytest.mark.parametrize(("height", "width"), [(64, 64), (96, 96), (144, 144), (64, 128), (480, 320)])
+@pytest.mark.parametrize(("height", "width"), [(64, 64), (96, 96), (160, 112)])
 @torch.no_grad()
 def test_position_embeddings_as_dinos_code_resamples_them(dino, height, width):
     teacher, path = dino
