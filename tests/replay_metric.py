@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from massl_fast.evaluation.features import Features
+from massl_fast.evaluation.heads import Sweep, correct_of_heads, fit_logistic, train_heads
 from massl_fast.evaluation.kmeans import assign, spherical_kmeans
+from massl_fast.evaluation.knn import knn_accuracy, nearest_neighbours
 from massl_fast.evaluation.layouts.imagenet9 import imagenet_to_nine
 from massl_fast.evaluation.metrics import (
     attention,
@@ -242,6 +246,67 @@ def in9(case: Case) -> dict[str, float]:
     }
 
 
+def knn(case: Case) -> dict[str, float]:
+    """Top 1 by `knn_accuracy`; top 5 from the neighbours that it votes with."""
+    classes = int(case["train_labels"].max()) + 1
+    train, test = (
+        Features(tensor(case[name]), tensor(case[f"{name}_labels"]), torch.arange(len(case[name])), tuple(map(str, range(classes))))
+        for name in ("train", "test")
+    )
+    ks, temperature = case["ks"].tolist(), float(case["temperature"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the largest k exceeds the bank
+        top1 = knn_accuracy(train, test, ks=ks, temperature=temperature)
+    top5 = []
+    for k in ks:
+        similarity, index = nearest_neighbours(test.features, train.features, min(k, len(train.labels)))
+        votes = torch.zeros(len(test.labels), classes).scatter_add_(1, train.labels[index], (similarity / temperature).exp())
+        best = votes.argsort(dim=1, descending=True, stable=True)[:, : min(5, k)]
+        top5.append(100 * (best == test.labels[:, None]).any(1).double().mean())
+    return {"top1": error(list(top1.values()), case["top1"]), "top5": error(top5, case["top5"])}
+
+
+def linear_sweep(case: Case) -> dict[str, float]:
+    features, labels = tensor(case["features"]), tensor(case["labels"])
+    rates = tuple((case["learning_rates"] * int(case["batch_size"]) / 256).tolist())
+    found, losses = train_heads(
+        lambda epoch: features,
+        labels,
+        Sweep(rates),
+        classes=int(labels.max()) + 1,
+        epochs=int(case["epochs"]),
+        batch_size=int(case["batch_size"]),
+        momentum=float(case["momentum"]),
+        order=lambda epoch: tensor(case["order"][epoch]),
+        start=tensor(case["init_weight"]),
+    )
+    width = features.shape[1]
+    accuracy = 100 * correct_of_heads(found, features, labels).double() / len(labels)
+    return {
+        "weight": error(found.weight[:, :, :width], case["weight"]),
+        "bias": error(found.logits(found.padded(torch.zeros(1, width, dtype=features.dtype)))[:, :, 0], case["bias"]),
+        "losses": error(losses, case["losses"]),
+        "train_accuracy": error(accuracy, case["train_accuracy"]),
+    }
+
+
+def logistic(case: Case) -> dict[str, float]:
+    train, labels, test = (tensor(case[name]) for name in ("train", "train_labels", "test"))
+    errors = {}
+    for loss in ("multinomial", "one_vs_rest"):
+        fit = fit_logistic([train], [labels], case["lambdas"].tolist(), classes=6, loss=loss, tolerance=1e-10, most_iterations=20_000)
+        guesses = torch.einsum("nd,lcd->lnc", test, fit.weight[0]).argmax(-1).numpy()
+        accuracy = 100 * (guesses == case["test_labels"]).mean(1)
+        scale = case["lambdas"][:, None, None]
+        # Weights of the flattest optimum are known to a few digits only: a gradient of 1e-10 over a curvature of 2e-6.
+        errors |= {
+            f"{loss}_weight": error(fit.weight[0].numpy() * scale, case[f"{loss}_weight"] * scale),
+            f"{loss}_objective": error(fit.objective[0], case[f"{loss}_objective"]),
+            f"{loss}_accuracy": error(accuracy, case[f"{loss}_accuracy"]),
+        }
+    return errors
+
+
 CASES: dict[str, Callable[[Case], dict[str, float]]] = {
     "attention": heads,
     "backgrounds": in9,
@@ -249,6 +314,9 @@ CASES: dict[str, Callable[[Case], dict[str, float]]] = {
     "copies": copies,
     "correspondence": views,
     "davis_metrics": davis_metrics,
+    "knn": knn,
+    "linear_sweep": linear_sweep,
+    "logistic": logistic,
     "label_propagation": label_propagation,
     "patch_knn": patches,
     "prompt": prompts,

@@ -78,11 +78,23 @@ class Evaluation:
             "versions": versions(),
             **result.more,
         }
+        if args.out is not None:
+            found["pictures"] = write_out(args.out, found, result)
         if args.json:
             print(json.dumps(found))
         else:
             print_table(protocol, result, found)
         return 0
+
+
+def write_out(folder: Path, found: dict[str, Any], result: Result) -> list[dict[str, str]]:
+    """Write result.json and the pictures; returns their files and captions."""
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures = [{"file": f"{picture.name}.jpg", "caption": picture.caption} for picture in result.pictures]
+    for entry, picture in zip(pictures, result.pictures):
+        picture.image.save(folder / entry["file"], quality=90)
+    (folder / "result.json").write_text(json.dumps({**found, "pictures": pictures}, indent=1), encoding="utf-8")
+    return pictures
 
 
 DATA_HELP = (
@@ -108,6 +120,7 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of whatever a protocol draws (default: 0)")
     parser.add_argument("--no-baselines", action="store_true", help="leave out the untrained network and raw pixels")
     parser.add_argument("--plugin", action="append", default=[], metavar="FILE.py", help="Python file of your own that adds evaluations")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for result.json and pictures of the median, best and worst case")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
 
 
@@ -175,6 +188,8 @@ def subject_of(args: argparse.Namespace) -> tuple[Subject, dict[str, Any]]:
         recipe=args.features,
         raw_pixels=not args.no_baselines,
         store=FeatureStore(Path(args.cache), args.cache_dtype) if args.cache else None,
+        size_is_chosen=args.image_size is not None,
+        pictures=args.out is not None,
     )
     if args.cache and args.cache_dtype == "fp16":
         info["notes"] = [*info["notes"], "Features are kept, and evaluated, rounded to fp16."]

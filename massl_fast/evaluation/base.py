@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 if TYPE_CHECKING:
     from massl_fast.evaluation.features import LabelledImages
+    from massl_fast.evaluation.pictures import Picture
     from massl_fast.evaluation.subject import Subject
 
 
@@ -78,6 +79,8 @@ class Result:
     """Figures of papers: who, value, source; only where data and protocol are the benchmark's own."""
     more: dict[str, Any] = field(default_factory=dict)
     """Further entries of the JSON object; plain values."""
+    pictures: list[Picture] = field(default_factory=list)
+    """The median, the best and the worst case, where the subject asks for pictures."""
 
 
 class Protocol(ABC):

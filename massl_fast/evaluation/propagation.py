@@ -81,10 +81,19 @@ def _propagate_rows(
     cosine.masked_fill_(far_columns[None, :, None, None, :], -torch.inf)
     cosine.masked_fill_(far_rows[:, None, None, :, None], -torch.inf)
     cosine = cosine.flatten(2).flatten(0, 1)  # [targets, sources]
-    last = cosine.topk(min(settings.neighbours, cosine.shape[1]), dim=1).values[:, -1:]
-    cosine.masked_fill_(cosine < last, -torch.inf)
-    weights = (cosine / settings.temperature).softmax(1)
-    return (labels[:, :, low:high].flatten(1) @ weights.T).view(-1, bottom - top, width)
+    labels = labels[:, :, low:high].flatten(1)
+    most = settings.neighbours
+    best, index = cosine.topk(min(most + 1, cosine.shape[1]), dim=1)
+    weights = (best[:, :most] / settings.temperature).softmax(1)
+    found = (labels[:, index[:, :most]] * weights).sum(2)
+    if best.shape[1] > most:
+        # Sources as similar as the last that is kept stay, too; this is rare, and only such targets are done over all sources.
+        tied = ((best[:, most] == best[:, most - 1]) & (best[:, most] > -torch.inf)).nonzero()[:, 0]
+        if len(tied):
+            all_of = cosine[tied]
+            all_of.masked_fill_(all_of < best[tied, most - 1, None], -torch.inf)
+            found[:, tied] = labels @ (all_of / settings.temperature).softmax(1).T
+    return found.view(-1, bottom - top, width)
 
 
 def hard_labels(soft: Tensor, scale: int) -> Tensor:

@@ -15,6 +15,7 @@ PROTOCOLS: Registry[tuple[str | type[Protocol], str]] = Registry(
     {
         # name: (module:class, or the class itself; what it measures)
         "knn": ("massl_fast.evaluation.knn:Knn", "weighted k-NN accuracy of a checkpoint"),
+        "video": ("massl_fast.evaluation.video:Video", "video object segmentation by label propagation (DAVIS)"),
     },
 )
 

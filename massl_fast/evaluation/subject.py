@@ -62,12 +62,20 @@ class Subject:
     """Where features are kept between runs; None: nowhere."""
     keep_images: bool = False
     """Hold decoded images of up to 1 GiB in memory for the next evaluation."""
+    size_is_chosen: bool = False
+    """Whether the user chose ``image_size``; if not, a protocol with a published size of its own takes that."""
+    pictures: bool = False
+    """Whether protocols are to draw pictures."""
     option: Callable[[str], str] = "--{}".format
     """How the user writes a setting of that name, for sentences."""
     open_source: Callable[[str, str, str], Source] = open_data
     """(path, setting's name for sentences, role) → source."""
     opened: dict[Any, Any] = field(default_factory=dict)
     """Sources and image sets that are open already, shared by all subjects made of this one."""
+
+    def size_or(self, published: int) -> int:
+        """The side that the user chose, or else the published one."""
+        return self.image_size if self.size_is_chosen else published
 
     def of(self, networks: Mapping[str, nn.Module]) -> Subject:
         """The same for other networks; what is open stays open."""

@@ -36,7 +36,8 @@ def features_of(backbone: nn.Module, images: Tensor, recipe: str) -> Tensor:
     )
     if recipe == "cls4":
         return torch.cat([prefix[:, 0] for _, prefix in layers], dim=1)
-    patches, prefix = layers[-1]
+    # A network without prefix tokens gives no pairs.
+    patches, prefix = layers[-1] if backbone.num_prefix_tokens else (layers[-1], None)
     if recipe == "patches":
         return patches
     if recipe == "mean":
