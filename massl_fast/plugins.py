@@ -12,6 +12,9 @@ import traceback
 from collections.abc import Iterable
 from pathlib import Path
 
+LONGEST_SHOWN = 200
+"""Characters of a path in a sentence."""
+
 
 def load_plugins(paths: Iterable[str | Path]) -> None:
     """Import each file, once per process, under the name of the file.
@@ -26,7 +29,7 @@ def load_plugins(paths: Iterable[str | Path]) -> None:
 
 def _load(path: Path) -> None:
     if not _is_file(path) or path.suffix != ".py":
-        raise ValueError(f"run.plugins names {path}, which is not a Python file here. Name an existing .py file.")
+        raise ValueError(f"run.plugins names {str(path)[:LONGEST_SHOWN]}, which is not a Python file here. Name an existing .py file.")
     path = path.resolve()
     name = path.stem
     if name in sys.modules and getattr(sys.modules[name], "__file__", None) == str(path):

@@ -273,7 +273,7 @@ class EvaluationSection(Section):
     """Evaluate on a fixed random subset of the labelled training images; 0: all."""
     protocols: tuple[str, ...] = ("knn",)
     """Evaluations that are run, by their names in `massl-fast eval`, such as [knn, linear]."""
-    settings: dict[str, dict[str, Any]] = {}
+    settings: dict[str, dict[str, JsonValue]] = {}
     """Settings of evaluations by name, as a YAML mapping: {linear: {epochs: 10}}. What they do not say is as above."""
     best_metric: str = ""
     """Key in metrics.jsonl of the figure by which the best checkpoint is kept, such as linear_teacher_chosen_percent. Empty: the

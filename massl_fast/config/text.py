@@ -111,7 +111,7 @@ def _settings_of(recipe: str, overrides: Sequence[str]) -> tuple[str, dict[str, 
     """(the recipe's name, settings with ``overrides`` on top, notes); plugins are imported."""
     given = parse_overrides(overrides)
     name, settings, notes = _recipe(recipe, ()) if recipe else ("", {}, [])
-    return name, settings, notes + _lay_over(settings, given, "The command line")
+    return name, settings, notes + _lay_over(settings, given, "The command line", by_hand=True)
 
 
 def _recipe(recipe: str, inheriting: tuple[str, ...], folder: Path = Path()) -> tuple[str, dict[str, Any], list[str]]:
@@ -162,11 +162,11 @@ def _layer(settings: dict[str, Any], origin: str, folder: Path) -> Layer:
     return layer
 
 
-def _lay_over(settings: dict[str, Any], layer: Layer, origin: str) -> list[str]:
+def _lay_over(settings: dict[str, Any], layer: Layer, origin: str, *, by_hand: bool = False) -> list[str]:
     """Put ``layer`` over ``settings``; returns notes.
 
     Plugins come first, as they say which objectives there are. Where the layer names another objective than the settings below it, keys
-    that only the other objective has are left out.
+    that only the other objective has are left out; a note says so where that was done ``by_hand`` rather than by a recipe's author.
     """
     layer, notes = with_new_names(layer, origin)
     for path, value in layer:
@@ -179,7 +179,7 @@ def _lay_over(settings: dict[str, Any], layer: Layer, origin: str) -> list[str]:
         left_out = [key for key in below if key not in SETTINGS[named[-1]].model_fields]
         for key in left_out:
             del below[key]
-        if left_out:
+        if left_out and by_hand:
             notes.append(f"objective.name is {named[-1]}: {', '.join(left_out)}, which the recipe sets for {before}, are left out.")
     for path, value in layer:
         place = settings
