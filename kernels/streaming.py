@@ -3,16 +3,18 @@
 Read-out: all rows, student and teacher together, pass over the memory once. A tile of entries is gathered, multiplied with the rows,
 exponentiated against a running row maximum, and multiplied again as values: one load serves both products. Read-back: the same tile stays
 while the rows pass, and is written once. Nothing of size rows × K exists, no operation synchronises, and any temperature or row norm is
-safe because the maximum is the true one.
+safe because the maximum is the true one. On a CPU PyTorch's flash attention does the same in fewer passes (kernels/flash.py).
 
 Half-precision tiles are widened to float32 on the CPU; on a GPU both products use the tensor cores and return float32.
 """
 
 import math
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+
+from massl_fast.kernels import flash
+from massl_fast.kernels.tiles import gather, tiles
 
 # Rows × entries of one tile of logits. CPU: 2 MB of float32 stay in the cache between the two products. GPU: 64 MB, few launches.
 CPU_TILE = (1024, 2**19)
@@ -42,6 +44,8 @@ def memory_readout(
     they lie; ``inverse_temperature`` [R], 1/τ of each row, and ``key_bias`` [K] in the dtype of the result. Autocast stays outside: it
     would narrow the products again.
     """
+    if key_bias is None and row_group is None and (values is None or values.shape[1] == rows.shape[1]) and flash.obstacle(rows) is None:
+        return flash.memory_readout(rows, memory, partition, block_size, inverse_temperature, values, per_block)
     wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
     on_cpu = rows.device.type == "cpu"
     most_rows, most_logits = CPU_TILE if on_cpu else GPU_TILE
@@ -61,16 +65,16 @@ def memory_readout(
         tile_size = min(block_size, max(64, most_logits // x.shape[0]))
         for block in range(blocks):
             pivot = total = sums = None
-            for where in _tiles(partition, block, block_size, tile_size):
-                keys = _gather(memory, where).to(narrow)  # [t, D]
-                tile = keys if values is None else _gather(values, where).to(narrow)  # [t, Dv]
+            for where in tiles(partition, block, block_size, tile_size):
+                keys = gather(memory, where).to(narrow)  # [t, D]
+                tile = keys if values is None else gather(values, where).to(narrow)  # [t, Dv]
                 logits = _product(x, keys.T, wide)  # [r, t]
                 if scale is not None:
                     logits.mul_(scale)
                 if key_bias is not None:
-                    logits.add_(_gather(key_bias, where))
+                    logits.add_(gather(key_bias, where))
                 if row_group is not None:
-                    logits.masked_fill_(row_group[part, None] == _gather(key_group, where), -torch.inf)
+                    logits.masked_fill_(row_group[part, None] == gather(key_group, where), -torch.inf)
                 tile_pivot = logits.amax(1, keepdim=True).sub_(headroom)
                 if masked:
                     tile_pivot.clamp_(min=least)  # -inf less -inf is no number
@@ -127,6 +131,12 @@ def memory_readback(
     result = rows.new_zeros((memory.shape[0], given.shape[1]), dtype=wide) if add_to is None else add_to
     if rows.shape[0] == 0:
         return result if row_values is not None else result.squeeze(1)
+    if row_values is not None and row_values.shape[1] == rows.shape[1] and row_group is None and flash.obstacle(rows) is None:
+        flash.memory_readback(
+            rows, memory, logsumexp, partition, block_size, inverse_temperature, row_values, row_weight, key_bias, result,
+            added=add_to is not None,
+        )  # fmt: skip
+        return result
     x, scale = rows.to(narrow), inverse_temperature
     if narrow == wide:
         x, scale = x * scale[:, None], None
@@ -137,10 +147,10 @@ def memory_readback(
             # float16 holds no weight of a mean over many rows: bring the largest to 1
             size = y.abs().amax().clamp_(min=torch.finfo(wide).tiny) if narrow == torch.float16 else None
             y = y if size is None else y / size
-        for where in _tiles(partition, block, block_size, tile_size):
-            keys = _gather(memory, where).to(narrow)  # [t, D]
-            bias = None if key_bias is None else _gather(key_bias, where)[:, None]
-            group = None if key_group is None else _gather(key_group, where)[:, None]
+        for where in tiles(partition, block, block_size, tile_size):
+            keys = gather(memory, where).to(narrow)  # [t, D]
+            bias = None if key_bias is None else gather(key_bias, where)[:, None]
+            group = None if key_group is None else gather(key_group, where)[:, None]
             sums = None  # [t, Dv]
             for start in range(0, rows.shape[0], most_rows):
                 part = slice(start, start + most_rows)
@@ -165,17 +175,6 @@ def memory_readback(
             else:
                 result.index_copy_(0, where.long(), sums)
     return result if row_values is not None else result.squeeze(1)
-
-
-def _tiles(partition: Tensor | None, block: int, block_size: int, tile_size: int) -> Iterator[slice | Tensor]:
-    """Where the entries of a block lie, a tile at a time: indices, or a slice where blocks are made of entries as they lie."""
-    for start in range(block * block_size, (block + 1) * block_size, tile_size):
-        tile = slice(start, min(start + tile_size, (block + 1) * block_size))
-        yield tile if partition is None else partition[tile]
-
-
-def _gather(of_entries: Tensor, where: slice | Tensor) -> Tensor:
-    return of_entries[where] if isinstance(where, slice) else of_entries.index_select(0, where)
 
 
 def _product(a: Tensor, b: Tensor, wide: torch.dtype) -> Tensor:

@@ -25,7 +25,7 @@ from massl_fast.data.loaders import views_of
 from massl_fast.distributed.world import World
 from massl_fast.engine.build import build_objective, build_pair
 from massl_fast.engine.flops import step_flops
-from massl_fast.kernels import streaming
+from massl_fast.kernels import flash, streaming
 from massl_fast.models import packed
 from massl_fast.models.flops import backbone_flops
 from massl_fast.models.precision import Precision, choose_precision
@@ -183,7 +183,8 @@ def kernel_workspace(config: Config, device_batch: int, backend: str, device_typ
     """Bytes that the loss's operator takes and gives back, beside its results, at most.
 
     triton: at most two programs a multiprocessor, each with one partial result, and one more for every pair of row tile and block.
-    streaming: a tile of logits (on a GPU in 16 bits, too) and of entries; rows stacked and scaled; the partition's 64-bit positions.
+    streaming: a tile of logits (on a GPU in 16 bits, too) and of entries; rows stacked and scaled; the partition's 64-bit positions. By
+    flash attention (a CPU): a chunk of entries and read-outs of two chunks for each of its parts.
     """
     objective, width = config.objective, config.model.embedding_dim
     rows = (config.crops.num_local + 2 + objective_class(objective.name).teacher_views) * device_batch
@@ -197,6 +198,9 @@ def kernel_workspace(config: Config, device_batch: int, backend: str, device_typ
     entries = min(objective.block_size, max(64, most_logits // tile_rows))
     tile = entries * (tile_rows * (4 if device_type == "cpu" else 6) + width * 8)
     partition = objective.memory_size * 8 * 6 if objective.partition == "stochastic" else 0
+    if device_type == "cpu" and flash.OPERATOR is not None:
+        parts = min(torch.get_num_threads(), flash.MOST_PARTS)
+        tile = min(objective.block_size, parts * flash.CHUNK) * width * 8 + 2 * parts * tile_rows * (width + 1) * 4
     return max(tile + tile_rows * width * 8 + 3 * results, partition)
 
 
