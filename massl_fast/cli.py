@@ -23,6 +23,7 @@ COMMANDS = {
     "report": ("massl_fast.commands.report", "render report.html of a run again"),
     "inspect": ("massl_fast.kernels.machine_code", "kernel resources, compiled here, no GPU needed"),
     "bench kernels": ("massl_fast.benchmarks.kernels", "time loss, readout, enqueue and partition beside their peers"),
+    "bench objectives": ("massl_fast.benchmarks.objectives", "time the other losses beside the published way"),
     "bench loader": ("massl_fast.benchmarks.loader", "time the loaders alone"),
     "bench step": ("massl_fast.benchmarks.step", "time a training step on random crops, part by part"),
     "bench train": ("massl_fast.benchmarks.train", "time loader and model together and alone, and say what bounds the run"),

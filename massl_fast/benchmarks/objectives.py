@@ -1,0 +1,448 @@
+"""``massl-fast bench objectives``: the losses of DINO, iBOT, CARP, MoCo-v3 and the Sinkhorn-Knopp bias beside the published way.
+
+The published way holds the logits: plain PyTorch, written after the losses' published code (a log-softmax per pair in DINO, all patches in
+iBOT, a product per pair in CARP). "reference" is the same mathematics with every logit made once and masked rows alone, the stricter
+baseline. A call is loss and gradients, of student rows and of prototypes; of Sinkhorn-Knopp the bias, or the assignment.
+
+Errors are the largest of a tensor relative to its largest value, against float64. Time, extra memory and rounds are those of
+``massl-fast bench kernels``; the results of a call are counted apart, for a gradient of [K, D] is the parameter's own and no way can do
+without it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import functools
+import gc
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import median
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from massl_fast import kernels
+from massl_fast.benchmarks import records
+from massl_fast.benchmarks.intervals import spread_percent
+from massl_fast.benchmarks.kernels import COPIES, COPY, DTYPES, MATRIX, RESULTS, _slug, _status, machine_calls, time_variants
+from massl_fast.hardware import chosen_device
+from massl_fast.kernels.backends import triton_obstacle
+
+PUBLISHED, REFERENCE = "published way", "reference"
+OURS = ("triton", "streaming")
+MASKED = 0.15  # share of patches, iBOT's mean
+Inputs = dict[str, Tensor]
+Call = Callable[[Inputs], tuple[Tensor, ...]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One loss at one shape; letters as in docs/kernels.md. ``rows``: patches of all views (ibot), queries of a view (moco_v3), rows."""
+
+    loss: str
+    V: int
+    T: int
+    N: int
+    D: int
+    K: int
+    block: int
+    rows: int
+    dtype: str
+
+    @property
+    def products(self) -> tuple[float, float]:
+        """Products of one row with all keys, 2·D·K operations each, of our way and with logits held."""
+        V, T, N = self.V, self.T, self.N
+        return {
+            "dino": (4 * (V + T) * N, (3 * V + T) * N),
+            "ibot": (8 * round(MASKED * self.rows), 4 * self.rows),
+            "carp": ((4 * V + 2 * T) * N, (3 * V + T) * N),
+            "moco_v3": (4 * self.rows, 4 * self.rows),
+            "sinkhorn": (5 * self.rows, self.rows),
+        }[self.loss]
+
+
+# At the published sizes of one GPU, but for N: 16 images (CARP 32) keep the published way within a workstation's memory.
+CASES = (
+    Case("dino", 10, 2, 16, 256, 65536, 65536, 0, "float32"),
+    Case("ibot", 2, 2, 16, 256, 8192, 8192, 2 * 16 * 196, "float32"),
+    Case("carp", 8, 2, 32, 256, 65536, 512, 0, "float32"),
+    Case("moco_v3", 2, 2, 0, 256, 1024, 1024, 128, "float32"),
+    Case("sinkhorn", 0, 1, 0, 256, 65536, 65536, 128, "float32"),
+)
+QUICK = {
+    "dino": dict(N=2, K=2048, block=2048),
+    "ibot": dict(K=512, block=512, rows=400),
+    "carp": dict(N=2, K=2048, block=128),
+    "sinkhorn": dict(K=2048, block=2048),
+}
+STUDENT_TEMP, TEACHER_TEMP, ITERATIONS = 0.1, 0.04, 3
+
+
+def make_inputs(case: Case, seed: int, device: torch.device) -> Inputs:
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def unit(*shape: int) -> Tensor:
+        rows = torch.randn(*shape, case.D, device=device, generator=generator)
+        return F.normalize(rows, dim=-1).to(DTYPES[case.dtype])
+
+    def random(*shape: int) -> Tensor:
+        return torch.rand(shape, device=device, generator=generator)
+
+    if case.loss in ("moco_v3", "sinkhorn"):
+        return dict(student=unit(*([2] if case.loss == "moco_v3" else []), case.rows), prototypes=unit(case.K), teacher=unit(2, case.K))
+    length = 9.0 if case.loss == "carp" else 1.0  # of rows from the published head at its start
+    shape = (case.rows,) if case.loss == "ibot" else (case.V, case.N)
+    teacher_shape = (case.rows,) if case.loss == "ibot" else (case.T, case.N)
+    found = dict(
+        student=length * unit(*shape), teacher=length * unit(*teacher_shape), prototypes=unit(case.K), teacher_prototypes=unit(case.K)
+    )  # fmt: skip
+    if case.loss == "carp":
+        return found | dict(partition=torch.randperm(case.K, device=device, generator=generator).int())
+    found |= dict(bias=random(case.K) - 0.5)
+    if case.loss == "ibot":
+        order = torch.randperm(case.rows, device=device, generator=generator)
+        found |= dict(masked=order[: round(MASKED * case.rows)].sort().values)
+    return found
+
+
+# The ways: functions of the inputs
+
+
+def variants(case: Case, device: torch.device) -> tuple[dict[str, Call], dict[str, str]]:
+    """The ways of a case by name, the baseline first, and why others cannot run here."""
+    ours = dict(dino=_dino, ibot=_ibot, carp=_carp, moco_v3=_moco_v3, sinkhorn=_sinkhorn)[case.loss]
+    published = dict(
+        dino=_published_dino, ibot=_published_ibot, carp=_published_carp, moco_v3=_published_moco_v3, sinkhorn=_published_sinkhorn
+    )[case.loss]
+    found: dict[str, Call] = {PUBLISHED: functools.partial(published, case=case)}
+    for backend in ("reference", "streaming"):
+        found[backend] = functools.partial(ours, case=case, backend=backend)
+    operation = "partition_consistency" if case.loss == "carp" else "memory_readback"
+    obstacle = "it needs a GPU, and there is none here" if device.type != "cuda" else None
+    obstacle = obstacle or triton_obstacle(device, DTYPES[case.dtype], case.D, operation)
+    if obstacle is None:
+        found["triton"] = functools.partial(ours, case=case, backend="triton")
+        return found, {}
+    return found, {"triton": obstacle.removesuffix(".")}
+
+
+def _differentiate(inputs: Inputs, function: Callable[..., Tensor], *names: str) -> tuple[Tensor, ...]:
+    """Loss and its gradients with respect to the inputs named."""
+    leaves = {name: inputs[name].detach().requires_grad_() for name in names}
+    loss = function(inputs | leaves)
+    return loss.detach(), *torch.autograd.grad(loss, list(leaves.values()))
+
+
+def _dino(inputs: Inputs, case: Case, backend: str) -> tuple[Tensor, ...]:
+    def loss(i: Inputs) -> Tensor:
+        return kernels.prototype_cross_entropy(
+            i["student"], i["teacher"], i["prototypes"], i["teacher_prototypes"],
+            key_bias=i["bias"], student_temp=STUDENT_TEMP, teacher_temp=TEACHER_TEMP, backend=backend,
+        ).loss  # fmt: skip
+
+    return _differentiate(inputs, loss, "student", "prototypes")
+
+
+def _published_dino(inputs: Inputs, case: Case) -> tuple[Tensor, ...]:
+    def loss(i: Inputs) -> Tensor:
+        student = (i["student"] @ i["prototypes"].T) / STUDENT_TEMP
+        with torch.no_grad():
+            teacher = F.softmax((i["teacher"] @ i["teacher_prototypes"].T) / TEACHER_TEMP + i["bias"], dim=-1)
+        terms = [
+            torch.sum(-target * F.log_softmax(prediction, dim=-1), dim=-1).mean()
+            for j, target in enumerate(teacher)
+            for i, prediction in enumerate(student)
+            if i != j
+        ]
+        return sum(terms) / len(terms)
+
+    return _differentiate(inputs, loss, "student", "prototypes")
+
+
+def _ibot(inputs: Inputs, case: Case, backend: str) -> tuple[Tensor, ...]:
+    """The masked patches alone: the gradient of the others is zero."""
+
+    def loss(i: Inputs) -> Tensor:
+        rows = i["masked"]
+        return kernels.prototype_cross_entropy(
+            i["student"].index_select(0, rows), i["teacher"].index_select(0, rows), i["prototypes"], i["teacher_prototypes"],
+            key_bias=i["bias"], student_temp=STUDENT_TEMP, teacher_temp=TEACHER_TEMP, pairs="same row", backend=backend,
+        ).loss  # fmt: skip
+
+    return _differentiate(inputs, loss, "student", "prototypes")
+
+
+def _published_ibot(inputs: Inputs, case: Case) -> tuple[Tensor, ...]:
+    """All patches through both sides, the mask on their losses."""
+
+    def loss(i: Inputs) -> Tensor:
+        mask = torch.zeros(case.rows, device=i["student"].device).index_fill_(0, i["masked"], 1)
+        student = (i["student"] @ i["prototypes"].T) / STUDENT_TEMP
+        with torch.no_grad():
+            teacher = F.softmax((i["teacher"] @ i["teacher_prototypes"].T) / TEACHER_TEMP + i["bias"], dim=-1)
+        rows = torch.sum(-teacher * F.log_softmax(student, dim=-1), dim=-1)
+        return (rows * mask).sum() / mask.sum()
+
+    return _differentiate(inputs, loss, "student", "prototypes")
+
+
+def _carp(inputs: Inputs, case: Case, backend: str) -> tuple[Tensor, ...]:
+    def loss(i: Inputs) -> Tensor:
+        return kernels.partition_consistency(
+            i["student"], i["teacher"], i["prototypes"], i["teacher_prototypes"],
+            block_size=case.block, partition=i["partition"], backend=backend,
+        ).loss  # fmt: skip
+
+    return _differentiate(inputs, loss, "student", "prototypes")
+
+
+def _published_carp(inputs: Inputs, case: Case) -> tuple[Tensor, ...]:
+    def loss(i: Inputs) -> Tensor:
+        def probabilities(rows: Tensor, keys: Tensor) -> Tensor:
+            kept = i["partition"][: case.K // case.block * case.block]
+            return F.softmax((rows @ keys.T)[..., kept].unflatten(-1, (-1, case.block)), dim=-1)
+
+        student = probabilities(i["student"], i["prototypes"])
+        with torch.no_grad():
+            teacher = probabilities(i["teacher"], i["teacher_prototypes"])
+        least = torch.finfo(torch.float32).eps
+        terms = [
+            -torch.sum(s * t, dim=-1).clamp(least, 1 - least).log().mean()
+            for k, s in enumerate(student)
+            for j, t in enumerate(teacher)
+            if k != j
+        ]
+        mean = torch.cat((student, teacher)).mean((0, 1))
+        entropy = torch.log(torch.tensor(float(case.block))) + (mean * mean.clamp(least, 1 - least).log()).sum(-1).mean()
+        return sum(terms) / len(terms) + entropy
+
+    return _differentiate(inputs, loss, "student", "prototypes")
+
+
+def _moco_v3(inputs: Inputs, case: Case, backend: str) -> tuple[Tensor, ...]:
+    def loss(i: Inputs) -> Tensor:
+        own = torch.arange(case.rows, device=i["student"].device)
+        return sum(kernels.contrast(i["student"][a], i["teacher"][1 - a], own, temperature=0.2, backend=backend).loss for a in range(2))
+
+    return _differentiate(inputs, loss, "student")
+
+
+def _published_moco_v3(inputs: Inputs, case: Case) -> tuple[Tensor, ...]:
+    def loss(i: Inputs) -> Tensor:
+        own = torch.arange(case.rows, device=i["student"].device)
+        query, key = F.normalize(i["student"], dim=-1), F.normalize(i["teacher"], dim=-1)
+        return sum(F.cross_entropy(query[a] @ key[1 - a].T / 0.2, own) for a in range(2))
+
+    return _differentiate(inputs, loss, "student")
+
+
+def _sinkhorn(inputs: Inputs, case: Case, backend: str) -> tuple[Tensor, ...]:
+    return (kernels.sinkhorn_bias(inputs["student"], inputs["prototypes"], temperature=0.07, iterations=ITERATIONS, backend=backend),)
+
+
+@torch.no_grad()
+def _published_sinkhorn(inputs: Inputs, case: Case) -> tuple[Tensor, ...]:
+    """The assignment itself, [R, K]."""
+    q = torch.exp((inputs["student"] @ inputs["prototypes"].T).float() / 0.07).t()
+    q /= q.sum()
+    for _ in range(ITERATIONS):
+        q /= q.sum(dim=1, keepdim=True)
+        q /= len(q)
+        q /= q.sum(dim=0, keepdim=True)
+        q /= q.shape[1]
+    q *= q.shape[1]
+    return (q.t(),)
+
+
+# Correctness
+
+
+def truth(case: Case, inputs: Inputs) -> tuple[Tensor, ...]:
+    """The reference in float64."""
+    wide = {name: value.double() if value.is_floating_point() else value for name, value in inputs.items()}
+    return _comparable(case, inputs, variants(case, inputs["student"].device)[0][REFERENCE](wide))
+
+
+def _comparable(case: Case, inputs: Inputs, results: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Of Sinkhorn-Knopp the assignment, which constants in the bias do not change."""
+    if case.loss != "sinkhorn" or results[0].ndim == 2:
+        return results
+    logits = inputs["student"].double() @ inputs["prototypes"].double().T / 0.07
+    return ((logits + results[0].double()).softmax(1),)
+
+
+def errors(case: Case, calls: dict[str, Call], device: torch.device) -> dict[str, tuple[float, ...]]:
+    """Relative errors of each way's results, in their order."""
+    inputs = make_inputs(case, 0, device)
+    right, found = truth(case, inputs), {}
+    for name, call in calls.items():
+        results = _comparable(case, inputs, call(inputs))
+        found[name] = tuple(float((r.double() - t).abs().max() / t.abs().max()) for r, t in zip(results, right))
+    return found
+
+
+def excess(case: Case, found: dict[str, tuple[float, ...]]) -> dict[str, str]:
+    """Which of our ways err more than twice as much as the better of the two baselines' worse result allows, and by how much."""
+    unit = torch.finfo(DTYPES[case.dtype]).eps
+    wrong = {}
+    for name in (n for n in OURS if n in found):
+        allowed = [max(2 * max(pair), 4 * unit) for pair in zip(found[PUBLISHED], found[REFERENCE])]
+        if any(error > most for error, most in zip(found[name], allowed)):
+            wrong[name] = f"errors {_scientific(found[name])}, more than the {_scientific(allowed)} that twice the baselines' allow"
+    return wrong
+
+
+# Memory
+
+
+def extra_bytes(case: Case, name: str, device: torch.device) -> tuple[int, int]:
+    """(what a second call needs beyond its inputs, what of it are results), in bytes."""
+    if device.type == "cpu":
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as executor:  # nothing of this process's pools is reused
+            return executor.submit(_growth, case, name, torch.get_num_threads()).result()
+    call, inputs = variants(case, device)[0][name], make_inputs(case, 0, device)
+    call(inputs)
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    results = call(inputs)
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before, _bytes(results)
+
+
+def _growth(case: Case, name: str, threads: int) -> tuple[int, int]:
+    torch.set_num_threads(threads)
+    device = torch.device("cpu")
+    call, inputs = variants(case, device)[0][name], make_inputs(case, 0, device)
+    call(inputs)
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _status("VmRSS")
+    results = call(inputs)
+    return max(0, _status("VmHWM") - before), _bytes(results)
+
+
+def _bytes(results: tuple[Tensor, ...]) -> int:
+    return sum(r.untyped_storage().nbytes() for r in results)
+
+
+# The command
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    names = [case.loss for case in CASES]
+    parser.add_argument("--losses", nargs="+", default=names, choices=names, help="which losses (default: all)")
+    parser.add_argument("--images", type=int, default=0, help="N of dino and carp (default: 16 and 32)")
+    parser.add_argument("--dtype", default="float32", choices=list(DTYPES), help="of rows and prototypes (default: float32)")
+    parser.add_argument("--rounds", type=int, default=0, help="calls of each way (default: 30 on a GPU, else 5)")
+    parser.add_argument("--quick", action="store_true", help="small shapes, 3 rounds: does it run")
+    parser.add_argument("--device", default="", help="device (default: the GPU, else the CPU)")
+    parser.add_argument(
+        "--output", default="", help=f"file to append records to (default: {RESULTS}/DEVICE/objectives.jsonl; none: nowhere)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    device = chosen_device(args.device)
+    if args.rounds < 0 or args.images < 0:
+        raise ValueError(f"--rounds and --images take no negative number; found {args.rounds} and {args.images}.")
+    rounds = args.rounds or (3 if args.quick else 30 if device.type == "cuda" else 5)
+    output = args.output or str(RESULTS / _slug(device) / "objectives.jsonl")
+    if output != "none":
+        records.check_writable(output)
+    wrong = 0
+    for case in (c for c in CASES if c.loss in args.losses):
+        changes = dict(QUICK.get(case.loss, {})) if args.quick else {}
+        if args.images and case.N and case.loss != "ibot":
+            changes["N"] = args.images
+        rows, mistakes = measure(replace(case, **changes, dtype=args.dtype), rounds, device)
+        wrong += len(mistakes)
+        if output != "none" and rows:
+            records.append(output, rows)
+    if wrong:
+        print(f"{wrong} results are wrong; they have no time.")
+    return int(wrong > 0)
+
+
+def measure(case: Case, rounds: int, device: torch.device) -> tuple[list[dict], dict[str, str]]:
+    """Records of all ways of a case, printed as they come, and what was wrong."""
+    print("\n" + ", ".join(f"{key} {value}" for key, value in asdict(case).items() if value))
+    calls, missing = variants(case, device)
+    found = errors(case, calls, device)
+    mistakes = excess(case, found)
+    for name, why in missing.items():
+        print(f"  {name:<16} not measured: {why}")
+    for name, why in mistakes.items():
+        print(f"  {name:<16} WRONG: {why}")
+    timed = {name: call for name, call in calls.items() if name not in mistakes}
+    machine, work = machine_calls(DTYPES[case.dtype], device)
+    samples = time_variants(timed | machine, [make_inputs(case, seed, device) for seed in range(COPIES)], rounds, device)
+    walls = {name: [wall for wall, _ in pairs] for name, pairs in samples.items()}
+    rates = {name: [amount / wall for wall in walls[name]] for name, amount in work.items()}
+    print(f"  {MATRIX} {median(rates[MATRIX]) / 1e12:.3f} TFLOP/s, {COPY} {median(rates[COPY]) / 1e9:.1f} GB/s")
+    print(f"  {'way':<16}{'ms':>10}{'spread':>8}{'× first':>9}{'× CPU':>8}{'% rate':>8}{'extra MiB':>11}{'results':>9}  errors")
+    rows = []
+    for name in timed:
+        rows.append(_record(case, name, samples, rates, found[name], extra_bytes(case, name, device), rounds, device))
+        _print(rows[-1], name, found[name])
+    return rows, mistakes
+
+
+def _record(
+    case: Case,
+    name: str,
+    samples: dict[str, list[tuple[float, float]]],
+    rates: dict[str, list[float]],
+    error: tuple[float, ...],
+    memory: tuple[int, int],
+    rounds: int,
+    device: torch.device,
+) -> dict:
+    times, baseline = samples[name], samples[PUBLISHED]
+    walls = [wall for wall, _ in times]
+    operations = 2 * case.D * case.K * case.products[name in (PUBLISHED, REFERENCE)]
+    if case.loss == "ibot" and name == REFERENCE:
+        operations *= MASKED
+    figures = {
+        "time": records.figure([1e3 * wall for wall in walls], "ms", "lower"),
+        "time ratio": records.figure([wall / first for wall, (first, _) in zip(walls, baseline)], "×", "lower"),
+        "error": records.figure(error[0], "relative", "lower"),
+        "share of the matrix rate": records.figure([100 * operations / w / r for w, r in zip(walls, rates[MATRIX])], "%", "higher"),
+        "extra memory": records.figure(memory[0] / 2**20, "MiB", "lower"),
+        "results": records.figure(memory[1] / 2**20, "MiB", exact=True),
+        MATRIX: records.figure([rate / 1e12 for rate in rates[MATRIX]], "TFLOP/s"),
+        COPY: records.figure([rate / 1e9 for rate in rates[COPY]], "GB/s"),
+    }
+    if error[1:]:
+        figures["error of gradients"] = records.figure(max(error[1:]), "relative", "lower")
+    if device.type == "cpu":
+        figures["processor time"] = records.figure([1e3 * processor for _, processor in times], "ms", "lower")
+        ratios = [mine / first for (_, mine), (_, first) in zip(times, baseline) if first]
+        if ratios:
+            figures["processor time ratio"] = records.figure(ratios, "×", "lower")
+    details = {"operations": operations, "threads": torch.get_num_threads(), "rounds": rounds}
+    return records.record("objectives", asdict(case) | {"variant": name, "device": device.type}, figures, details)
+
+
+def _print(row: dict, name: str, error: tuple[float, ...]) -> None:
+    def value(key: str, form: str) -> str:
+        return format(row["figures"][key]["median"], form) if key in row["figures"] else "–"
+
+    print(
+        f"  {name:<16}{value('time', '.2f'):>10}{spread_percent(row['figures']['time']['samples']):>7.0f}%{value('time ratio', '.3f'):>9}"
+        f"{value('processor time ratio', '.3f'):>8}{value('share of the matrix rate', '.0f'):>8}{value('extra memory', '.1f'):>11}"
+        f"{value('results', '.1f'):>9}  {_scientific(error)}",
+        flush=True,
+    )
+
+
+def _scientific(values: Sequence[float]) -> str:
+    return "/".join(f"{value:.1e}" for value in values)
