@@ -32,6 +32,8 @@ from massl_fast.plugins import load_plugins
 UNTRAINED = "untrained"
 UNTRAINED_SEED = 0
 NAMES_SHOWN = 5
+WIDEST_TABLE = 6
+"""Figures that are columns; more are rows."""
 
 
 class Evaluation:
@@ -229,12 +231,19 @@ def print_table(protocol: Protocol, result: Result, found: dict[str, Any]) -> No
     """The table that a person reads: a row per network, a column per figure, then sentences."""
     console = Console(highlight=False)
     table = Table()
-    table.add_column("features of")
     figures = protocol.figures()
-    for figure in figures:
-        table.add_column(figure.title, justify="right")
-    for name, values in result.results.items():
-        table.add_row(name, *(_shown(values.get(figure.key)) for figure in figures))
+    if len(figures) <= WIDEST_TABLE:
+        table.add_column("features of")
+        for figure in figures:
+            table.add_column(figure.title, justify="right")
+        for name, values in result.results.items():
+            table.add_row(name, *(_shown(values.get(figure.key)) for figure in figures))
+    else:
+        table.add_column("")
+        for name in result.results:
+            table.add_column(name, justify="right")
+        for figure in figures:
+            table.add_row(figure.title, *(_shown(values.get(figure.key)) for values in result.results.values()))
     say = partial(console.print, markup=False, soft_wrap=True)
     for assumption in found["assumed"]:
         say(assumption)

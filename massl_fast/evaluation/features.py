@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from massl_fast.data.crops import View, draw, sample_generator
 from massl_fast.data.decode import UnreadableImage, decode_rgb
 from massl_fast.data.torchvision_loader import worker_arguments
 
@@ -150,8 +151,11 @@ class LabelledImages(Dataset):
             image = decode_rgb(self.source.read(position), self.source.name(position))
         except (UnreadableImage, OSError):
             return torch.zeros(3, self.image_size, self.image_size, dtype=torch.uint8), False
-        pixels = np.array(resize_and_crop(image, self.image_size, self.resize_ratio))
-        return torch.from_numpy(pixels).permute(2, 0, 1), True
+        return self.pixels(image, position), True
+
+    def pixels(self, image: Image.Image, position: int) -> Tensor:
+        """uint8 [3, S, S] of an upright image."""
+        return torch.from_numpy(np.array(resize_and_crop(image, self.image_size, self.resize_ratio))).permute(2, 0, 1)
 
     def batches(
         self, batch_size: int, num_workers: int = 0, *, keep: bool = False, first_batch: int = 0
@@ -173,6 +177,57 @@ class LabelledImages(Dataset):
             yield batch
         if kept:
             self.kept = tuple(torch.cat(column) for column in zip(*kept))
+
+
+class AugmentedImages(LabelledImages):
+    """One augmented view of every image: random resized crop (8 % to all of the area, bilinear) and flip, as linear probes train on.
+
+    Which crop an image gets depends on (seed, view, its position) alone.
+    """
+
+    def __init__(self, source: Source, image_size: int, *, view: int, seed: int = 0, **arguments: Any):
+        super().__init__(source, image_size, **arguments)
+        self.view, self.seed = view, seed
+        self._undergoes = View(size=image_size, scale=(0.08, 1.0), jitter_probability=0, grayscale_probability=0)
+
+    def geometry(self) -> dict[str, Any]:
+        return {**super().geometry(), "view": self.view, "seed": self.seed}
+
+    def pixels(self, image: Image.Image, position: int) -> Tensor:
+        drawn = draw(self._undergoes, sample_generator(self.seed, self.view, position, stream=2), *image.size)
+        box = torch.from_numpy(np.array(image))[drawn.top : drawn.top + drawn.height, drawn.left : drawn.left + drawn.width]
+        side = (self.image_size, self.image_size)
+        resized = F.interpolate(box.permute(2, 0, 1)[None], size=side, mode="bilinear", antialias=True)[0]
+        return resized.flip(2) if drawn.flip else resized.contiguous()
+
+
+def truth_of(train: Features, test: Features, who: str) -> Tensor:
+    """Labels [n] of the test images in the numbering of `train.classes`; classes are matched by name. `who` names the protocol.
+
+    Raises:
+        ValueError: features that are not finite or of different widths, a test class that no training image has.
+    """
+    if train.features.shape[1] != test.features.shape[1]:
+        raise ValueError(
+            f"Training features have {train.features.shape[1]} dimensions, test features {test.features.shape[1]}; "
+            f"both must come from the same network."
+        )
+    for name, part in (("training", train), ("test", test)):
+        broken = int((~part.features.isfinite().all(1)).sum())
+        if broken:
+            raise ValueError(
+                f"The network gives features that are not finite for {broken} of {len(part.labels)} {name} images; "
+                f"it has diverged, or its precision is too low. Evaluate an earlier checkpoint, or in fp32."
+            )
+    present = {train.classes[i] for i in train.labels.unique().tolist()}
+    missing = sorted({test.classes[i] for i in test.labels.unique().tolist()} - present)
+    if missing:
+        shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+        raise ValueError(
+            f"The test images have classes that no training image has: {shown}. {who} can never name them; "
+            f"class folders must be called the same in both sets."
+        )
+    return torch.tensor([train.classes.index(name) if name in train.classes else -1 for name in test.classes])[test.labels]
 
 
 @contextlib.contextmanager

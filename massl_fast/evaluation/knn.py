@@ -15,7 +15,7 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 from massl_fast.evaluation.base import Figure, Protocol, Result, Settings, described
-from massl_fast.evaluation.features import Features, LabelledImages, fixed_subset
+from massl_fast.evaluation.features import Features, LabelledImages, fixed_subset, truth_of
 from massl_fast.evaluation.subject import Subject
 
 DEFAULT_KS = (10, 20, 100, 200)
@@ -81,18 +81,23 @@ def knn_accuracy(
     *,
     ks: Sequence[int] = DEFAULT_KS,
     temperature: float = 0.07,
+    top: int = 1,
     device: torch.device | str | None = None,
 ) -> dict[int, float]:
     """Percentage of test images whose class wins the vote of their k nearest training images, for each k.
 
     One search for the largest k serves all. Classes are matched by name; of classes with equal votes the first in `train.classes` wins. A k
-    above the number of training images means all of them, and a warning says so.
+    above the number of training images means all of them, and a warning says so. With `top` above 1 it is enough to be among the
+    first min(`top`, k) classes.
 
     Raises:
         ValueError: a k or temperature that is not positive, features that are not finite or of different widths, a test class that the
             training images lack.
     """
-    _check(train, test, ks, temperature)
+    checked_ks(ks)
+    if not temperature > 0:
+        raise ValueError(f"The temperature of the k-NN votes is {temperature}; it must be positive.")
+    truth = truth_of(train, test, "k-NN")
     for statement in clipped_ks(ks, len(train.labels)):
         warnings.warn(statement, stacklevel=2)
     clipped = {k: min(k, len(train.labels)) for k in ks}
@@ -101,7 +106,6 @@ def knn_accuracy(
     # subtracted, so that no temperature overflows.
     weights = ((similarity - similarity[:, :1]).double() / temperature).exp()
     voters = train.labels[index]
-    truth = torch.tensor([train.classes.index(name) if name in train.classes else -1 for name in test.classes])[test.labels]
     correct = dict.fromkeys(clipped.values(), 0)
     for rows in torch.arange(len(truth)).split(QUERY_CHUNK):
         votes = torch.zeros(len(rows), len(train.classes), dtype=torch.float64)
@@ -109,8 +113,9 @@ def knn_accuracy(
         for k in sorted(correct):
             votes.scatter_add_(1, voters[rows, counted:k], weights[rows, counted:k])
             counted = k
-            winner = torch.from_numpy(votes.numpy().argmax(1))  # numpy promises the first of equal values
-            correct[k] += int((winner == truth[rows]).sum())
+            own = votes.gather(1, truth[rows, None])
+            ahead = (votes > own).sum(1) + ((votes == own) & (torch.arange(votes.shape[1]) < truth[rows, None])).sum(1)
+            correct[k] += int((ahead < min(top, k)).sum())
     return {k: 100.0 * correct[clipped[k]] / len(truth) for k in ks}
 
 
@@ -127,32 +132,6 @@ def checked_ks(ks: Sequence[int]) -> tuple[int, ...]:
     if not ks or min(ks) < 1:
         raise ValueError(f"k-NN was asked for k = {list(ks)}; it takes one or more positive numbers of neighbours.")
     return tuple(ks)
-
-
-def _check(train: Features, test: Features, ks: Sequence[int], temperature: float) -> None:
-    checked_ks(ks)
-    if not temperature > 0:
-        raise ValueError(f"The temperature of the k-NN votes is {temperature}; it must be positive.")
-    if train.features.shape[1] != test.features.shape[1]:
-        raise ValueError(
-            f"Training features have {train.features.shape[1]} dimensions, test features {test.features.shape[1]}; "
-            f"both must come from the same network."
-        )
-    for name, part in (("training", train), ("test", test)):
-        broken = int((~part.features.isfinite().all(1)).sum())
-        if broken:
-            raise ValueError(
-                f"The network gives features that are not finite for {broken} of {len(part.labels)} {name} images; "
-                f"it has diverged, or its precision is too low. Evaluate an earlier checkpoint, or in fp32."
-            )
-    present = {train.classes[i] for i in train.labels.unique().tolist()}
-    missing = sorted({test.classes[i] for i in test.labels.unique().tolist()} - present)
-    if missing:
-        shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
-        raise ValueError(
-            f"The test images have classes that no training image has: {shown}. k-NN can never name them; "
-            f"class folders must be called the same in both sets."
-        )
 
 
 class KnnSettings(Settings):

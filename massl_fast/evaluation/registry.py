@@ -16,6 +16,9 @@ PROTOCOLS: Registry[tuple[str | type[Protocol], str]] = Registry(
         # name: (module:class, or the class itself; what it measures)
         "knn": ("massl_fast.evaluation.knn:Knn", "weighted k-NN accuracy of a checkpoint"),
         "video": ("massl_fast.evaluation.video:Video", "video object segmentation by label propagation (DAVIS)"),
+        "linear": ("massl_fast.evaluation.linear:Linear", "linear probe: heads of a sweep of learning rates, trained at once"),
+        "logistic": ("massl_fast.evaluation.logistic:Logistic", "logistic regression, whole sets, low shot and long tails"),
+        "fewshot": ("massl_fast.evaluation.fewshot:FewShot", "k-NN, logistic and linear heads on n images per class, over draws"),
     },
 )
 
