@@ -21,7 +21,11 @@ BACKENDS = ("auto", "reference", "streaming", "triton")
 # What the fused kernels can do, by operation; the other backends can do everything. A kernel joins by a line here.
 TRITON: dict[str, Callable] = {}
 if fused is not None:
-    TRITON = {"memory_cross_entropy": fused.memory_cross_entropy, "memory_readout": fused.memory_readout}
+    TRITON = {
+        "memory_cross_entropy": fused.memory_cross_entropy,
+        "memory_readout": fused.memory_readout,
+        "memory_readback": fused.memory_readback,
+    }
 
 
 def available_backends(device: torch.device | str, dtype: torch.dtype) -> tuple[str, ...]:

@@ -103,9 +103,21 @@ def configuration(capability: tuple[int, int], width: int, dtype: torch.dtype, s
     return table[dtype.itemsize].get(max(32, padded_width(width)))
 
 
-def padded_width(width: int) -> int:
-    """Columns of a tile: a power of two, at least the 16 that a tensor-core product takes."""
-    return max(16, triton.next_power_of_2(width))
+def with_two_tiles(
+    choice: Configuration, capability: tuple[int, int], widths: tuple[int, int], dtype: torch.dtype, shared_limit: int
+) -> Configuration:
+    """The choice where keys and values are two tensors of these widths: as many tiles in flight as shared memory still holds."""
+    if choice.load_keys:  # two tiles in any case
+        return choice
+    keys, values = (padded_width(width, choice.parts) * dtype.itemsize for width in widths)
+    left = shared_limit - choice.block_rows * keys - 1024  # what belongs to single rows and entries
+    most = left // (choice.block_entries * (keys + values)) + (capability[0] < 9)  # before Hopper a stage is no buffer
+    return replace(choice, stages=max(2, min(choice.stages, most)))
+
+
+def padded_width(width: int, parts: int = 1) -> int:
+    """Columns of a tile: a power of two, at least the 16 that a tensor-core product takes for each part."""
+    return max(16 * parts, triton.next_power_of_2(width))
 
 
 def neighbours(fixed: Configuration, width: int) -> list[Configuration]:

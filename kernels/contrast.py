@@ -17,7 +17,7 @@ from torch import Tensor
 from massl_fast.kernels import checks, reference
 from massl_fast.kernels.backends import autocast, choose_backend, wide_dtype
 from massl_fast.kernels.loss import AttachGradient
-from massl_fast.kernels.readout import EXTENDED, read_out
+from massl_fast.kernels.readout import read_out
 
 
 class Contrast(NamedTuple):
@@ -79,7 +79,7 @@ def contrast(
     if backend == "reference":
         loss, entropies = reference.contrast(unit, keys, own, temperature, row_group, key_group, row_weight)
     else:
-        backend = choose_backend(backend, keys, EXTENDED)
+        backend = choose_backend(backend, keys, "memory_readout")
         readout, logsumexp = read_out(
             unit.detach(), keys, keys.shape[0], temperature,
             row_group=row_group, key_group=key_group, stored_order=True, backend=backend,

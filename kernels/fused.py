@@ -10,6 +10,7 @@ import contextlib
 import functools
 import os
 import warnings
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,8 +20,16 @@ from torch.torch_version import TorchVersion
 from triton import knobs
 from triton.errors import TritonError
 
-from massl_fast.kernels.configurations import Configuration, configuration, neighbours, padded_width
-from massl_fast.kernels.fused_kernels import CONSTANT_PIVOT_TEMP, HALF_HEADROOM, assemble_kernel, combine_kernel, read_kernel
+from massl_fast.kernels.configurations import Configuration, configuration, neighbours, padded_width, with_two_tiles
+from massl_fast.kernels.fused_kernels import (
+    CONSTANT_PIVOT_TEMP,
+    HALF_HEADROOM,
+    LOG2E,
+    assemble_kernel,
+    back_kernel,
+    combine_kernel,
+    read_kernel,
+)
 from massl_fast.kernels.loss import count_pairs
 
 PRECISION = "tf32"  # of float32 products; 16-bit ones are exact
@@ -29,6 +38,7 @@ COMBINED_PARTIALS, COMBINED_COLUMNS = 32, 64
 # In the interpreter: small tiles, two parts, and shares that cut blocks in two.
 INTERPRETED = Configuration(16, 32, 2, 4, 1)
 INTERPRETED_PROGRAMS = 5
+INTERPRETED_SPLITS = 2
 INTERPRETING = knobs.runtime.interpret  # read once: compiled code cannot ask for it
 AUTOTUNE = "MASSL_FAST_AUTOTUNE"
 # Before it Triton put no fence.proxy.async between cp.async and the wgmma or tcgen05 that reads what was copied: results of B200 differed
@@ -73,7 +83,7 @@ def memory_cross_entropy(
     (V, N, D), T = student.shape, teacher.shape[0]
     student, teacher = student.contiguous(), teacher.contiguous()
     temps = _temperatures(student_temp, teacher_temp, memory)
-    readout, logsumexp = _read(student.view(-1, D), teacher.view(-1, D), memory, partition, block_size, *temps)
+    readout, logsumexp = _read(student.view(-1, D), teacher.view(-1, D), memory, partition, block_size, *temps, Extensions(unit=True))
     statistics = memory.new_empty((4, (V + T) * N), dtype=torch.float32)
     gradient = memory.new_empty((V, N, D), dtype=torch.float32)
     with _on(memory.device):
@@ -86,27 +96,156 @@ def memory_cross_entropy(
     return statistics.sum(1), gradient
 
 
-def memory_readout(rows: Tensor, memory: Tensor, partition: Tensor, block_size: int, temperature: float | Tensor) -> tuple[Tensor, Tensor]:
-    """Read-out [R, D] and logsumexp [R] of rows [R, D], summed over blocks, float32."""
-    return _read(rows.contiguous(), rows[:0], memory, partition, block_size, *_temperatures(temperature, temperature, memory))
+@dataclass(frozen=True)
+class Extensions:
+    """What a read-out may have beyond rows, memory and partition."""
+
+    values: Tensor | None = None
+    """[K, Dv] of the memory's dtype, what is read out."""
+    bias: Tensor | None = None
+    """[B · block_size] float32 in the order of the partition, in units of log 2."""
+    row_group: Tensor | None = None
+    """int32 [R]; rows do not see the entries of their own group."""
+    key_group: Tensor | None = None
+    """int32 [B · block_size] in the order of the partition."""
+    per_block: bool = False
+    """logsumexp [R, B] instead of [R]."""
+    unit: bool = False
+    """Rows and entries are of unit length, so that logits have a bound."""
+
+
+def memory_readout(
+    rows: Tensor,
+    memory: Tensor,
+    partition: Tensor | None,
+    block_size: int,
+    temperature: float | Tensor,
+    *,
+    values: Tensor | None = None,
+    key_bias: Tensor | None = None,
+    row_group: Tensor | None = None,
+    key_group: Tensor | None = None,
+    per_block: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """``streaming.memory_readout``: read-out [R, Dv] and logsumexp [R] or [R, B] of rows [R, D] of any length, float32."""
+    extensions = Extensions(
+        None if values is None else values.contiguous(),
+        *_in_order(partition, memory.shape[0] // block_size * block_size, key_bias, row_group, key_group),
+        per_block,
+    )
+    temps = _temperatures(temperature, temperature, memory)
+    return _read(rows.contiguous(), rows[:0], memory, partition, block_size, *temps, extensions)
+
+
+def memory_readback(
+    rows: Tensor,
+    memory: Tensor,
+    logsumexp: Tensor,
+    partition: Tensor | None,
+    block_size: int,
+    temperature: float | Tensor,
+    *,
+    row_values: Tensor | None = None,
+    row_weight: Tensor | None = None,
+    key_bias: Tensor | None = None,
+    row_group: Tensor | None = None,
+    key_group: Tensor | None = None,
+) -> Tensor:
+    """``streaming.memory_readback``: what entries get back from rows [R, D] with logsumexp [R, B], [K, Dv] or [K], float32.
+
+    float16 holds neither a weight of 2**-24 nor a mean over many rows, so both operands of its second product are brought to size: a row's
+    largest weight to 2**15, the largest of ``row_weight`` and of ``row_values`` to 1.
+    """
+    (count, width), entries, blocks = rows.shape, memory.shape[0], memory.shape[0] // block_size
+    has_values, other_values = row_values is not None, row_values is not None and not _is_same(rows, row_values)
+    value_width = row_values.shape[1] if has_values else 1
+    shape = (entries, value_width) if has_values else (entries,)
+    if count == 0:
+        return memory.new_zeros(shape, dtype=torch.float32)
+    rows, memory = rows.contiguous(), memory.contiguous()
+    bias, row_group, key_group = _in_order(partition, blocks * block_size, key_bias, row_group, key_group)
+    above = headroom(rows.dtype) if has_values else 0.0
+    shift = logsumexp.masked_fill(logsumexp == -torch.inf, torch.inf).T * LOG2E.value - above  # rows that see nothing give nothing
+    factor = None if row_weight is None else row_weight.T
+    size = None
+    if has_values and rows.dtype == torch.float16:
+        size = torch.ones((), device=rows.device)
+        if factor is not None:
+            size, factor = _to_size(factor)
+        if other_values:
+            of_values, row_values = _to_size(row_values.float())
+            size = size * of_values
+    shift, factor = shift.contiguous(), None if factor is None else factor.contiguous()
+    factor_stride = count if factor is not None and factor.shape[0] > 1 else 0
+    given = row_values.to(rows.dtype).contiguous() if other_values else rows
+    order = None if partition is None else partition.int()
+    temperature = temperature.float() if isinstance(temperature, Tensor) else float(temperature)
+
+    choice, splits = _choose_back(memory, count, blocks, block_size, value_width, other_values)
+    tiles, row_tiles = triton.cdiv(block_size, choice.block_rows), triton.cdiv(count, choice.block_entries)
+    leaves_some_out = blocks * block_size < entries
+    result = (memory.new_zeros if leaves_some_out else memory.new_empty)((splits, *shape), dtype=torch.float32)
+    with _on(memory.device):
+        back_kernel[(blocks * tiles, splits)](
+            rows, memory, given, _or(order, memory), _or(bias, shift), _or(row_group, memory), _or(key_group, memory),
+            shift, _or(factor, shift), factor_stride, _or(size, shift), temperature, result,
+            entries, count, block_size, blocks, tiles, row_tiles, splits,
+            WIDTH=width, PADDED_WIDTH=padded_width(width, choice.parts),
+            VALUE_WIDTH=value_width, PADDED_VALUE_WIDTH=padded_width(value_width, choice.parts),
+            PARTS=choice.parts, BLOCK_ENTRIES=choice.block_rows, BLOCK_ROWS=choice.block_entries,
+            GATHERED=partition is not None, HAS_VALUES=has_values, OTHER_VALUES=other_values,
+            HAS_BIAS=bias is not None, HAS_GROUPS=row_group is not None, HAS_FACTOR=factor is not None, SCALED=size is not None,
+            TEMPS_ON_DEVICE=isinstance(temperature, Tensor), SIZE=2.0**-above, PRECISION=PRECISION, STAGES=choice.stages,
+            LOAD_KEYS=choice.load_keys, num_warps=choice.warps, num_stages=choice.stages, enable_fp_fusion=True,
+        )  # fmt: skip
+    return result[0] if splits == 1 else result.sum(0)
+
+
+def _in_order(
+    partition: Tensor | None, kept: int, key_bias: Tensor | None, row_group: Tensor | None, key_group: Tensor | None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Bias in units of log 2, groups of rows and of keys; what belongs to entries as contiguous as the blocks are."""
+    order = slice(kept) if partition is None else partition[:kept]
+    bias = None if key_bias is None else key_bias[order].float() * LOG2E.value
+    if row_group is None:
+        return bias, None, None
+    return bias, row_group.int().contiguous(), key_group[order].int().contiguous()
+
+
+def _is_same(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are the same numbers in the same place."""
+    return (one.data_ptr(), one.shape, one.stride(), one.dtype) == (other.data_ptr(), other.shape, other.stride(), other.dtype)
+
+
+def _or(tensor: Tensor | None, placeholder: Tensor) -> Tensor:
+    """A pointer that nothing reads where there is none."""
+    return placeholder if tensor is None else tensor
+
+
+def _to_size(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest magnitude, at least the smallest normal number, and the tensor divided by it; the host does not wait."""
+    size = tensor.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
+    return size, tensor / size
 
 
 def _read(
     student: Tensor,
     teacher: Tensor,
     memory: Tensor,
-    partition: Tensor,
+    partition: Tensor | None,
     block_size: int,
     student_temp: float | Tensor,
     teacher_temp: float | Tensor,
+    extensions: Extensions,
 ) -> tuple[Tensor, Tensor]:
-    """Read-out [R, D] and logsumexp [R] of the student's rows followed by the teacher's, both [·, D] and contiguous."""
-    rows, width = student.shape[0] + teacher.shape[0], memory.shape[1]
+    """Read-out [R, Dv] and logsumexp [R] or [R, B] of the student's rows followed by the teacher's, both [·, D] and contiguous."""
+    rows, width = student.shape[0] + teacher.shape[0], _or(extensions.values, memory).shape[1]
     readout = memory.new_empty((rows, width), dtype=torch.float32)
-    logsumexp = memory.new_empty(rows, dtype=torch.float32)
+    logsumexp = memory.new_empty((rows, memory.shape[0] // block_size) if extensions.per_block else rows, dtype=torch.float32)
     if rows == 0:
         return readout, logsumexp
-    inputs = (student, teacher, memory.contiguous(), partition.int(), block_size, student_temp, teacher_temp)
+    order = None if partition is None else partition.int()
+    inputs = (student, teacher, memory.contiguous(), order, block_size, student_temp, teacher_temp, extensions)
     choice, programs = _choose(inputs, readout, logsumexp)
     launch(*inputs, readout, logsumexp, choice, programs)
     return readout, logsumexp
@@ -116,18 +255,18 @@ def launch(
     student: Tensor,
     teacher: Tensor,
     memory: Tensor,
-    partition: Tensor,
+    partition: Tensor | None,
     block_size: int,
     student_temp: float | Tensor,
     teacher_temp: float | Tensor,
+    extensions: Extensions,
     readout: Tensor,
     logsumexp: Tensor,
     choice: Configuration,
     programs: int,
 ) -> list:
     """Read and combine with a given configuration and number of programs; the compiled read kernels."""
-    width, blocks = memory.shape[1], memory.shape[0] // block_size
-    padded = padded_width(width)
+    width, value_width, blocks = memory.shape[1], readout.shape[1], memory.shape[0] // block_size
     student_tiles = triton.cdiv(student.shape[0], choice.block_rows)
     items = (student_tiles + triton.cdiv(teacher.shape[0], choice.block_rows)) * blocks
     tiles = triton.cdiv(block_size, choice.block_entries)
@@ -137,18 +276,23 @@ def launch(
     programs = min(programs, work)
     share, extra = divmod(work, programs)
     slots = programs + items - 1
-    values = memory.new_empty((slots, choice.block_rows, width), dtype=torch.float32)
+    values = memory.new_empty((slots, choice.block_rows, value_width), dtype=torch.float32)
     totals = memory.new_empty((slots, choice.block_rows), dtype=torch.float32)
     pivots = torch.empty_like(totals)
     on_device = isinstance(student_temp, Tensor)
     compiled = []
     with _on(memory.device):
-        variants = pivot_variants(memory.dtype, student_temp, teacher_temp)
+        variants = pivot_variants(memory.dtype, student_temp, teacher_temp) if extensions.unit else (False,)
         for constant_pivot in variants:
             kernel = read_kernel[(programs,)](
-                student, teacher, memory, partition, student_temp, teacher_temp, values, totals, pivots,
+                student, teacher, memory, _or(extensions.values, memory), _or(partition, memory),
+                _or(extensions.bias, totals), _or(extensions.row_group, memory), _or(extensions.key_group, memory),
+                student_temp, teacher_temp, values, totals, pivots,
                 student.shape[0], teacher.shape[0], student_tiles, block_size, blocks, tiles, share, extra,
-                WIDTH=width, PADDED_WIDTH=padded, PARTS=choice.parts,
+                WIDTH=width, PADDED_WIDTH=padded_width(width, choice.parts),
+            VALUE_WIDTH=value_width, PADDED_VALUE_WIDTH=padded_width(value_width, choice.parts),
+                PARTS=choice.parts, GATHERED=partition is not None, OTHER_VALUES=extensions.values is not None,
+                HAS_BIAS=extensions.bias is not None, HAS_GROUPS=extensions.row_group is not None, EITHER_PIVOT=len(variants) == 2,
                 BLOCK_ROWS=choice.block_rows, BLOCK_ENTRIES=choice.block_entries,
                 EVEN_BLOCK=block_size % choice.block_entries == 0, CONSTANT_PIVOT=constant_pivot, TEMPS_ON_DEVICE=on_device,
                 HEADROOM=headroom(memory.dtype), PRECISION=PRECISION, STAGES=choice.stages,
@@ -156,12 +300,13 @@ def launch(
                 num_warps=choice.warps, num_stages=choice.stages, enable_fp_fusion=True,
             )  # fmt: skip
             compiled.append(kernel)
-        columns = min(COMBINED_COLUMNS, padded)
+        columns = min(COMBINED_COLUMNS, padded_width(value_width))
         slots = 2 if share >= tiles else 8  # a block's partials: two at most where a share holds a block
-        combine_kernel[(readout.shape[0], triton.cdiv(width, columns))](
+        combine_kernel[(readout.shape[0], triton.cdiv(value_width, columns))](
             values, totals, pivots, student_temp, teacher_temp, readout, logsumexp,
             student.shape[0], student_tiles, blocks, tiles, share, extra,
-            WIDTH=width, COLUMNS=columns, BLOCKS=COMBINED_PARTIALS // slots, SLOTS=slots, BLOCK_ROWS=choice.block_rows,
+            WIDTH=value_width, PER_BLOCK=extensions.per_block, COLUMNS=columns, BLOCKS=COMBINED_PARTIALS // slots, SLOTS=slots,
+            BLOCK_ROWS=choice.block_rows,
             CONSTANT_PIVOT=variants[0], TEMPS_ON_DEVICE=on_device, num_warps=2, enable_fp_fusion=True,
         )  # fmt: skip
     return compiled
@@ -195,10 +340,10 @@ def _choose(inputs: tuple, readout: Tensor, logsumexp: Tensor) -> tuple[Configur
     memory = inputs[2]
     if INTERPRETING:
         return INTERPRETED, INTERPRETED_PROGRAMS
-    capability, shared_limit, multiprocessors, _ = _device_limits(memory.device.index)
+    capability, _, multiprocessors, _ = _device_limits(memory.device.index)
     if capability[0] == 9 and not FENCED:
         _warn_of_old_triton()
-    choice = configuration(capability, memory.shape[1], memory.dtype, shared_limit)
+    choice = _fixed(memory, readout.shape[1], inputs[7].values is not None)
     if os.environ.get(AUTOTUNE) == "1" and not torch.cuda.is_current_stream_capturing():
         choice = _tune(inputs, readout, logsumexp, choice, multiprocessors)
     return choice, multiprocessors * choice.programs
@@ -212,13 +357,40 @@ def resident_programs(compiled: Any, warps: int, device: torch.device) -> int:
     return min(found.regs_per_multiprocessor // registers, found.shared_memory_per_multiprocessor // shared)
 
 
+def _fixed(memory: Tensor, value_width: int, two_tiles: bool) -> Configuration:
+    """The fixed configuration for entries and values of these widths; ValueError where only the entries have one."""
+    capability, shared_limit, _, name = _device_limits(memory.device.index)
+    choice = configuration(capability, max(memory.shape[1], value_width), memory.dtype, shared_limit)
+    if choice is None:
+        raise ValueError(
+            f'backend "triton" has no configuration for {memory.dtype} values {value_width} wide on {name}. '
+            'Use "streaming", or narrower values.'
+        )
+    widths = (memory.shape[1], value_width)
+    return with_two_tiles(choice, capability, widths, memory.dtype, shared_limit) if two_tiles else choice
+
+
+def _choose_back(
+    memory: Tensor, rows: int, blocks: int, block_size: int, value_width: int, other_values: bool
+) -> tuple[Configuration, int]:
+    """Configuration of the read-back, of which the stationary tile is the entries', and into how many parts the rows are split."""
+    if INTERPRETING:
+        return INTERPRETED, min(INTERPRETED_SPLITS, triton.cdiv(rows, INTERPRETED.block_entries))
+    multiprocessors = _device_limits(memory.device.index)[2]
+    choice = _fixed(memory, value_width, other_values)
+    programs = blocks * triton.cdiv(block_size, choice.block_rows)
+    # Few entries leave multiprocessors idle: rows are split until all have work, and parts are added in a fixed order.
+    return choice, max(1, min(multiprocessors * choice.programs // programs, triton.cdiv(rows, choice.block_entries)))
+
+
 def _tune(inputs: tuple, readout: Tensor, logsumexp: Tensor, fixed: Configuration, multiprocessors: int) -> Configuration:
     """The fastest neighbour of the fixed choice for this shape, timed once a process."""
     memory, block_size = inputs[2], inputs[4]
-    key = (memory.device, memory.dtype, memory.shape, block_size, readout.shape[0].bit_length(), isinstance(inputs[5], Tensor))
+    kind = tuple(part is not None and part is not False for part in vars(inputs[7]).values())
+    key = (memory.device, memory.dtype, memory.shape, block_size, readout.shape[0].bit_length(), isinstance(inputs[5], Tensor), kind)
     if key not in _TUNED:
         times = {}
-        for choice in neighbours(fixed, padded_width(memory.shape[1])):
+        for choice in neighbours(fixed, padded_width(min(memory.shape[1], readout.shape[1]))):
             run = functools.partial(launch, *inputs, readout, logsumexp, choice, multiprocessors * choice.programs)
             try:
                 compiled = run()

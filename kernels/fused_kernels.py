@@ -28,10 +28,14 @@ def read_kernel(
     student_ptr,  # [student_rows, WIDTH]
     teacher_ptr,  # [teacher_rows, WIDTH]
     memory_ptr,  # [K, WIDTH]
-    partition_ptr,  # [K] int32
+    entry_values_ptr,  # [K, VALUE_WIDTH], what is read out where OTHER_VALUES
+    partition_ptr,  # [K] int32 where GATHERED, else entries are taken as they lie
+    bias_ptr,  # [K] float32 in the order of the partition, in units of log 2, where HAS_BIAS
+    row_group_ptr,  # [student_rows] int32 where HAS_GROUPS: rows do not see the entries of their own group
+    key_group_ptr,  # [K] int32 in the order of the partition
     student_temp,  # a number, or a pointer where TEMPS_ON_DEVICE
     teacher_temp,
-    values_ptr,  # [slots, BLOCK_ROWS, WIDTH] float32: Σ weight · entry
+    values_ptr,  # [slots, BLOCK_ROWS, VALUE_WIDTH] float32: Σ weight · value
     totals_ptr,  # [slots, BLOCK_ROWS] float32: Σ weight
     pivots_ptr,  # [slots, BLOCK_ROWS] float32: log2 of the scale of both
     student_rows,
@@ -44,11 +48,18 @@ def read_kernel(
     extra,
     WIDTH: tl.constexpr,
     PADDED_WIDTH: tl.constexpr,
+    VALUE_WIDTH: tl.constexpr,
+    PADDED_VALUE_WIDTH: tl.constexpr,
     PARTS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_ENTRIES: tl.constexpr,
+    GATHERED: tl.constexpr,
+    OTHER_VALUES: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_GROUPS: tl.constexpr,
     EVEN_BLOCK: tl.constexpr,  # block_size is a multiple of BLOCK_ENTRIES
     CONSTANT_PIVOT: tl.constexpr,
+    EITHER_PIVOT: tl.constexpr,  # both variants are launched; the temperatures say which of them works
     TEMPS_ON_DEVICE: tl.constexpr,
     HEADROOM: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -61,7 +72,7 @@ def read_kernel(
         student_tau = tl.load(student_temp)
         teacher_tau = tl.load(teacher_temp)
         constant_is_safe = tl.minimum(student_tau, teacher_tau) >= CONSTANT_PIVOT_TEMP
-        if HEADROOM == 0.0 and constant_is_safe != CONSTANT_PIVOT:
+        if EITHER_PIVOT and constant_is_safe != CONSTANT_PIVOT:
             return
     else:
         student_tau = student_temp
@@ -70,13 +81,15 @@ def read_kernel(
     end = begin + share + (i_program < extra).to(tl.int32)
 
     PART: tl.constexpr = PADDED_WIDTH // PARTS
+    VALUE_PART: tl.constexpr = PADDED_VALUE_WIDTH // PARTS
     EVEN_WIDTH: tl.constexpr = WIDTH == PADDED_WIDTH
+    EVEN_VALUES: tl.constexpr = VALUE_WIDTH == PADDED_VALUE_WIDTH
     ROUNDS_WEIGHTS: tl.constexpr = memory_ptr.dtype.element_ty != tl.float32
     CUTS_WEIGHTS: tl.constexpr = memory_ptr.dtype.element_ty == tl.bfloat16
     o_row = tl.arange(0, BLOCK_ROWS)
     o_entry = tl.arange(0, BLOCK_ENTRIES)
     o_column = tl.arange(0, PART)
-    o_cell = o_row[:, None] * WIDTH + o_column[None, :]  # [BLOCK_ROWS, PART]
+    o_value = tl.arange(0, VALUE_PART)
     for item in range(begin // tiles, tl.cdiv(end, tiles)):
         first = tl.maximum(begin - item * tiles, 0)
         last = tl.minimum(end - item * tiles, tiles)
@@ -93,32 +106,45 @@ def read_kernel(
             rows = teacher_rows
             scale = LOG2E / teacher_tau
         m_x = (o_row < rows - start_row)[:, None]
-        p_x = p_x + start_row.to(tl.int64) * WIDTH + o_cell
+        p_x = p_x + start_row.to(tl.int64) * WIDTH + o_row[:, None] * WIDTH + o_column[None, :]
         b_x = ()  # PARTS × [BLOCK_ROWS, PART]
-        b_values = ()
+        b_values = ()  # PARTS × [BLOCK_ROWS, VALUE_PART]
         for part in tl.static_range(PARTS):
             m_part = m_x if EVEN_WIDTH else m_x & (part * PART + o_column < WIDTH)[None, :]
             b_x = b_x + (tl.load(p_x + part * PART, mask=m_part, other=0.0),)
-            b_values = b_values + (tl.zeros([BLOCK_ROWS, PART], tl.float32),)
+            b_values = b_values + (tl.zeros([BLOCK_ROWS, VALUE_PART], tl.float32),)
         b_total = tl.zeros([BLOCK_ROWS], tl.float32)
         b_rounded = tl.zeros([BLOCK_ROWS], tl.float32)  # Σ of the weights as the second product has them
         b_pivot = tl.full([BLOCK_ROWS], scale if CONSTANT_PIVOT else NO_PIVOT, tl.float32)
 
-        p_index = partition_ptr + i_block.to(tl.int64) * block_size + o_entry
-        if EVEN_BLOCK:
-            b_index = tl.load(p_index + first * BLOCK_ENTRIES)
-        else:
-            b_index = tl.load(p_index + first * BLOCK_ENTRIES, mask=first * BLOCK_ENTRIES + o_entry < block_size, other=0)
+        begin_block = i_block.to(tl.int64) * block_size
+        p_index = partition_ptr + begin_block + o_entry
+        if GATHERED:
+            if EVEN_BLOCK:
+                b_index = tl.load(p_index + first * BLOCK_ENTRIES)
+            else:
+                b_index = tl.load(p_index + first * BLOCK_ENTRIES, mask=first * BLOCK_ENTRIES + o_entry < block_size, other=0)
+        if HAS_GROUPS:
+            b_row_group = tl.load(row_group_ptr + start_row + o_row, mask=o_row < rows - start_row, other=0)
         for tile in tl.range(first, last, num_stages=STAGES):
             start = tile * BLOCK_ENTRIES
-            p_entry = memory_ptr + b_index.to(tl.int64) * WIDTH
-            p_m = p_entry[:, None] + o_column[None, :]
-            if EVEN_BLOCK:
-                b_index = tl.load(p_index + tl.minimum(start + BLOCK_ENTRIES, block_size - BLOCK_ENTRIES))
+            m_entry = start + o_entry < block_size
+            if GATHERED:
+                b_entry = b_index.to(tl.int64)
             else:
-                m_entry = start + o_entry < block_size
-                m_next = start + BLOCK_ENTRIES + o_entry < block_size
-                b_index = tl.load(p_index + start + BLOCK_ENTRIES, mask=m_next, other=0)
+                b_entry = begin_block + (start + o_entry if EVEN_BLOCK else tl.minimum(start + o_entry, block_size - 1))
+            p_entry = memory_ptr + b_entry * WIDTH
+            p_m = p_entry[:, None] + o_column[None, :]
+            if GATHERED:
+                if EVEN_BLOCK:
+                    b_index = tl.load(p_index + tl.minimum(start + BLOCK_ENTRIES, block_size - BLOCK_ENTRIES))
+                else:
+                    m_next = start + BLOCK_ENTRIES + o_entry < block_size
+                    b_index = tl.load(p_index + start + BLOCK_ENTRIES, mask=m_next, other=0)
+            if HAS_BIAS:
+                b_bias = tl.load(bias_ptr + begin_block + start + o_entry, mask=m_entry, other=float("-inf"))
+            if HAS_GROUPS:
+                b_key_group = tl.load(key_group_ptr + begin_block + start + o_entry, mask=m_entry, other=0)
             b_m = ()  # PARTS × [BLOCK_ENTRIES, PART]
             b_logits = tl.zeros([BLOCK_ROWS, BLOCK_ENTRIES], tl.float32)
             for part in tl.static_range(PARTS):
@@ -135,17 +161,28 @@ def read_kernel(
                 else:
                     b_key = b_part.T
                 b_logits = tl.dot(b_x[part], b_key, b_logits, input_precision=PRECISION)
+                if OTHER_VALUES:
+                    p_value = entry_values_ptr + b_entry[:, None] * VALUE_WIDTH + part * VALUE_PART + o_value[None, :]
+                    if EVEN_VALUES:
+                        b_part = tl.load(p_value)
+                    else:
+                        b_part = tl.load(p_value, mask=(part * VALUE_PART + o_value < VALUE_WIDTH)[None, :], other=0.0)
                 b_m = b_m + (b_part,)
 
             if CONSTANT_PIVOT:
                 b_weights = tl.exp2(b_logits * scale - scale)
             else:
+                if HAS_BIAS:
+                    b_logits = b_logits * scale + b_bias[None, :]
+                if HAS_GROUPS:
+                    b_logits = tl.where(b_row_group[:, None] != b_key_group[None, :], b_logits, float("-inf"))
                 if not EVEN_BLOCK:
                     b_logits = tl.where(m_entry[None, :], b_logits, float("-inf"))
-                b_new = tl.maximum(b_pivot, tl.max(b_logits, 1) * scale - HEADROOM)
+                factor = 1.0 if HAS_BIAS else scale
+                b_new = tl.maximum(b_pivot, tl.max(b_logits, 1) * factor - HEADROOM)
                 b_rescale = tl.exp2(b_pivot - b_new)
                 b_pivot = b_new
-                b_weights = tl.exp2(b_logits * scale - b_pivot[:, None])
+                b_weights = tl.exp2(b_logits * factor - b_pivot[:, None])
                 b_total = b_total * b_rescale
                 b_rounded = b_rounded * b_rescale
                 b_old = b_values
@@ -172,17 +209,17 @@ def read_kernel(
         # Of two pieces of work that follow each other the second has a later program or a later item: the sum tells them apart.
         slot = (i_program + item).to(tl.int64)
         # Makes the read-out a mean of entries however the weights were rounded; their exact sum stays the softmax's.
-        b_correction = (b_total / b_rounded)[:, None] if ROUNDS_WEIGHTS else 1.0
+        b_correction = (b_total / tl.where(b_rounded == 0.0, 1.0, b_rounded))[:, None] if ROUNDS_WEIGHTS else 1.0
         tl.store(totals_ptr + slot * BLOCK_ROWS + o_row, b_total)
         if not CONSTANT_PIVOT:
             tl.store(pivots_ptr + slot * BLOCK_ROWS + o_row, b_pivot)
-        p_values = values_ptr + slot * BLOCK_ROWS * WIDTH + o_cell
+        p_values = values_ptr + slot * BLOCK_ROWS * VALUE_WIDTH + o_row[:, None] * VALUE_WIDTH + o_value[None, :]
         for part in tl.static_range(PARTS):
-            if EVEN_WIDTH and not MASK_STORES:
-                tl.store(p_values + part * PART, b_values[part] * b_correction)
+            if EVEN_VALUES and not MASK_STORES:
+                tl.store(p_values + part * VALUE_PART, b_values[part] * b_correction)
             else:
-                m_part = m_x if EVEN_WIDTH else m_x & (part * PART + o_column < WIDTH)[None, :]
-                tl.store(p_values + part * PART, b_values[part] * b_correction, mask=m_part)
+                m_part = m_x if EVEN_VALUES else m_x & (part * VALUE_PART + o_value < VALUE_WIDTH)[None, :]
+                tl.store(p_values + part * VALUE_PART, b_values[part] * b_correction, mask=m_part)
 
 
 @triton.jit
@@ -199,8 +236,8 @@ def combine_kernel(
     pivots_ptr,
     student_temp,
     teacher_temp,
-    readout_ptr,  # [student_rows + teacher_rows, WIDTH] float32
-    logsumexp_ptr,  # [student_rows + teacher_rows] float32
+    readout_ptr,  # [student_rows + teacher_rows, WIDTH] float32, as wide as the values
+    logsumexp_ptr,  # [student_rows + teacher_rows] float32, or [.., blocks] where PER_BLOCK
     student_rows,
     student_tiles,
     blocks,
@@ -208,6 +245,7 @@ def combine_kernel(
     share,
     extra,
     WIDTH: tl.constexpr,
+    PER_BLOCK: tl.constexpr,
     COLUMNS: tl.constexpr,
     BLOCKS: tl.constexpr,  # at a time
     SLOTS: tl.constexpr,  # of each of them at a time
@@ -258,11 +296,165 @@ def combine_kernel(
             b_total = b_total * b_rescale + tl.sum(b_totals * b_weight, 1)
             b_values = b_values * b_rescale[:, None] + tl.sum(b_partial * b_weight[:, :, None], 1)
         m_block = o_block < blocks
-        b_readout += tl.sum(tl.where(m_block[:, None], b_values / b_total[:, None], 0.0), 0)
-        logsumexp += tl.sum(tl.where(m_block, (b_pivot + tl.log2(b_total)) / LOG2E, 0.0), 0)
-    if tl.program_id(1) == 0:
+        m_seen = m_block & (b_total != 0.0)  # a row that sees no entry of a block reads out nothing there
+        b_readout += tl.sum(tl.where(m_seen[:, None], b_values / b_total[:, None], 0.0), 0)
+        b_logsumexp = (b_pivot + tl.log2(b_total)) / LOG2E
+        if PER_BLOCK:
+            if tl.program_id(1) == 0:
+                tl.store(logsumexp_ptr + row.to(tl.int64) * blocks + o_block, b_logsumexp, mask=m_block)
+        else:
+            logsumexp += tl.sum(tl.where(m_block, b_logsumexp, 0.0), 0)
+    if not PER_BLOCK and tl.program_id(1) == 0:
         tl.store(logsumexp_ptr + row, logsumexp)
     tl.store(readout_ptr + row.to(tl.int64) * WIDTH + o_column, b_readout, mask=m_column)
+
+
+@triton.jit(do_not_specialize=["rows", "blocks", "tiles", "row_tiles", "splits"])
+def back_kernel(
+    rows_ptr,  # [rows, WIDTH]
+    memory_ptr,  # [K, WIDTH]
+    row_values_ptr,  # [rows, VALUE_WIDTH] where OTHER_VALUES
+    partition_ptr,  # [K] int32 where GATHERED
+    bias_ptr,  # [K] float32 in the order of the partition, in units of log 2, where HAS_BIAS
+    row_group_ptr,  # [rows] int32 where HAS_GROUPS
+    key_group_ptr,  # [K] int32 in the order of the partition
+    shift_ptr,  # [blocks, rows] float32: log2 of what divides a row's weights
+    factor_ptr,  # [blocks, rows] float32 where HAS_FACTOR, or [1, rows]
+    factor_stride,  # rows, or 0 where all blocks have one factor
+    size_ptr,  # [1] float32 where SCALED: another
+    temperature,  # a number, or a pointer where TEMPS_ON_DEVICE
+    result_ptr,  # [splits, K, VALUE_WIDTH] float32, or [splits, K] where not HAS_VALUES
+    entries,  # K
+    rows,
+    block_size,
+    blocks,
+    tiles,  # entry tiles of a block
+    row_tiles,
+    splits,
+    WIDTH: tl.constexpr,
+    PADDED_WIDTH: tl.constexpr,
+    VALUE_WIDTH: tl.constexpr,
+    PADDED_VALUE_WIDTH: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK_ENTRIES: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    GATHERED: tl.constexpr,
+    HAS_VALUES: tl.constexpr,
+    OTHER_VALUES: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_GROUPS: tl.constexpr,
+    HAS_FACTOR: tl.constexpr,
+    SCALED: tl.constexpr,
+    TEMPS_ON_DEVICE: tl.constexpr,
+    SIZE: tl.constexpr,  # a factor of all results
+    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+    LOAD_KEYS: tl.constexpr,
+):
+    """What entries get back: a program keeps a tile of entries of one block and sees a part of the rows, a tile at a time.
+
+    The read-out with its operands exchanged. The logsumexp of rows are known, so there is no running maximum; each result is written once.
+    """
+    i_tile = tl.program_id(0)
+    i_split = tl.program_id(1)
+    i_block = i_tile // tiles
+    tau = tl.load(temperature) if TEMPS_ON_DEVICE else temperature
+    scale = LOG2E / tau
+    PART: tl.constexpr = PADDED_WIDTH // PARTS
+    VALUE_PART: tl.constexpr = PADDED_VALUE_WIDTH // PARTS
+    EVEN_WIDTH: tl.constexpr = WIDTH == PADDED_WIDTH
+    EVEN_VALUES: tl.constexpr = VALUE_WIDTH == PADDED_VALUE_WIDTH
+    o_entry = tl.arange(0, BLOCK_ENTRIES)
+    o_row = tl.arange(0, BLOCK_ROWS)
+    o_column = tl.arange(0, PART)
+    o_value = tl.arange(0, VALUE_PART)
+
+    # Entries as they lie have one address and small steps from it, which take half the registers of addresses.
+    start_tile = i_tile % tiles * BLOCK_ENTRIES
+    m_entry = o_entry < block_size - start_tile
+    begin_tile = i_block.to(tl.int64) * block_size + start_tile
+    b_entry = o_entry
+    p_memory = memory_ptr
+    p_result = result_ptr + i_split.to(tl.int64) * entries * VALUE_WIDTH
+    if GATHERED:
+        b_entry = tl.load(partition_ptr + begin_tile + o_entry, mask=m_entry, other=0).to(tl.int64)
+    else:
+        p_memory += begin_tile * WIDTH
+        p_result += begin_tile * VALUE_WIDTH
+    if HAS_BIAS:
+        b_bias = tl.load(bias_ptr + begin_tile + o_entry, mask=m_entry, other=0.0)
+    if HAS_GROUPS:
+        b_key_group = tl.load(key_group_ptr + begin_tile + o_entry, mask=m_entry, other=0)
+    b_m = ()  # PARTS × [BLOCK_ENTRIES, PART]
+    b_result = ()  # PARTS × [BLOCK_ENTRIES, VALUE_PART]
+    for part in tl.static_range(PARTS):
+        m_part = m_entry[:, None] if EVEN_WIDTH else m_entry[:, None] & (part * PART + o_column < WIDTH)[None, :]
+        b_m = b_m + (tl.load(p_memory + b_entry[:, None] * WIDTH + part * PART + o_column[None, :], mask=m_part, other=0.0),)
+        b_result = b_result + (tl.zeros([BLOCK_ENTRIES, VALUE_PART], tl.float32),)
+    b_sum = tl.zeros([BLOCK_ENTRIES], tl.float32)
+
+    first = i_split * row_tiles // splits
+    last = (i_split + 1) * row_tiles // splits
+    p_shift = shift_ptr + i_block.to(tl.int64) * rows + o_row
+    p_factor = factor_ptr + i_block.to(tl.int64) * factor_stride + o_row
+    for tile in tl.range(first, last, num_stages=STAGES):
+        start = tile * BLOCK_ROWS
+        b_row = tl.minimum(start + o_row, rows - 1).to(tl.int64)  # past the end the last row again, with weight 0
+        m_row = start + o_row < rows
+        b_shift = tl.load(p_shift + start, mask=m_row, other=float("inf"))
+        if HAS_FACTOR:
+            b_factor = tl.load(p_factor + start, mask=m_row, other=0.0)
+        if HAS_GROUPS:
+            b_row_group = tl.load(row_group_ptr + start + o_row, mask=m_row, other=0)
+        p_row = rows_ptr + b_row * WIDTH
+        b_logits = tl.zeros([BLOCK_ENTRIES, BLOCK_ROWS], tl.float32)
+        b_y = ()  # PARTS × [BLOCK_ROWS, VALUE_PART]
+        for part in tl.static_range(PARTS):
+            m_column = part * PART + o_column < WIDTH
+            if HAS_VALUES and not OTHER_VALUES:
+                p_part = p_row[:, None] + part * PART + o_column[None, :]
+                b_part = tl.load(p_part) if EVEN_WIDTH else tl.load(p_part, mask=m_column[None, :], other=0.0)
+            if LOAD_KEYS or not HAS_VALUES or OTHER_VALUES:
+                p_x = p_row[None, :] + part * PART + o_column[:, None]
+                b_x = tl.load(p_x) if EVEN_WIDTH else tl.load(p_x, mask=m_column[:, None], other=0.0)
+            else:
+                b_x = b_part.T
+            b_logits = tl.dot(b_m[part], b_x, b_logits, input_precision=PRECISION)
+            if OTHER_VALUES:
+                p_value = row_values_ptr + b_row[:, None] * VALUE_WIDTH + part * VALUE_PART + o_value[None, :]
+                if EVEN_VALUES:
+                    b_part = tl.load(p_value)
+                else:
+                    b_part = tl.load(p_value, mask=(part * VALUE_PART + o_value < VALUE_WIDTH)[None, :], other=0.0)
+            if HAS_VALUES:
+                b_y = b_y + (b_part,)
+        b_logits = b_logits * scale - b_shift[None, :]
+        if HAS_BIAS:
+            b_logits += b_bias[:, None]
+        b_weights = tl.exp2(b_logits)
+        if HAS_FACTOR:
+            b_weights = b_weights * b_factor[None, :]
+        if HAS_GROUPS:
+            b_weights = tl.where(b_key_group[:, None] != b_row_group[None, :], b_weights, 0.0)
+        if HAS_VALUES:
+            b_operand = b_weights.to(memory_ptr.dtype.element_ty)
+            b_old = b_result
+            b_result = ()
+            for part in tl.static_range(PARTS):
+                b_result = b_result + (tl.dot(b_operand, b_y[part], b_old[part], input_precision=PRECISION),)
+        else:
+            b_sum += tl.sum(b_weights, 1)
+
+    size = SIZE
+    if SCALED:
+        size = SIZE * tl.load(size_ptr)
+    p_result += b_entry * VALUE_WIDTH
+    if HAS_VALUES:
+        for part in tl.static_range(PARTS):
+            m_value = m_entry[:, None] if EVEN_VALUES else m_entry[:, None] & (part * VALUE_PART + o_value < VALUE_WIDTH)[None, :]
+            tl.store(p_result[:, None] + part * VALUE_PART + o_value[None, :], b_result[part] * size, mask=m_value)
+    else:
+        tl.store(p_result, b_sum * size, mask=m_entry)
 
 
 @triton.jit(do_not_specialize=["student_views", "teacher_views", "images", "blocks", "pairs"])

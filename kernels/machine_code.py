@@ -22,7 +22,7 @@ from triton.compiler import ASTSource
 
 from massl_fast.kernels import disassembly, fused, throughput
 from massl_fast.kernels.configurations import Configuration, configuration, padded_width
-from massl_fast.kernels.fused_kernels import read_kernel
+from massl_fast.kernels.fused_kernels import back_kernel, read_kernel
 
 KIB = 1024
 
@@ -48,12 +48,14 @@ ARCHITECTURES = {
 }
 REGISTERS = 65536  # of a multiprocessor, on all of them
 WIDTHS = (32, 64, 128, 256, 512)
+# Of the read-out: other values than keys, biases, groups. Of the read-back: those, rows' values (their own, or others), weights.
+EXTENSIONS = ("values", "own values", "bias", "groups", "weights", "stored order")
 TRITON_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One compile of the read kernel."""
+    """One compile of the read kernel, or of the read-back's."""
 
     width: int
     dtype: torch.dtype
@@ -61,6 +63,9 @@ class Variant:
     choice: Configuration
     temps_on_device: bool = False
     even_blocks: bool = True
+    back: bool = False
+    extensions: tuple[str, ...] = ()
+    """Of EXTENSIONS."""
 
     @property
     def name(self) -> str:
@@ -68,7 +73,8 @@ class Variant:
         pivot = "constant" if self.constant_pivot else "running"
         tile = f"{c.block_rows}x{c.block_entries} parts={c.parts} warps={c.warps} stages={c.stages}"
         rest = ", temperatures on the device" * self.temps_on_device + ", uneven blocks" * (not self.even_blocks)
-        return f"{TRITON_NAMES[self.dtype]} D={self.width} {pivot} pivot, {tile}{rest}"
+        rest += "".join(f", {extension}" for extension in self.extensions)
+        return f"{TRITON_NAMES[self.dtype]} D={self.width} {'back' if self.back else pivot + ' pivot'}, {tile}{rest}"
 
 
 @dataclass(frozen=True)
@@ -106,32 +112,58 @@ def shipped(arch: str) -> Iterator[Variant]:
 
 def compile_variant(variant: Variant, arch: str) -> Any:
     """Triton's compiled kernel; needs no GPU."""
-    kernel, choice, name = read_kernel, variant.choice, TRITON_NAMES[variant.dtype]
+    kernel, choice, name = back_kernel if variant.back else read_kernel, variant.choice, TRITON_NAMES[variant.dtype]
+    has = {extension: extension in variant.extensions for extension in EXTENSIONS}
+    padded = padded_width(variant.width, choice.parts)
     constants = {
         "WIDTH": variant.width,
-        "PADDED_WIDTH": padded_width(variant.width),
+        "PADDED_WIDTH": padded,
+        "VALUE_WIDTH": variant.width,
+        "PADDED_VALUE_WIDTH": padded,
         "PARTS": choice.parts,
-        "BLOCK_ROWS": choice.block_rows,
-        "BLOCK_ENTRIES": choice.block_entries,
-        "EVEN_BLOCK": variant.even_blocks,
-        "CONSTANT_PIVOT": variant.constant_pivot,
+        "GATHERED": not has["stored order"],
+        "OTHER_VALUES": has["values"],
+        "HAS_BIAS": has["bias"],
+        "HAS_GROUPS": has["groups"],
         "TEMPS_ON_DEVICE": variant.temps_on_device,
-        "HEADROOM": fused.headroom(variant.dtype),
         "PRECISION": fused.PRECISION,
         "STAGES": choice.stages,
-        "MASK_STORES": choice.mask_stores,
         "LOAD_KEYS": choice.load_keys,
     }
-    pointers = {
-        **dict.fromkeys(("student_ptr", "teacher_ptr", "memory_ptr"), f"*{name}"),
-        "partition_ptr": "*i32",
-        **dict.fromkeys(("values_ptr", "totals_ptr", "pivots_ptr"), "*fp32"),
-    }
-    signature = dict.fromkeys(kernel.arg_names, "i32")
+    if variant.back:
+        constants |= {
+            "BLOCK_ENTRIES": choice.block_rows,
+            "BLOCK_ROWS": choice.block_entries,
+            "HAS_VALUES": has["values"] or has["own values"],
+            "HAS_FACTOR": has["weights"],
+            "SCALED": variant.dtype == torch.float16,
+            "SIZE": 2.0 ** -fused.headroom(variant.dtype),
+        }
+    else:
+        constants |= {
+            "BLOCK_ROWS": choice.block_rows,
+            "BLOCK_ENTRIES": choice.block_entries,
+            "EVEN_BLOCK": variant.even_blocks,
+            "CONSTANT_PIVOT": variant.constant_pivot,
+            "EITHER_PIVOT": variant.temps_on_device and variant.dtype != torch.float16 and not variant.extensions,
+            "HEADROOM": fused.headroom(variant.dtype),
+            "MASK_STORES": choice.mask_stores,
+        }
+    rows_and_entries = ("student_ptr", "teacher_ptr", "rows_ptr", "memory_ptr", "entry_values_ptr", "row_values_ptr")
+    integers = ("partition_ptr", "row_group_ptr", "key_group_ptr")
     temperature = "*fp32" if variant.temps_on_device else "fp32"
-    signature |= pointers | {"student_temp": temperature, "teacher_temp": temperature} | dict.fromkeys(constants, "constexpr")
+
+    def kind(argument: str) -> str:
+        if argument in rows_and_entries:
+            return f"*{name}"
+        if argument.endswith("_ptr"):
+            return "*i32" if argument in integers else "*fp32"
+        return temperature if argument.startswith(("student_temp", "teacher_temp", "temperature")) else "i32"
+
+    signature = {argument: "constexpr" if argument in constants else kind(argument) for argument in kernel.arg_names}
     # As the run-time specialises aligned pointers and round numbers; without it nothing is copied asynchronously.
-    aligned = [*pointers, *(["block_size"] if variant.even_blocks else [])]
+    aligned = [argument for argument in kernel.arg_names if argument.endswith("_ptr")]
+    aligned += [argument for argument in ("block_size", "entries", "factor_stride") if variant.even_blocks and argument in kernel.arg_names]
     attributes = {(kernel.arg_names.index(argument),): [["tt.divisibility", 16]] for argument in aligned}
     major, minor = ARCHITECTURES[arch].capability
     return triton.compile(
@@ -159,7 +191,7 @@ def resources(variant: Variant, arch: str) -> Resources:
     )
     return Resources(
         arch=arch,
-        kernel="read",
+        kernel="back" if variant.back else "read",
         configuration=variant.name,
         registers=registers,
         spill_bytes=stack,

@@ -21,7 +21,7 @@ from massl_fast.kernels import checks, reference, streaming
 from massl_fast.kernels.backends import TRITON, autocast, choose_backend, split_scalar, wide_dtype
 from massl_fast.kernels.loss import count_pairs, sum_over_other_views
 from massl_fast.kernels.operators import operator
-from massl_fast.kernels.readout import EXTENDED, inverse_of_rows, read_out
+from massl_fast.kernels.readout import inverse_of_rows, read_out
 
 PAIRS = ("other views", "same row")
 
@@ -102,7 +102,7 @@ def prototype_cross_entropy(
 
     # of the read-back: chosen now, so that an error comes in forward rather than in backward
     back = choose_backend(backend, keys, "memory_readback") if prototypes.requires_grad else "streaming"
-    backend = choose_backend(backend, keys, EXTENDED)
+    backend = choose_backend(backend, keys, "memory_readout")
     readout, logsumexp = read_out(x.reshape(-1, x.shape[-1]), keys, entries, student_temp, stored_order=True, backend=backend)
     target, teacher_logsumexp = read_out(
         w.reshape(-1, w.shape[-1]), teacher_keys, entries, teacher_temp,

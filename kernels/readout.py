@@ -12,8 +12,6 @@ from massl_fast.kernels import checks, reference, streaming
 from massl_fast.kernels.backends import TRITON, autocast, choose_backend, partition_of, split_scalar, wide_dtype
 from massl_fast.kernels.operators import operator
 
-EXTENDED = "memory_readout with values, biases, groups or sums per block"
-
 
 def memory_readout(
     rows: Tensor,
@@ -136,8 +134,7 @@ def read_out(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """``memory_readout`` of detached rows [R, D] and arguments already checked; ``stored_order``: blocks as the entries lie."""
-    extended = any(t is not None for t in (values, key_bias, row_group)) or per_block or stored_order
-    backend = choose_backend(backend, memory, EXTENDED if extended else "memory_readout")
+    backend = choose_backend(backend, memory, "memory_readout")
     if key_bias is not None:
         key_bias = key_bias.to(wide_dtype(memory))
     if backend == "reference":
@@ -222,9 +219,7 @@ def _memory_readout(
     order = None if stored_order else partition_of(partition, memory, seed, step if step_tensor is None else step_tensor)
     extensions = dict(values=values, key_bias=key_bias, row_group=row_group, key_group=key_group, per_block=per_block)
     if backend == "triton":
-        if stored_order or per_block or any(t is not None for t in (values, key_bias, row_group)):
-            return TRITON[EXTENDED](rows, memory, order, block_size, temperature, **extensions)
-        return TRITON["memory_readout"](rows, memory, order, block_size, temperature)
+        return TRITON["memory_readout"](rows, memory, order, block_size, temperature, **extensions)
     return streaming.memory_readout(rows, memory, order, block_size, inverse_of_rows(temperature, rows), **extensions)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from massl_fast.kernels import checks, reference
 from massl_fast.kernels.backends import autocast, choose_backend, wide_dtype
-from massl_fast.kernels.readout import EXTENDED, read_back, read_out
+from massl_fast.kernels.readout import read_back, read_out
 
 
 @torch.no_grad()
@@ -51,7 +51,7 @@ def sinkhorn_bias(
     rows, entries, wide = rows.reshape(-1, rows.shape[-1]), prototypes.shape[0], wide_dtype(prototypes)
     if backend == "reference":
         return reference.sinkhorn_bias(rows, prototypes, temperature, iterations, sum_over_ranks)
-    forth, back = choose_backend(backend, prototypes, EXTENDED), choose_backend(backend, prototypes, "memory_readback")
+    forth, back = choose_backend(backend, prototypes, "memory_readout"), choose_backend(backend, prototypes, "memory_readback")
     # Only the logsumexp is wanted: plain PyTorch reads out values of no width, the fused pass the prototypes.
     values = prototypes[:, :0] if forth == "streaming" else None
     bias = torch.zeros(entries, device=rows.device, dtype=wide)

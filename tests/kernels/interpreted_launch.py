@@ -15,7 +15,20 @@ def launch(tensors, block_size, choice, programs, temps=(0.1, 0.05)):
     rows = student.shape[0] * student.shape[1] + teacher.shape[0] * teacher.shape[1]
     readout, logsumexp = torch.full((rows, memory.shape[1]), torch.nan), torch.full((rows,), torch.nan)
     partition = partition_indices(memory.shape[0], seed=0, step=0)
-    fused.launch(student.flatten(0, 1), teacher.flatten(0, 1), memory, partition, block_size, *temps, readout, logsumexp, choice, programs)
+    inputs = (student.flatten(0, 1), teacher.flatten(0, 1), memory, partition, block_size, *temps, fused.Extensions(unit=True))
+    fused.launch(*inputs, readout, logsumexp, choice, programs)
+        student.flatten(0, 1),
+        teacher.flatten(0, 1),
+        memory,
+        partition,
+        block_size,
+        *temps,
+        fused.Extensions(unit=True),
+        readout,
+        logsumexp,
+        choice,
+        programs,
+    )
     return readout, logsumexp
 
 

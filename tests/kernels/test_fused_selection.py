@@ -67,10 +67,11 @@ def test_an_unfenced_triton_is_refused_where_results_differ_and_warned_of_once_w
     assert "compute capability 10.0" in sentence and "3.7.1" in sentence and fused.triton.__version__ in sentence
     gpu(9, 0, 227)
     assert fused.obstacle(GPU, torch.bfloat16, 256) is None
-    inputs = (None, None, SimpleNamespace(device=GPU, shape=(4096, 256), dtype=torch.bfloat16))
+    memory = SimpleNamespace(device=GPU, shape=(4096, 256), dtype=torch.bfloat16)
+    inputs, readout = (None, None, memory, None, 32, 0.1, 0.05, fused.Extensions(unit=True)), torch.empty(8, 256)
     fused._warn_of_old_triton.cache_clear()
     with pytest.warns(UserWarning, match="no fence") as warned:
-        choices = [fused._choose(inputs, None, None) for _ in range(3)]
+        choices = [fused._choose(inputs, readout, None) for _ in range(3)]
     assert len(warned) == 1 and choices[0] == (configurations._HOPPER[2][256], 100)
     monkeypatch.setattr(fused, "FENCED", True)
     gpu(10, 0, 227)
@@ -105,7 +106,7 @@ def test_the_tuner_leaves_out_what_does_not_compile_or_does_not_fit_twice(gpu, m
     monkeypatch.setattr(fused, "launch", launch)
     monkeypatch.setattr(fused.triton.testing, "do_bench", do_bench)
     monkeypatch.setattr(fused, "_TUNED", {})
-    inputs = (None, None, torch.empty(64, 256, device="meta", dtype=torch.bfloat16), None, 32, 0.1, 0.05)
+    inputs = (None, None, torch.empty(64, 256, device="meta", dtype=torch.bfloat16), None, 32, 0.1, 0.05, fused.Extensions(unit=True))
     limits = SimpleNamespace(regs_per_multiprocessor=65536, shared_memory_per_multiprocessor=228 * KIB)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: limits)
     best = fused._tune(inputs, torch.empty(8, 256), None, fixed, 132)
