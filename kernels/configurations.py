@@ -103,6 +103,15 @@ def configuration(capability: tuple[int, int], width: int, dtype: torch.dtype, s
     return table[dtype.itemsize].get(max(32, padded_width(width)))
 
 
+def back_configuration(capability: tuple[int, int], width: int, dtype: torch.dtype, shared_limit: int) -> Configuration | None:
+    """The fixed choice of the read-back, whose stationary tile is the entries': the read-out's where its registers suffice."""
+    choice = configuration(capability, width, dtype, shared_limit)
+    # Beside these accumulators the shifts and weights of so many rows would spill 80 and 16 bytes.
+    if choice in (_AMPERE[2][256], _HOPPER[2][128]):
+        return replace(choice, block_entries=choice.block_entries // 2)
+    return choice
+
+
 def with_two_tiles(
     choice: Configuration, capability: tuple[int, int], widths: tuple[int, int], dtype: torch.dtype, shared_limit: int
 ) -> Configuration:
@@ -111,8 +120,11 @@ def with_two_tiles(
         return choice
     keys, values = (padded_width(width, choice.parts) * dtype.itemsize for width in widths)
     left = shared_limit - choice.block_rows * keys - 1024  # what belongs to single rows and entries
-    most = left // (choice.block_entries * (keys + values)) + (capability[0] < 9)  # before Hopper a stage is no buffer
-    return replace(choice, stages=max(2, min(choice.stages, most)))
+    extra = int(capability[0] < 9)  # before Hopper one stage is no buffer
+    entries = choice.block_entries
+    while entries > 16 and left // (entries * (keys + values)) < 2:
+        entries //= 2
+    return replace(choice, block_entries=entries, stages=min(choice.stages, left // (entries * (keys + values)) + extra))
 
 
 def padded_width(width: int, parts: int = 1) -> int:

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import os
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch.torch_version import TorchVersion
 from triton import knobs
 from triton.errors import TritonError
 
-from massl_fast.kernels.configurations import Configuration, configuration, neighbours, padded_width, with_two_tiles
+from massl_fast.kernels.configurations import Configuration, back_configuration, configuration, neighbours, padded_width, with_two_tiles
 from massl_fast.kernels.fused_kernels import (
     CONSTANT_PIVOT_TEMP,
     HALF_HEADROOM,
@@ -343,7 +344,7 @@ def _choose(inputs: tuple, readout: Tensor, logsumexp: Tensor) -> tuple[Configur
     capability, _, multiprocessors, _ = _device_limits(memory.device.index)
     if capability[0] == 9 and not FENCED:
         _warn_of_old_triton()
-    choice = _fixed(memory, readout.shape[1], inputs[7].values is not None)
+    choice = _fixed(configuration, memory, readout.shape[1], inputs[7].values is not None)
     if os.environ.get(AUTOTUNE) == "1" and not torch.cuda.is_current_stream_capturing():
         choice = _tune(inputs, readout, logsumexp, choice, multiprocessors)
     return choice, multiprocessors * choice.programs
@@ -357,10 +358,10 @@ def resident_programs(compiled: Any, warps: int, device: torch.device) -> int:
     return min(found.regs_per_multiprocessor // registers, found.shared_memory_per_multiprocessor // shared)
 
 
-def _fixed(memory: Tensor, value_width: int, two_tiles: bool) -> Configuration:
+def _fixed(table: Callable[..., Configuration | None], memory: Tensor, value_width: int, two_tiles: bool) -> Configuration:
     """The fixed configuration for entries and values of these widths; ValueError where only the entries have one."""
     capability, shared_limit, _, name = _device_limits(memory.device.index)
-    choice = configuration(capability, max(memory.shape[1], value_width), memory.dtype, shared_limit)
+    choice = table(capability, max(memory.shape[1], value_width), memory.dtype, shared_limit)
     if choice is None:
         raise ValueError(
             f'backend "triton" has no configuration for {memory.dtype} values {value_width} wide on {name}. '
@@ -377,7 +378,7 @@ def _choose_back(
     if INTERPRETING:
         return INTERPRETED, min(INTERPRETED_SPLITS, triton.cdiv(rows, INTERPRETED.block_entries))
     multiprocessors = _device_limits(memory.device.index)[2]
-    choice = _fixed(memory, value_width, other_values)
+    choice = _fixed(back_configuration, memory, value_width, other_values)
     programs = blocks * triton.cdiv(block_size, choice.block_rows)
     # Few entries leave multiprocessors idle: rows are split until all have work, and parts are added in a fixed order.
     return choice, max(1, min(multiprocessors * choice.programs // programs, triton.cdiv(rows, choice.block_entries)))

@@ -21,7 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from massl_fast.kernels import disassembly, fused, throughput
-from massl_fast.kernels.configurations import Configuration, configuration, padded_width
+from massl_fast.kernels.configurations import Configuration, back_configuration, configuration, padded_width, with_two_tiles
 from massl_fast.kernels.fused_kernels import back_kernel, read_kernel
 
 KIB = 1024
@@ -100,14 +100,24 @@ class Resources:
 
 
 def shipped(arch: str) -> Iterator[Variant]:
-    """Every configuration that ships for an architecture: dtypes × widths × pivots."""
+    """Every configuration that ships for an architecture: dtypes × widths × pivots, then what the losses ask of both passes."""
     architecture = ARCHITECTURES[arch]
+    capability, shared = architecture.capability, architecture.shared_bytes
     for dtype in TRITON_NAMES:
         for width in WIDTHS:
-            choice = configuration(architecture.capability, width, dtype, architecture.shared_bytes)
+            choice = configuration(capability, width, dtype, shared)
             if choice is not None:
                 for constant_pivot in (False,) if dtype == torch.float16 else (True, False):
                     yield Variant(width, dtype, constant_pivot, choice)
+    for dtype in TRITON_NAMES:
+        for width in WIDTHS:
+            choice, back = configuration(capability, width, dtype, shared), back_configuration(capability, width, dtype, shared)
+            if choice is not None:
+                two, back_two = (with_two_tiles(one, capability, (width, width), dtype, shared) for one in (choice, back))
+                yield Variant(width, dtype, False, two, extensions=("values", "bias", "stored order"))
+                yield Variant(width, dtype, False, choice, even_blocks=False, extensions=("groups", "stored order"))
+                yield Variant(width, dtype, False, back, back=True, extensions=("own values", "weights", "stored order"))
+                yield Variant(width, dtype, False, back_two, back=True, extensions=("values", "bias", "weights", "stored order"))
 
 
 def compile_variant(variant: Variant, arch: str) -> Any:

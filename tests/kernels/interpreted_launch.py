@@ -17,18 +17,6 @@ def launch(tensors, block_size, choice, programs, temps=(0.1, 0.05)):
     partition = partition_indices(memory.shape[0], seed=0, step=0)
     inputs = (student.flatten(0, 1), teacher.flatten(0, 1), memory, partition, block_size, *temps, fused.Extensions(unit=True))
     fused.launch(*inputs, readout, logsumexp, choice, programs)
-        student.flatten(0, 1),
-        teacher.flatten(0, 1),
-        memory,
-        partition,
-        block_size,
-        *temps,
-        fused.Extensions(unit=True),
-        readout,
-        logsumexp,
-        choice,
-        programs,
-    )
     return readout, logsumexp
 
 
