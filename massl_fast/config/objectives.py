@@ -106,6 +106,68 @@ class DinoSettings(PrototypeSettings):
     """Rounds of Sinkhorn-Knopp."""
 
 
+class IbotSettings(PrototypeSettings):
+    """iBOT (Zhou et al., ICLR 2022): DINO on class tokens and on masked patches."""
+
+    name: Literal["ibot"] = "ibot"
+    prototypes: int = Field(8192, ge=2, lt=2**31)
+    """Outputs of the last layer, K."""
+    shared_head: bool = True
+    """Class tokens and patches share the last layer (the published command); the code's default gives patches one of their own."""
+    patch_teacher_temperature_start: Temperature = 0.04
+    """Temperature of the teacher's softmax over patches at step 0."""
+    patch_teacher_temperature: Temperature = 0.07
+    """Temperature of the teacher's softmax over patches after the warm-up."""
+    patch_center_momentum: float = Field(0.9, ge=0, le=1)
+    """Momentum of the moving average of the patches' centre."""
+    class_weight: float = Field(1.0, ge=0, le=1e6)
+    """Weight of the loss of class tokens."""
+    patch_weight: float = Field(1.0, ge=0, le=1e6)
+    """Weight of the loss of masked patches."""
+    masked_share: float = Field(0.5, ge=0, le=1)
+    """Share of global crops that are masked at all."""
+    mask_ratio: tuple[float, float] = (0.1, 0.5)
+    """Smallest and largest share of patches that a mask hides."""
+    mask_from_epoch: Epochs = 0
+    """Epoch from which crops are masked."""
+
+    def check(self, config: Config) -> None:
+        low, high = self.mask_ratio
+        if not 0 <= low <= high <= 1:
+            raise ValueError(f"objective.mask_ratio is ({low}, {high}); it takes two numbers from 0 to 1, the smaller first.")
+
+
+class MmcSettings(ObjectiveSettings):
+    """MMC (Ahmed et al., arXiv 2308.11448): contrast of class tokens and of patches of corrupted images, and their reconstruction."""
+
+    name: Literal["mmc"] = "mmc"
+    temperature: Temperature = 0.2
+    """Temperature of both contrasts."""
+    class_weight: float = Field(1.0, ge=0, le=1e6)
+    """Weight of the contrast of class tokens; the paper prints none."""
+    patch_weight: float = Field(1.0, ge=0, le=1e6)
+    """Weight of the contrast of patches; the paper prints none."""
+    pixel_weight: float = Field(1.0, ge=0, le=1e6)
+    """Weight of the reconstruction; the paper prints none."""
+    masked_patches_only: bool = True
+    """Contrast the corrupted patches alone; otherwise all."""
+    noise_ratio: float = Field(0.75, ge=0, le=1)
+    """Share of patches that noise takes the place of."""
+    alien_ratio: float = Field(0.3, ge=0, le=1)
+    """Largest share of patches that come from another image of the batch."""
+    block_share: float = Field(0.3, gt=0, le=1)
+    """Largest side of a corrupted block as a share of the image's."""
+    backend: Literal["auto", "reference", "streaming", "triton"] = "auto"
+    """Implementation of the contrasts. auto: the fastest that runs on the device; a named one that cannot run is an error."""
+
+    def check(self, config: Config) -> None:
+        if config.crops.num_local:
+            raise ValueError(
+                f"crops.num_local is {config.crops.num_local}, but mmc takes two global crops and no others (what the paper does with "
+                f"local ones is not known). Set crops.num_local 0."
+            )
+
+
 class CarpSettings(ObjectiveSettings):
     """CARP (Silva and Ramírez Rivera, NeurIPS 2023): consistent assignments over random partitions of learned prototypes."""
 
@@ -147,7 +209,15 @@ class MocoV3Settings(ObjectiveSettings):
 
 
 SETTINGS: Registry[type[ObjectiveSettings]] = Registry(
-    "objective.name", {"massl": MasslSettings, "carp": CarpSettings, "dino": DinoSettings, "moco_v3": MocoV3Settings}
+    "objective.name",
+    {
+        "massl": MasslSettings,
+        "carp": CarpSettings,
+        "dino": DinoSettings,
+        "ibot": IbotSettings,
+        "mmc": MmcSettings,
+        "moco_v3": MocoV3Settings,
+    },
 )
 
 

@@ -43,8 +43,9 @@ def build_pair(config: Config, objective: Objective) -> tuple[StudentTeacher, li
     student = backbone(model.drop_path)
     heads = objective.heads(student.feature_dim)
     notes = start_from(student, Path(config.run.init_from)) if config.run.init_from else []
+    patch_views = objective.teacher_views if objective.needs_patches else 0
     student, teacher = (
-        Encoder(network, head, crops_pass=model.crops_pass, recompute=recompute, residual=model.residual)
+        Encoder(network, head, crops_pass=model.crops_pass, recompute=recompute, residual=model.residual, patch_views=patch_views)
         for network, head, recompute in zip((student, backbone(0.0)), heads, (model.recompute, "nothing"))
     )
     return StudentTeacher(student, teacher), notes

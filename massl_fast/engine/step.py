@@ -24,6 +24,7 @@ from massl_fast.distributed.world import World
 from massl_fast.engine.optimizer import update_weights_
 from massl_fast.engine.phases import BACKWARD, CLIP, COMMIT, LOSS, REST, STUDENT, TEACHER, Observer, unobserved
 from massl_fast.engine.schedules import StepSettings
+from massl_fast.models.backbone import patch_size
 from massl_fast.models.pair import StudentTeacher
 from massl_fast.models.precision import LossScaler, Precision
 from massl_fast.objectives.base import At, Objective, Outcome
@@ -89,6 +90,7 @@ class TrainStep:
         self.stop_votes = torch.zeros((), device=world.device)
         """After a step: how many ranks said ``stopping``, a 0-d tensor."""
         self.before_exchange = before_exchange
+        self.patch = patch_size(pair.student.backbone)
         self.observe: Observer = unobserved
 
     @contextlib.contextmanager
@@ -110,8 +112,10 @@ class TrainStep:
         """
         carried, outcomes = [], []
         sound = torch.ones(3, dtype=torch.bool, device=self.world.device)
-        at = At(step, settings.own, micro_batches[0][0].shape[0], settings.frozen, self.world)
+        images = micro_batches[0][0].shape[0]
         for index, crops in enumerate(micro_batches):
+            first = (self.world.rank * len(micro_batches) + index) * images
+            at = At(step, settings.own, images, first, settings.frozen, self.world, self.patch)
             last = index + 1 == len(micro_batches)
             with self._exchanging_gradients(now=last):
                 outcome, teacher, student = self._forward(crops, at)
@@ -146,9 +150,10 @@ class TrainStep:
             with torch.no_grad():
                 teacher = self.pair.teacher(crops[: self.objective.teacher_views])
             self.observe(STUDENT)
-            student = self.student(*self.objective.student_inputs(crops, at))
+            inputs = self.objective.student_inputs(crops, at)
+            student = self.student(*inputs)
         self.observe(LOSS)
-        outcome = self.objective(student, teacher, at)
+        outcome = self.objective(student, teacher, at._replace(inputs=inputs))
         return outcome, teacher, tree_map(Tensor.detach, student)
 
     @torch.no_grad()

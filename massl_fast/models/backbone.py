@@ -5,14 +5,13 @@ from __future__ import annotations
 import difflib
 import traceback
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import timm
 import torch
 from torch import Tensor, nn
 
 from massl_fast.models import packed
-from massl_fast.models.head import ProjectionHead
 from massl_fast.models.recipes import features_of
 
 # Set by massl-fast itself, or they would fetch weights or change what comes out.
@@ -159,8 +158,19 @@ def _message(error: Exception) -> str:
     return str(error).strip().split("\n")[0] or traceback.extract_tb(error.__traceback__)[-1].line or type(error).__name__
 
 
+class Masks(NamedTuple):
+    """What an objective hides of the global crops, and which of their patches it asks for."""
+
+    hidden: Tensor | None
+    """bool [G·N, P]: patches in whose place the student's blocks see the head's ``mask_token``; None: they see all."""
+    rows: Tensor | None
+    """int64 [M], patches of the [G·N·P] that the student's head is given; None: all."""
+    extra: dict[str, Tensor]
+    """What the objective itself wants to have at hand in ``forward``."""
+
+
 class Encoder(nn.Module):
-    """Backbone and head. Parameters are named ``backbone.*`` (timm's own names) and ``head.mlp.*``.
+    """Backbone and head. Parameters are named ``backbone.*`` (timm's own names) and ``head.*``.
 
     ``crops_pass``: "packed" takes the tokens of all crops of a step through the blocks together (ValueError where the
     backbone does not allow it), "separate" gives each crop size a pass of its own, "auto" packs where that is possible.
@@ -170,27 +180,42 @@ class Encoder(nn.Module):
     ``packed.PackedPass``). A separate pass takes blocks, by timm's own means (ValueError where the network has none), but not pointwise.
 
     ``residual``: format of the tokens between the blocks of a packed pass, fp32 or bf16 (ValueError for bf16 in a separate pass).
+
+    ``patch_views``: G, of how many views at the beginning the head is given patch tokens, too: ``head(features, patches)``. ValueError
+    for networks whose patches the packed pass does not know.
     """
 
     def __init__(
-        self, backbone: nn.Module, head: ProjectionHead, *, crops_pass: str = "auto", recompute: str = "nothing", residual: str = "fp32"
+        self,
+        backbone: nn.Module,
+        head: nn.Module,
+        *,
+        crops_pass: str = "auto",
+        recompute: str = "nothing",
+        residual: str = "fp32",
+        patch_views: int = 0,
     ) -> None:
         super().__init__()
         if crops_pass not in ("auto", "packed", "separate"):
             raise ValueError(f"model.crops_pass is {crops_pass!r}; it can be auto, packed or separate.")
         self.backbone = backbone
         self.head = head
+        self.patch_views = patch_views
         supported, reason = packed.supports(backbone)
         if crops_pass == "packed" and not supported:
             raise ValueError(f"model.crops_pass is packed, which this network does not allow: {reason}.")
+        if patch_views and not supported:
+            raise ValueError(f"The objective needs patch tokens, which are taken of plain vision transformers alone, but {reason}.")
+        together = supported and crops_pass != "separate"
         if crops_pass == "separate":
-            supported, reason = False, "model.crops_pass asks for it"
-        self.packed = packed.PackedPass(backbone, recompute, residual) if supported else None
-        if not supported and residual != "fp32":
+            reason = "model.crops_pass asks for it"
+        # Where the head wants patches, a pass per size is the packed pass of one size.
+        self.packed = packed.PackedPass(backbone, recompute, residual) if together or patch_views else None
+        if not self.packed and residual != "fp32":
             raise ValueError(f"model.residual is {residual}, which needs the packed pass, and that is not taken: {reason}. Choose fp32.")
-        if not supported and recompute != "nothing":
+        if not self.packed and recompute != "nothing":
             self._recompute_separately(recompute, reason)
-        self.pass_name = "packed" if supported else "separate"
+        self.pass_name = "packed" if together else "separate"
         self.pass_reason = reason
 
     def _recompute_separately(self, recompute: str, reason: str) -> None:
@@ -208,21 +233,33 @@ class Encoder(nn.Module):
         """What rebuilds the backbone: ``architecture``, ``model_args``, ``image_size`` (see ``build_backbone``)."""
         return self.backbone.timm_args
 
-    def forward(self, crops: Sequence[Tensor], masks: None = None) -> Any:
+    def forward(self, crops: Sequence[Tensor], masks: Masks | None = None) -> Any:
         """Crops of any sizes, [N_i, 3, H_i, W_i] each → what the head makes of ΣN_i features, in the order of the crops."""
         by_size: dict[tuple[int, int], list[int]] = {}
         for view, crop in enumerate(crops):
             by_size.setdefault((crop.shape[-2], crop.shape[-1]), []).append(view)
         groups = [[crops[view] for view in views] for views in by_size.values()]
-        if self.packed is not None:
-            features = self.packed(self.backbone, groups)
-        else:
-            features = torch.cat([self.backbone(torch.cat(group)) for group in groups])
+        features, patches = self._features(groups, masks)
         order = [view for views in by_size.values() for view in views]
         if order != sorted(order):
             rows = features.split([len(crops[view]) for view in order])
             features = torch.cat([rows[order.index(view)] for view in range(len(crops))])
-        return self.head(features)
+        if patches is None:
+            return self.head(features)
+        return self.head(features, patches if masks is None or masks.rows is None else patches.index_select(0, masks.rows))
+
+    def _features(self, groups: list[list[Tensor]], masks: Masks | None) -> tuple[Tensor, Tensor | None]:
+        """Pooled features of all groups, and patch tokens of the first views where the head wants them."""
+        if self.packed is None:
+            return torch.cat([self.backbone(torch.cat(group)) for group in groups]), None
+        hidden = None
+        if masks is not None and masks.hidden is not None:
+            hidden = packed.Hidden(masks.hidden, self.head.mask_token)
+        count = sum(len(crop) for crop in groups[0][: self.patch_views])
+        if self.pass_name == "packed":
+            return self.packed(self.backbone, groups, patches_of=count, hidden=hidden)
+        features, patches = self.packed(self.backbone, groups[:1], patches_of=count, hidden=hidden)
+        return torch.cat([features, *(self.packed(self.backbone, [group])[0] for group in groups[1:])]), patches
 
     def features(self, images: Tensor, recipe: str = "pooled") -> Tensor:
         """Images of one size, [N, 3, H, W] → features by timm's own forward (``recipes.features_of``): what evaluation and export use."""

@@ -84,6 +84,67 @@ class PrototypeHead(nn.Module):
         return {"embeddings": self.embed(features), "prototypes": prototypes}
 
 
+class PatchPrototypeHead(PrototypeHead):
+    """A ``PrototypeHead`` for class tokens and patches, with the vector that stands for masked patches on the student's side (iBOT).
+
+    ``shared``: patches have the prototypes of class tokens; otherwise a last layer of their own, ``patch_last_layer``.
+    """
+
+    def __init__(
+        self,
+        in_dim: int,
+        *,
+        hidden_dim: int,
+        out_dim: int,
+        num_layers: int,
+        prototypes: int,
+        free_norm: bool,
+        shared: bool,
+        mask_token: bool,
+    ) -> None:
+        super().__init__(
+            in_dim,
+            hidden_dim=hidden_dim,
+            out_dim=out_dim,
+            num_layers=num_layers,
+            prototypes=prototypes,
+            free_norm=free_norm,
+            batch_norm=False,
+            unit=True,
+        )
+        self.patch_last_layer = None if shared else Prototypes(prototypes, out_dim, free_norm=free_norm)
+        if mask_token:
+            self.mask_token = nn.Parameter(torch.zeros(in_dim))
+
+    def forward(self, features: Tensor, patches: Tensor) -> dict[str, Tensor]:  # type: ignore[override]  # patches are not optional here
+        """Of class tokens [n, C] and patches [m, C]: ``embeddings`` [n, D], ``patch_embeddings`` [m, D], ``prototypes`` and
+        ``patch_prototypes`` [K, D]."""
+        found = super().forward(features)
+        with torch.autocast(features.device.type, enabled=False):
+            keys = found["prototypes"] if self.patch_last_layer is None else self.patch_last_layer()
+        return found | {"patch_embeddings": self.embed(patches), "patch_prototypes": keys}
+
+
+class ClassPatchPixelHead(nn.Module):
+    """Perceptrons for class tokens and for patches and, on the student's side, a decoder from patch tokens to pixels (MMC).
+
+    Parameters are ``class_mlp.*``, ``patch_mlp.*`` and ``decoder.*``. ``pixels``: values of a patch, 3·side²; 0: no decoder.
+    """
+
+    def __init__(self, in_dim: int, *, hidden_dim: int, out_dim: int, num_layers: int, pixels: int) -> None:
+        super().__init__()
+        widths = [in_dim, *[hidden_dim] * (num_layers - 1), out_dim]
+        self.class_mlp, self.patch_mlp = perceptron(widths), perceptron(widths)
+        self.decoder = perceptron([in_dim, hidden_dim, pixels]) if pixels else None
+        truncated_normal_(self)
+
+    def forward(self, features: Tensor, patches: Tensor) -> dict[str, Tensor]:
+        """Of class tokens [n, C] and patches [m, C]: ``class_embeddings`` [n, D], ``patch_embeddings`` [m, D], and ``pixels``
+        [m, 3·side²] in the order channel, row, column."""
+        found = {"class_embeddings": self.class_mlp(features), "patch_embeddings": self.patch_mlp(patches)}
+        return found if self.decoder is None else found | {"pixels": self.decoder(patches)}
+
+
 class ContrastHead(nn.Module):
     """A projector and, on the student's side, a predictor behind it (MoCo v3, section 4): ReLU, batch norms, no biases.
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,22 @@ RECOMPUTE = ("nothing", "pointwise", "blocks")
 """What the backward pass computes again instead of keeping it; see ``PackedPass``."""
 RESIDUAL = ("fp32", "bf16")
 """Format in which tokens travel from block to block under autocast; see ``PackedPass``."""
+
+
+class Hidden(NamedTuple):
+    """Patches that a network is not to see: one learned vector stands in their place (BEiT, iBOT)."""
+
+    mask: Tensor
+    """bool [crops, P], of the first crops of the first group."""
+    token: Tensor
+    """[C]."""
+
+    def replace(self, embedded: Tensor) -> Tensor:
+        """Patch embeddings [B, P, C], before positions are added, with the token where the mask is set."""
+        mask = self.mask
+        if len(mask) < len(embedded):
+            mask = torch.cat([mask, mask.new_zeros(len(embedded) - len(mask), mask.shape[1])])
+        return torch.where(mask[:, :, None], self.token.to(embedded.dtype), embedded)
 
 
 def supports(backbone: nn.Module) -> tuple[bool, str]:
@@ -91,15 +107,21 @@ class PackedPass(nn.Module):
         """Compile the block; its weights are inputs of the graph, so that one graph serves all blocks."""
         self.run_block = torch.compile(packed_block, **options)
 
-    def forward(self, backbone: VisionTransformer, groups: Sequence[Sequence[Tensor]]) -> Tensor:
-        """Groups of crops [N_i, 3, H, W] of one size each → pooled features [ΣN_i, C], in the order given."""
-        tokens, shapes = self._embed(backbone, groups)
+    def forward(
+        self, backbone: VisionTransformer, groups: Sequence[Sequence[Tensor]], *, patches_of: int = 0, hidden: Hidden | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Groups of crops [N_i, 3, H, W] of one size each → pooled features [ΣN_i, C] in the order given, and patch tokens.
+
+        ``patches_of``: of how many crops at the beginning of the first group patch tokens [crops·P, C] are given, after the final norm; the
+        shortcut for class tokens is then not taken. ``hidden``: patches of these crops that the blocks are not to see.
+        """
+        tokens, shapes = self._embed(backbone, groups, hidden)
         scales = self._drop_path_scales(shapes) if self.training else None
         if self.residual == "bf16" and _autocasts_to_bf16(tokens.device):
             tokens = tokens.bfloat16()
             scales = None if scales is None else scales.bfloat16()
         blocks = list(backbone.blocks)
-        class_token_only = backbone.attn_pool is None and backbone.global_pool == "token"
+        class_token_only = backbone.attn_pool is None and backbone.global_pool == "token" and not patches_of
         for index, block in enumerate(blocks):
             last = class_token_only and index == len(blocks) - 1
             scale1, scale2 = (None, None) if scales is None else (scales[2 * index], scales[2 * index + 1])
@@ -111,15 +133,20 @@ class PackedPass(nn.Module):
                 tokens = checkpoint(run, tokens, scale1, scale2, use_reentrant=False, preserve_rng_state=dropout)
             else:
                 tokens = run(tokens, scale1, scale2)
+        patches = None
         if class_token_only:
             pooled = backbone.norm(tokens)
         else:
             tokens = backbone.norm(tokens)
             rows = tokens.split([crops * length for crops, length in shapes])
             pooled = torch.cat([backbone.pool(row.view(*shape, -1)) for row, shape in zip(rows, shapes)])
-        return backbone.head(backbone.head_drop(backbone.fc_norm(pooled)))
+            if patches_of:
+                patches = rows[0].view(*shapes[0], -1)[:patches_of, backbone.num_prefix_tokens :].flatten(0, 1)
+        return backbone.head(backbone.head_drop(backbone.fc_norm(pooled))), patches
 
-    def _embed(self, backbone: VisionTransformer, groups: Sequence[Sequence[Tensor]]) -> tuple[Tensor, Shapes]:
+    def _embed(
+        self, backbone: VisionTransformer, groups: Sequence[Sequence[Tensor]], hidden: Hidden | None = None
+    ) -> tuple[Tensor, Shapes]:
         """Patch, position and prefix embeddings: tokens [Σ B·L, C] and the groups' shapes."""
         embed = backbone.patch_embed
         if is_plain(embed) and not any(crop.requires_grad for group in groups for crop in group):
@@ -129,6 +156,8 @@ class PackedPass(nn.Module):
             grids = [tuple(grid.shape[1:3]) for grid in maps]
             patches = [grid.flatten(1, 2) for grid in maps]
 
+        if hidden is not None:
+            patches = [hidden.replace(patches[0]), *patches[1:]]
         prefix = [token for token in (backbone.cls_token, backbone.reg_token) if token is not None]
         rows = []
         for grid, patch in zip(grids, patches):

@@ -15,6 +15,8 @@ OBJECTIVES: Registry[str | type[Objective]] = Registry(
         "massl": "massl_fast.objectives.massl:MasslObjective",
         "carp": "massl_fast.objectives.carp:CarpObjective",
         "dino": "massl_fast.objectives.dino:DinoObjective",
+        "ibot": "massl_fast.objectives.ibot:IbotObjective",
+        "mmc": "massl_fast.objectives.mmc:MmcObjective",
         "moco_v3": "massl_fast.objectives.moco_v3:MocoV3Objective",
     },
 )

@@ -24,6 +24,7 @@ from massl_fast.config import Config
 from massl_fast.config.objectives import ObjectiveSettings
 from massl_fast.distributed.world import World
 from massl_fast.length import Length
+from massl_fast.models.backbone import Masks
 from massl_fast.models.flops import linear_flops
 from massl_fast.models.precision import Precision
 
@@ -50,6 +51,15 @@ class Metric:
     """A value that a plot marks with a dashed line, and its name."""
 
 
+class Inputs(NamedTuple):
+    """What the student sees of a micro-batch."""
+
+    crops: list[Tensor]
+    """V crops [N, 3, H, W]."""
+    masks: Masks | None = None
+    """What is hidden of them; None for objectives without masks."""
+
+
 class At(NamedTuple):
     """Where in a run a forward pass stands."""
 
@@ -59,9 +69,15 @@ class At(NamedTuple):
     """The values of ``Objective.schedules`` in this step."""
     images: int
     """N."""
+    first: int
+    """Place in the global batch of this micro-batch's first image."""
     frozen: tuple[str, ...]
     """What ``Objective.frozen`` gave for this step."""
     world: World
+    patch: int | None = None
+    """Side of a patch in pixels; None for networks without patches."""
+    inputs: Inputs | None = None
+    """What ``student_inputs`` gave; there in ``forward``."""
 
 
 class Outcome(NamedTuple):
@@ -73,15 +89,6 @@ class Outcome(NamedTuple):
     """0-d tensors by keys of ``METRICS``, without gradient; averaged over micro-batches and ranks."""
     carried: dict[str, Tensor]
     """What ``commit_`` takes, without gradient."""
-
-
-class Inputs(NamedTuple):
-    """What the student sees of a micro-batch."""
-
-    crops: list[Tensor]
-    """V crops [N, 3, H, W]."""
-    masks: Any = None
-    """What the encoder is given beside them (see ``Encoder.forward``); None for objectives without masks."""
 
 
 class Objective(nn.Module, ABC):

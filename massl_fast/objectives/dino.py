@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from massl_fast.config import Config
-from massl_fast.config.objectives import DinoSettings
+from massl_fast.config.objectives import DinoSettings, PrototypeSettings
 from massl_fast.kernels import available_backends, prototype_cross_entropy, sinkhorn_bias
 from massl_fast.length import Length, linear
 from massl_fast.models.heads import PrototypeHead
@@ -46,7 +46,9 @@ class DinoObjective(Objective):
     def __init__(self, config: Config, dtype: torch.dtype = torch.float32):
         super().__init__()
         self.config, self.dtype = config, dtype
-        self.settings: DinoSettings = config.objective
+        self.settings: PrototypeSettings = config.objective
+        sinkhorn = isinstance(self.settings, DinoSettings) and self.settings.centering == "sinkhorn"
+        self.sinkhorn_rounds = self.settings.sinkhorn_iterations if sinkhorn else 0  # 0: a centre
         self.register_buffer("center", torch.zeros(self.settings.prototypes))
 
     @classmethod
@@ -74,7 +76,7 @@ class DinoObjective(Objective):
         """``embeddings`` [V·N, D] and [T·N, D] unit rows, ``prototypes`` [K, D] of both sides."""
         z, w = (outputs["embeddings"].view(-1, at.images, outputs["embeddings"].shape[-1]) for outputs in (student, teacher))
         keys, teacher_keys = student["prototypes"], teacher["prototypes"]
-        if any(prefix == LAST_LAYER for prefix in at.frozen) and at.world.size == 1:
+        if LAST_LAYER in at.frozen and at.world.size == 1:
             keys = keys.detach()  # spares the read-back; replicas exchange gradients of all parameters, used or not
         temperature = at.schedules["teacher_temperature"]
         z, w, keys, teacher_keys = (tensor.to(self._dtype_of(tensor)) for tensor in (z, w, keys, teacher_keys))
@@ -94,17 +96,21 @@ class DinoObjective(Objective):
 
     def teacher_bias(self, rows: Tensor, keys: Tensor, temperature: float | Tensor, at: At) -> Tensor:
         """What is added to the teacher's logits, [K]: the centre taken off, or Sinkhorn-Knopp's assignment of the rows of all ranks."""
-        if self.settings.centering == "sinkhorn":
-            iterations = self.settings.sinkhorn_iterations
+        if self.sinkhorn_rounds:
             return sinkhorn_bias(
-                rows, keys, temperature=temperature, iterations=iterations, sum_over_ranks=at.world.sum, backend=self.settings.backend
+                rows,
+                keys,
+                temperature=temperature,
+                iterations=self.sinkhorn_rounds,
+                sum_over_ranks=at.world.sum,
+                backend=self.settings.backend,
             )
         return -self.center / temperature
 
     def commit_(self, carried: Sequence[dict[str, Tensor]], finite: Tensor, at: At) -> dict[str, Tensor]:
         """centre ← m·centre + (1 − m)·mean(w)·C′ᵀ over all ranks; the mean embedding travels, not K logits."""
         mean = at.world.mean(torch.stack([each["mean"] for each in carried]).mean(0))
-        if self.settings.centering == "centre":
+        if not self.sinkhorn_rounds:
             momentum = self.settings.center_momentum
             moved = momentum * self.center + (1 - momentum) * (carried[-1]["prototypes"].to(mean.dtype) @ mean)
             self.center.copy_(torch.where(finite, moved, self.center))
@@ -137,7 +143,7 @@ class DinoObjective(Objective):
 
     def line(self, world_size: int) -> str:
         settings = self.settings
-        kept = "the centre" if settings.centering == "centre" else f"{settings.sinkhorn_iterations} rounds of Sinkhorn-Knopp"
+        kept = f"{self.sinkhorn_rounds} rounds of Sinkhorn-Knopp" if self.sinkhorn_rounds else "the centre"
         return f"backend {self.backend}; {settings.prototypes} prototypes of width {self.config.model.embedding_dim}, apart by {kept}"
 
     def warnings(self, length: Length, num_images: int) -> list[str]:

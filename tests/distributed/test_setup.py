@@ -122,7 +122,7 @@ def test_partitions_are_shared_or_of_each_rank_and_the_memory_always_the_same(sc
     one, other = (build_objective(config, Precision("fp32", "test"), rank) for rank in (0, 1))
     assert torch.equal(one.memory, other.memory)
     student, teacher = (torch.nn.functional.normalize(torch.randn(v * 3, 16), dim=-1) for v in (3, 2))
-    at = At(1, {"teacher_temperature": 0.05}, 3, (), World(0, 1, 0, CPU))
+    at = At(1, {"teacher_temperature": 0.05}, 3, 0, (), World(0, 1, 0, CPU))
     losses = [objective(student, teacher, at).loss for objective in (one, other)]
     assert torch.equal(*losses) == equal
 

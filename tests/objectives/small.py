@@ -35,7 +35,9 @@ OBJECTIVES = {
     "massl": "objective: {name: massl, memory_size: 64, block_size: 16, teacher_temperature_warmup_epochs: 1}",
     "dino": "objective: {name: dino, prototypes: 40, freeze_norm: false, freeze_last_layer_epochs: 0.5}",
     "dino-sinkhorn": "objective: {name: dino, prototypes: 40, centering: sinkhorn, freeze_last_layer_epochs: 0}",
+    "ibot": "objective: {name: ibot, prototypes: 40, masked_share: 0.8, freeze_last_layer_epochs: 0.5, shared_head: false}",
     "carp": "objective: {name: carp, prototypes: 40, block_size: 16}",
+    "mmc": "{objective: {name: mmc}, crops: {num_local: 0}}",
     "moco_v3": "{objective: {name: moco_v3}, crops: {num_local: 0}}",
 }
 
@@ -66,4 +68,10 @@ def crops_of(config: Config, images: int, seed: int, dtype: torch.dtype = torch.
 
 
 def step_settings(number: int, own: dict[str, float] | None = None, frozen: tuple[str, ...] = ()) -> StepSettings:
-    return StepSettings(1e-3 * (1 + number), 0.05, 0.9 + 0.01 * number, {"teacher_temperature": 0.05, **(own or {})}, frozen)
+    return StepSettings(
+        1e-3 * (1 + number),
+        0.05,
+        0.9 + 0.01 * number,
+        {"teacher_temperature": 0.05, "patch_teacher_temperature": 0.06, "masking": 1.0, **(own or {})},
+        frozen,
+    )

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from massl_fast.kernels import partition_indices
+from massl_fast.objectives.base import At
+from massl_fast.objectives.draws import block_masks, chosen_rows
 from plain import PlainStep, carp_loss, dino_loss, moco_loss, pairs, sinkhorn_targets
 from small import crops_of, settings_of, small_step, step_settings
 
@@ -98,3 +100,68 @@ def test_moco_v3():
         torch.testing.assert_close(result.loss, loss.detach(), rtol=1e-10, atol=1e-10)
     demand_equal(step, student, teacher)
     assert "head.predictor.0.weight" not in dict(step.pair.teacher.named_parameters())
+
+
+def tokens_of(encoder, crops, mask=None):
+    """Class token [V·N, C] and patch tokens [V·N, P, C] of crops of one size, by the network's own layers; masked patches replaced."""
+    backbone = encoder.backbone
+    patches = backbone.patch_embed(torch.cat(crops))
+    patches = patches.flatten(1, 2) if patches.ndim == 4 else patches
+    if mask is not None:
+        patches = torch.where(mask[..., None], encoder.head.mask_token, patches)
+    whole = torch.cat([backbone.cls_token.expand(len(patches), -1, -1), patches], 1)
+    positions = backbone.pos_embed
+    if whole.shape[1] != positions.shape[1]:
+        side = int((whole.shape[1] - 1) ** 0.5)
+        old = int((positions.shape[1] - 1) ** 0.5)
+        grid = positions[:, 1:].view(1, old, old, -1).permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
+        grid = torch.nn.functional.interpolate(grid, size=(side, side), mode="bicubic", antialias=True).flatten(2).mT
+        positions = torch.cat([positions[:, :1], grid], 1)
+    whole = backbone.norm(backbone.blocks(whole + positions))
+    return whole[:, 0], whole[:, 1:]
+
+
+def test_ibot():
+    config = settings_of("ibot")
+    step = small_step(config, torch.float64)
+    student, teacher, plain = plain_side(step)
+    center, patch_center = torch.zeros(2, 40, dtype=torch.float64)
+    for number in range(STEPS):
+        crops = crops_of(config, IMAGES, number, torch.float64)
+        settings = step_settings(number)
+        result = step([crops], settings, number)
+        at = At(number, settings.own, IMAGES, 0, (), step.world, 4)
+        mask = step.objective.student_inputs(crops, at).masks.hidden
+        (z_global, x), (z_local, _) = tokens_of(student, crops[:2], mask), tokens_of(student, crops[2:])
+        z = student.head.mlp(torch.cat([z_global, z_local])).view(len(crops), IMAGES, -1)
+        x = student.head.mlp(x)
+        with torch.no_grad():
+            w, y = tokens_of(teacher, crops[:2])
+            w, y = teacher.head.mlp(w).view(2, IMAGES, -1), teacher.head.mlp(y)
+            c_teacher, d_teacher = teacher.head.last_layer(), teacher.head.patch_last_layer()
+        z, x, w, y = (rows / rows.norm(dim=-1, keepdim=True) for rows in (z, x, w, y))
+        of_classes = dino_loss(z, w, student.head.last_layer(), c_teacher, center, 0.1, 0.05)
+        targets = ((y @ d_teacher.T - patch_center) / 0.06).softmax(-1)
+        of_patches = -(targets * (x @ student.head.patch_last_layer().T / 0.1).log_softmax(-1)).sum(-1)  # [2N, P]
+        of_patches = ((of_patches * mask).sum(1) / mask.sum(1).clamp_min(1)).mean()
+        loss = of_classes + of_patches
+        center = 0.9 * center + 0.1 * (w @ c_teacher.T).mean((0, 1))
+        patch_center = 0.9 * patch_center + 0.1 * (y @ d_teacher.T).mean((0, 1))
+        plain(loss, settings.learning_rate, settings.weight_decay, settings.teacher_momentum)
+        torch.testing.assert_close(result.loss, loss.detach(), rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(step.objective.patch_center, patch_center, rtol=1e-8, atol=1e-9)
+    assert mask.any() and not mask.all()
+    demand_equal(step, student, teacher)
+
+
+def test_masks_are_blocks_of_the_published_sizes():
+    names = torch.arange(4000)
+    mask = block_masks(names, (14, 14), seed=3, step=7, ratio=(0.1, 0.5), share=0.5)
+    shares = mask.float().mean(1)
+    assert 0.45 < (shares > 0).float().mean() < 0.55
+    assert shares.max() <= 0.5 and 0.13 < shares.mean() < 0.15, "about 15 % in all, less what no block fills"
+    assert torch.equal(mask[10:20], block_masks(names[10:20], (14, 14), seed=3, step=7, ratio=(0.1, 0.5), share=0.5))
+    assert not torch.equal(mask, block_masks(names, (14, 14), seed=3, step=8, ratio=(0.1, 0.5), share=0.5))
+    rows = chosen_rows(mask[:20], 20 * 98)
+    exact = chosen_rows(mask[:20], None)
+    assert torch.equal(rows[: len(exact)], exact) and not mask[:20].flatten()[rows[len(exact) :]].any()
