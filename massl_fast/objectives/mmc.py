@@ -167,6 +167,6 @@ class MmcObjective(Objective):
         if length.accumulation == 1:
             return []
         return [
-            f"The contrasts of mmc see the keys of one micro-batch: with {length.accumulation} micro-batches a step is another one than that "
+            f"The contrasts of mmc see the keys of one micro-batch: with {length.accumulation} micro-batches a step is not that "
             f"of {length.global_batch} images at once."
         ]
