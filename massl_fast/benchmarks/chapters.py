@@ -196,6 +196,43 @@ def intensity(case: dict[str, Any]) -> float:
     return 4 * case["D"] * rows * kept / traffic
 
 
+OBJECTIVE_HEAD = [
+    "way",
+    "ms",
+    "quartiles apart",
+    "× published",
+    "× by processor time",
+    "errors",
+    "of matrix rate",
+    "extra MiB",
+    "results MiB",
+]
+OBJECTIVE_COLUMNS = """Loss and gradients of rows and prototypes (sinkhorn: the bias, or the published way's assignment). The published way
+is plain PyTorch that holds logits as the losses' published code does; the reference makes each logit once and of masked rows alone.
+Errors: loss, and the largest of a gradient relative to its largest value, against float64. Extra memory is what a call needs beyond its
+inputs, and results are what of it the call returns: no way can do without them. Of matrix rate: operations of the way itself a second."""
+
+
+def objectives(rows: Sequence[Row]) -> list[Part]:
+    """A part per loss and shape."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        shape = {name: value for name, value in row["case"].items() if name not in ("variant", "device") and value}
+        groups.setdefault(", ".join(f"{name} {value}" for name, value in shape.items()).removeprefix("loss "), []).append(row)
+    parts = []
+    for title, members in groups.items():
+        drawing = Drawing(f"times of {title}", kernel_bars(members), name=f"{file_name(title)}-times")
+        parts.append(Part(members, OBJECTIVE_HEAD, [objective_line(row) for row in members], title, [drawing]))
+    return parts
+
+
+def objective_line(row: Row) -> list[str]:
+    name, ms, spread, ratio, processor, _, rate, extra = kernel_line(row)[2:]
+    figures = medians(row)
+    errors = " / ".join(f"{figures[key]:.1e}" for key in ("error", "error of gradients") if key in figures)
+    return [name, ms, spread, ratio, processor, errors, rate, extra, f"{figures['results']:.1f}"]
+
+
 # Steps
 
 
@@ -375,6 +412,7 @@ def trace(rows: Sequence[Row]) -> list[Part]:
 
 KINDS: tuple[tuple[str, str, str, Callable[[Sequence[Row]], list[Part]]], ...] = (
     ("Kernels", "kernels", KERNEL_COLUMNS, kernels),
+    ("Losses beside the published way", "objectives", OBJECTIVE_COLUMNS, objectives),
     ("A step beside the published way", "published step", "", sides("× published")),
     ("A step with one thing taken back or added", "ablation", "", sides("× first")),
     ("A step, model alone", "step", "", step),

@@ -1,8 +1,8 @@
 """Results of benchmarks and profiles as JSON lines, each with what it takes to judge and repeat them.
 
-A record is one measured case: ``kind`` (kernels, loader, step, train, memory, trace), ``case`` (what was measured: the key by which
-records are compared), ``figures`` (name → unit, which way is better, samples and their median), ``details`` (tables for pages), and the
-circumstances: date, command, hardware with driver and load, versions, git commit. Files only grow: a case that is measured again adds a
+A record is one measured case: ``kind`` (kernels, objectives, loader, step, train, memory, trace), ``case`` (what was measured: the key by
+which records are compared), ``figures`` (name → unit, which way is better, samples and their median), ``details`` (tables for pages), and
+the circumstances: date, command, hardware with driver and load, versions, git commit. Files only grow: a case that is measured again adds a
 line, and whoever reads puts the samples of equal cases together.
 """
 
