@@ -81,11 +81,15 @@ def run(args: argparse.Namespace) -> int:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from massl_fast.distributed.heartbeat import end_process
     from massl_fast.distributed.signals import StopRequest
-    from massl_fast.distributed.world import join_world, leave_world
+    from massl_fast.distributed.world import RanksDidNotMeet, join_world, leave_world
     from massl_fast.engine.trainer import Trainer
     from massl_fast.run.exits import Ended, Interrupted, OutOfMemory, RankLost
 
-    world = join_world(config.train.device, config.parallel.timeout_seconds)
+    try:
+        world = join_world(config.train.device, config.parallel.timeout_seconds)
+    except RanksDidNotMeet as error:
+        print(f"massl-fast train: {error}", file=sys.stderr)
+        return Interrupted.exit_code if error.stopped else 1
     if world.is_main:
         print_notes(config)
     try:
