@@ -9,6 +9,7 @@ Half-precision tiles are widened to float32 on the CPU; on a GPU both products u
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,7 +65,9 @@ def memory_readout(
             x, scale = x * scale, None  # one pass less over each tile of logits
         tile_size = min(block_size, max(64, most_logits // x.shape[0]))
         for block in range(blocks):
-            pivot = total = sums = None
+            total: Any = None  # with sums and pivot, of the tiles so far
+            sums: Any = None
+            pivot = None
             for where in tiles(partition, block, block_size, tile_size):
                 keys = gather(memory, where).to(narrow)  # [t, D]
                 tile = keys if values is None else gather(values, where).to(narrow)  # [t, Dv]
@@ -73,7 +76,7 @@ def memory_readout(
                     logits.mul_(scale)
                 if key_bias is not None:
                     logits.add_(gather(key_bias, where))
-                if row_group is not None:
+                if row_group is not None and key_group is not None:
                     logits.masked_fill_(row_group[part, None] == gather(key_group, where), -torch.inf)
                 tile_pivot = logits.amax(1, keepdim=True).sub_(headroom)
                 if masked:
@@ -151,7 +154,7 @@ def memory_readback(
             keys = gather(memory, where).to(narrow)  # [t, D]
             bias = None if key_bias is None else gather(key_bias, where)[:, None]
             group = None if key_group is None else gather(key_group, where)[:, None]
-            sums = None  # [t, Dv]
+            sums: Any = None  # [t, Dv]
             for start in range(0, rows.shape[0], most_rows):
                 part = slice(start, start + most_rows)
                 weights = _product(keys, x[part].T, wide)  # [t, r]
@@ -159,7 +162,7 @@ def memory_readback(
                     weights.mul_(scale[part])
                 if bias is not None:
                     weights.add_(bias)
-                if group is not None:
+                if group is not None and row_group is not None:
                     weights.masked_fill_(group == row_group[part], -torch.inf)
                 weights.sub_(shift[part, block]).exp_()
                 if sums is None:
@@ -168,7 +171,7 @@ def memory_readback(
                     sums.addmm_(weights, y[part])
                 else:
                     sums.add_(_product(weights.to(narrow), y[part].to(narrow), wide))
-            if headroom:
+            if headroom and size is not None:
                 sums.mul_(size * math.exp(-headroom))
             if isinstance(where, slice):
                 result[where] += sums
