@@ -58,8 +58,10 @@ def default_resize_ratio(image_size: int) -> float:
     return 1.0 if image_size <= SMALL_IMAGE else 256 / 224
 
 
-def resize_and_crop(image: Image.Image, image_size: int, resize_ratio: float) -> Image.Image:
-    """Shorter side to `image_size` × `resize_ratio` (bicubic with antialiasing), then the centre square of `image_size` pixels.
+def resize_and_crop(
+    image: Image.Image, image_size: int, resize_ratio: float, how: Image.Resampling = Image.Resampling.BICUBIC
+) -> Image.Image:
+    """Shorter side to `image_size` × `resize_ratio` (with antialiasing), then the centre square of `image_size` pixels.
 
     Rounds as torchvision's Resize and CenterCrop do on PIL images.
     """
@@ -70,7 +72,7 @@ def resize_and_crop(image: Image.Image, image_size: int, resize_ratio: float) ->
     else:
         width, height = int(shorter * width / height), shorter
     if image.size != (width, height):
-        image = image.resize((width, height), Image.Resampling.BICUBIC)
+        image = image.resize((width, height), how)
     left, top = round((width - image_size) / 2), round((height - image_size) / 2)
     return image.crop((left, top, left + image_size, top + image_size))
 

@@ -15,6 +15,13 @@ PROTOCOLS: Registry[tuple[str | type[Protocol], str]] = Registry(
     {
         # name: (module:class, or the class itself; what it measures)
         "knn": ("massl_fast.evaluation.knn:Knn", "weighted k-NN accuracy of a checkpoint"),
+        "retrieval": ("massl_fast.evaluation.retrieval:Retrieval", "instance retrieval (revisited Oxford and Paris)"),
+        "copies": ("massl_fast.evaluation.copies:Copies", "copy detection (Copydays, or your own pairs)"),
+        "cluster": ("massl_fast.evaluation.cluster:Cluster", "spherical k-means beside the classes"),
+        "multilabel": ("massl_fast.evaluation.multilabel:Multilabel", "support vector machines on several labels per image (VOC07)"),
+        "attention": ("massl_fast.evaluation.attention:Attention", "attention maps as masks of objects"),
+        "prompt": ("massl_fast.evaluation.prompt:Prompt", "a patch as the prompt for its object"),
+        "similarity": ("massl_fast.evaluation.similarity:Similarity", "similarities of patches within and between categories"),
         "video": ("massl_fast.evaluation.video:Video", "video object segmentation by label propagation (DAVIS)"),
         "linear": ("massl_fast.evaluation.linear:Linear", "linear probe: heads of a sweep of learning rates, trained at once"),
         "logistic": ("massl_fast.evaluation.logistic:Logistic", "logistic regression, whole sets, low shot and long tails"),

@@ -19,10 +19,6 @@ from massl_fast.models.backbone import patch_size
 from massl_fast.models.recipes import demand_recipe, features_of
 
 RAW_SIDE = 32
-RESAMPLED = (
-    "Position embeddings are resampled by timm (bicubic, antialiased, to the exact grid); DINO's code scales them by (side + 0.1) without "
-    "antialiasing, which moves scores by some tenths."
-)
 
 
 def patch_side(subject: Subject) -> int:
@@ -110,7 +106,7 @@ def normalised(subject: Subject, pixels: Tensor) -> Tensor:
 def tokens_of(subject: Subject, images: SizedImages, *, colours: bool = True) -> Iterator[tuple[int, dict[str, Tensor]]]:
     """Yields (position, {network: patch tokens [h, w, C] float32 on the device}) of this rank's images.
 
-    Images are cut to whole patches. Raw pixels, where the subject wants them and `colours` allows, are colour means and deviations.
+    Images are cut to whole patches. Raw pixels, where the subject wants them and `colours` allows, are means and deviations of colours.
     """
     patch = patch_side(subject)
     for positions, pixels in images.batches(subject.batch_size, subject.num_workers):
@@ -119,7 +115,7 @@ def tokens_of(subject: Subject, images: SizedImages, *, colours: bool = True) ->
             batch = normalised(subject, pixels)
             found = {name: patch_tokens(network, batch, patch) for name, network in subject.networks.items()}
             if colours and subject.raw_pixels:
-                found[RAW_PIXELS] = patch_colours(pixels.to(subject.device) / 255, patch)
+                found[RAW_PIXELS] = patch_colours(batch, patch)
         for row, position in enumerate(positions):
             yield position, {name: tokens[row] for name, tokens in found.items()}
 

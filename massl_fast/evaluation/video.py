@@ -23,7 +23,7 @@ from massl_fast.evaluation.metrics.video import davis_scores, region_and_boundar
 from massl_fast.evaluation.pictures import Picture, painted, row_of, spread
 from massl_fast.evaluation.propagation import PropagationSettings, hard_labels, propagate
 from massl_fast.evaluation.subject import RAW_PIXELS, Subject
-from massl_fast.evaluation.tokens import RESAMPLED, evaluated, normalised, patch_colours, patch_side, patch_tokens
+from massl_fast.evaluation.tokens import evaluated, normalised, patch_colours, patch_side, patch_tokens
 
 SHORTER_SIDE = 480
 LONGER_MULTIPLE = 64
@@ -121,7 +121,6 @@ class Video(Protocol):
         changed = [f"{key} {getattr(settings, key)} for {getattr(default, key)}" for key in ("context", "radius", "neighbours")]
         changed = [text for text in changed if text.split()[1] != text.split()[3]]
         departures = [
-            RESAMPLED,
             "Features are normalised by the checkpoint's mean and deviation; DINO's code has a deviation of 0.228 for red.",
         ]
         if (sequences, objects) != BENCHMARK:

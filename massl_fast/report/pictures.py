@@ -14,8 +14,8 @@ from massl_fast.data.loaders import open_data
 from massl_fast.data.sources import Source
 from massl_fast.evaluation.features import SMALL_IMAGE, Features, LabelledImages, eval_mode, extract, fixed_subset
 from massl_fast.evaluation.knn import nearest_neighbours
+from massl_fast.models.attention import class_token_attention
 from massl_fast.models.published import load_backbone
-from massl_fast.report.attention import class_token_attention
 from massl_fast.report.run_folder import RunFolder
 from massl_fast.run.checkpoint import CheckpointFolder
 

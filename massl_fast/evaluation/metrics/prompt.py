@@ -114,6 +114,12 @@ class SimilarityHistograms:
         self.inter += np.histogram(values[~same], self.edges)[0]
         self._sums += values[same].sum(dtype=np.float64), values[~same].sum(dtype=np.float64)
 
+    def __iadd__(self, other: SimilarityHistograms) -> SimilarityHistograms:
+        self.intra += other.intra
+        self.inter += other.inter
+        self._sums += other._sums
+        return self
+
     @property
     def overlap(self) -> float:
         """Σ over bins of the smaller share: 0 where the kinds are apart, 1 where they cannot be told; nan where a kind has no pair."""

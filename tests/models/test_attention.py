@@ -2,7 +2,7 @@ import pytest
 import timm
 import torch
 
-from massl_fast.report.attention import class_token_attention
+from massl_fast.models.attention import class_token_attention
 
 SMALL = dict(img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3, num_classes=0)
 
