@@ -12,6 +12,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -40,10 +41,7 @@ def replay(path: str | Path, *, backend: str = "streaming", dtype: torch.dtype |
     if ranks == 1:
         found = REPLAYS[known[0]](stored, backend, dtype)
     else:
-        with tempfile.TemporaryDirectory() as folder:
-            torch.multiprocessing.spawn(_rank, (ranks, str(path), known[0], backend, dtype, folder), nprocs=ranks)
-            parts = [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(ranks)]
-        found = {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
+        found = _on_ranks(ranks, path, known[0], backend, dtype)
     expected = stored | {name: value for name, value in found.items() if name.startswith("expected_")}
     errors: dict[str, float] = {"max_loss_error": 0.0, "max_gradient_error": 0.0}
     for name, value in found.items():
@@ -64,12 +62,28 @@ def load(path: Path) -> Stored:
         return {name: torch.from_numpy(np.array(file[name], order="C")) for name in file.files if file[name].dtype.kind in "fib"}
 
 
-def _rank(rank: int, ranks: int, path: str, name: str, backend: str, dtype: torch.dtype, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", ranks), rank=rank, world_size=ranks)
-    found = REPLAYS[name](load(Path(path)), backend, dtype, rank)
-    torch.save(found, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+def _on_ranks(ranks: int, path: Path, name: str, backend: str, dtype: torch.dtype) -> Figures:
+    """Figures of all ranks, stacked: this process is rank 0, and the others start anew."""
+    with tempfile.TemporaryDirectory() as folder:
+        given = (ranks, path, name, backend, dtype, folder)
+        others = [torch.multiprocessing.get_context("spawn").Process(target=_rank, args=(rank, *given)) for rank in range(1, ranks)]
+        for process in others:
+            process.start()
+        _rank(0, *given)
+        for process in others:
+            process.join()
+        parts = [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(ranks)]
+    return {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
+
+
+def _rank(rank: int, ranks: int, path: Path, name: str, backend: str, dtype: torch.dtype, folder: str) -> None:
+    store = dist.FileStore(f"{folder}/store", ranks)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=timedelta(minutes=3))
+    try:
+        torch.save(REPLAYS[name](load(path), backend, dtype, rank), f"{folder}/{rank}.pt")
+        dist.barrier()  # so that no rank leaves while another still reads from it
+    finally:
+        dist.destroy_process_group()
 
 
 def _sum_over_ranks(tensor: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -32,6 +33,34 @@ def test_figures_of_the_published_losses(name, backend):
 @pytest.mark.parametrize("name", TWO_RANKS)
 def test_figures_of_the_published_losses_on_two_ranks(name):
     assert max(replay(golden(name), backend="streaming").values()) <= 1e-10
+
+
+def test_a_file_made_here_is_replayed_on_two_ranks(tmp_path):
+    """The same as the published case, from the plain PyTorch below: it is there where the published one is not."""
+    generator = torch.Generator().manual_seed(5)
+    student, teacher = (3 * torch.randn(2, views, 3, 8, generator=generator, dtype=torch.float64) for views in (3, 2))
+    keys, teacher_keys = (torch.randn(25, 8, generator=generator, dtype=torch.float64) for _ in range(2))
+    permutation = torch.randperm(25, generator=generator)
+    blocks = permutation[:24].view(3, 8)
+    stored = dict(
+        student=student, teacher=teacher, student_prototypes=keys, teacher_prototypes=teacher_keys,
+        permutation=permutation, block_size=torch.tensor(8), eps=torch.tensor(2.0**-23, dtype=torch.float64),
+    )  # fmt: skip
+    found = {name: [] for name in ("loss", "consistency", "entropy", "grad_student", "grad_prototypes")}
+    for rank in range(2):
+        other = [(rows[1 - rank] @ c.T)[..., blocks].softmax(-1).flatten(0, 1) for rows, c in ((student, keys), (teacher, teacher_keys))]
+        z, c = leaves(student[rank], keys)
+        consistency, entropy = carp_in_plain_pytorch(z, teacher[rank], c, teacher_keys, blocks, 2**-23, torch.cat(other))
+        grads = torch.autograd.grad(consistency + 2 * entropy, (z, c))
+        for name, value in zip(found, (consistency + entropy, consistency, entropy, *grads)):
+            found[name].append(value.detach())
+    np.savez(tmp_path / "carp_made_here.npz", **{k: v.numpy() for k, v in (stored | {k: torch.stack(v) for k, v in found.items()}).items()})
+    assert max(replay(tmp_path / "carp_made_here.npz").values()) <= 1e-10
+
+
+def test_a_file_that_names_no_objective_is_a_sentence(tmp_path):
+    with pytest.raises(ValueError, match="does not say which objective"):
+        replay(tmp_path / "unknown.npz")
 
 
 # Independent derivations: logits of everything, autograd
