@@ -112,7 +112,7 @@ def shipped(arch: str) -> Iterator[Variant]:
     for dtype in TRITON_NAMES:
         for width in WIDTHS:
             choice, back = configuration(capability, width, dtype, shared), back_configuration(capability, width, dtype, shared)
-            if choice is not None:
+            if choice is not None and back is not None:
                 two, back_two = (with_two_tiles(one, capability, (width, width), dtype, shared) for one in (choice, back))
                 yield Variant(width, dtype, False, two, extensions=("values", "bias", "stored order"))
                 yield Variant(width, dtype, False, choice, even_blocks=False, extensions=("groups", "stored order"))

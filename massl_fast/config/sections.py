@@ -6,11 +6,16 @@ Upper bounds are far beyond what any machine runs; they keep a slip of the keybo
 from __future__ import annotations
 
 import os
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, SerializeAsAny, ValidationInfo, field_validator
 
 from massl_fast.config.registry import Registry
+
+if TYPE_CHECKING:
+    Plain = Any  # whoever takes it knows what it takes
+else:
+    Plain = JsonValue
 
 LARGEST_COUNT = 10**12
 """Steps, images."""
@@ -156,7 +161,7 @@ class CropsSection(Section):
 class ModelSection(Section):
     architecture: str = "vit_small_patch16_224"
     """Any timm vision transformer, or any timm network with pooled features."""
-    model_args: dict[str, JsonValue] = {}
+    model_args: dict[str, Plain] = {}
     """Further arguments of timm.create_model, as a mapping, {depth: 4, embed_dim: 192}, or one at a time, --model.model_args.depth 4."""
     drop_path: float = Field(0.1, ge=0, lt=1)
     """Stochastic depth of the student (the teacher has none)."""
@@ -182,7 +187,7 @@ class ModelSection(Section):
 
     @field_validator("model_args")
     @classmethod
-    def _sizes_are_possible(cls, arguments: dict[str, JsonValue]) -> dict[str, JsonValue]:
+    def _sizes_are_possible(cls, arguments: dict[str, Plain]) -> dict[str, Plain]:
         for name, value in arguments.items():
             for number in value if isinstance(value, list) else [value]:
                 if isinstance(number, (int, float)) and abs(number) > LARGEST_SIZE:
@@ -273,7 +278,7 @@ class EvaluationSection(Section):
     """Evaluate on a fixed random subset of the labelled training images; 0: all."""
     protocols: tuple[str, ...] = ("knn",)
     """Evaluations that are run, by their names in `massl-fast eval`, such as [knn, linear]."""
-    settings: dict[str, dict[str, JsonValue]] = {}
+    settings: dict[str, dict[str, Plain]] = {}
     """Settings of evaluations by name, as a YAML mapping: {linear: {epochs: 10}}. What they do not say is as above."""
     best_metric: str = ""
     """Key in metrics.jsonl of the figure by which the best checkpoint is kept, such as linear_teacher_chosen_percent. Empty: the

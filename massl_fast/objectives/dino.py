@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from massl_fast.config import Config
-from massl_fast.config.objectives import DinoSettings, PrototypeSettings
+from massl_fast.config.objectives import DinoSettings, ObjectiveSettings, PrototypeSettings
 from massl_fast.kernels import available_backends, prototype_cross_entropy, sinkhorn_bias
 from massl_fast.length import Length, linear
 from massl_fast.models.heads import PrototypeHead
@@ -24,8 +25,8 @@ LAST_LAYER = "head.last_layer."
 class DinoObjective(Objective):
     """Owns the centre [K]; the prototypes are the last layer of the heads, the teacher's a moving average of the student's."""
 
-    Settings = DinoSettings
-    METRICS = (
+    Settings: ClassVar[type[ObjectiveSettings]] = DinoSettings
+    METRICS: ClassVar[tuple[Metric, ...]] = (
         Metric("student_entropy_nats", "Entropy of the student's assignments", "nats", console="entropy", figure="Entropy"),
         Metric("teacher_entropy_nats", "Entropy of the teacher's assignments", "nats", console="entropy", figure="Entropy"),
         Metric(

@@ -66,6 +66,7 @@ class IbotObjective(DinoObjective):
 
     def student_inputs(self, crops: list[Tensor], at: At) -> Inputs:
         """Block-wise masks on the global crops, and the weight of each masked row in the loss."""
+        assert at.patch is not None, "an objective of patches is refused a network without them"
         settings, side = self.settings, crops[0].shape[-1] // at.patch
         count, patches = self.teacher_views * at.images, side * side
         mask = block_masks(
@@ -84,6 +85,7 @@ class IbotObjective(DinoObjective):
 
     def forward(self, student: dict[str, Tensor], teacher: dict[str, Tensor], at: At) -> Outcome:
         """As ``DinoObjective.forward``, and ``patch_embeddings`` [M, D] of masked patches and [T·N·P, D] of all, ``patch_prototypes``."""
+        assert at.inputs is not None and at.inputs.masks is not None, "as student_inputs gave them"
         masks = at.inputs.masks
         of_classes = super().forward(student, teacher, at)
         keys, teacher_keys = student["patch_prototypes"], teacher["patch_prototypes"]
@@ -91,6 +93,7 @@ class IbotObjective(DinoObjective):
             keys = keys.detach()
         x, y = student["patch_embeddings"], teacher["patch_embeddings"]
         temperature = at.schedules["patch_teacher_temperature"]
+        assert masks.rows is not None
         target = y.index_select(0, masks.rows)
         x, target, keys, teacher_keys = (tensor.to(self._dtype_of(tensor)) for tensor in (x, target, keys, teacher_keys))
         patch_loss = prototype_cross_entropy(

@@ -68,6 +68,7 @@ class MmcObjective(Objective):
 
     def student_inputs(self, crops: list[Tensor], at: At) -> Inputs:
         """Corrupted crops; noise is normal with the moments of normalised pixels, alien patches come from the next image of the batch."""
+        assert at.patch is not None, "an objective of patches is refused a network without them"
         settings, side = self.settings, crops[0].shape[-1] // at.patch
         names = names_of_crops(self.teacher_views, at, crops[0].device)
         choices = uniforms(self.config.run.seed, at.step, names + (1 << 40), 1)[:, 0]
@@ -97,6 +98,7 @@ class MmcObjective(Objective):
 
     def forward(self, student: dict[str, Tensor], teacher: dict[str, Tensor], at: At) -> Outcome:
         """``class_embeddings`` [2·N, D] and ``patch_embeddings`` [2·N·P, D] of both sides, ``pixels`` [2·N·P, 3·side²] of the student."""
+        assert at.inputs is not None and at.inputs.masks is not None and at.patch is not None, "as student_inputs gave them"
         views, settings = self.teacher_views, self.settings
         corrupted, original = at.inputs.masks.extra["corrupted"], at.inputs.masks.extra["original"]
         wide = torch.promote_types(original.dtype, torch.float32)
