@@ -17,78 +17,56 @@ on a CPU (scratch memory of matrix libraries not included).
 from __future__ import annotations
 
 import argparse
-import copy
 import gc
+import itertools
 import os
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from massl_fast.benchmarks import records
-from massl_fast.config import OptimizerSection
+from massl_fast.benchmarks.step import WARM_UP
+from massl_fast.benchmarks.timing import in_turn, timed
+from massl_fast.config import Config, load_config
 from massl_fast.distributed.world import World
-from massl_fast.engine import graphed_step
-from massl_fast.engine.flops import step_flops
-from massl_fast.engine.graphed_step import GraphedStep
-from massl_fast.engine.optimizer import build_optimizer
+from massl_fast.engine.build import build_objective, build_pair
 from massl_fast.engine.schedules import StepSettings
-from massl_fast.engine.step import TrainStep
-from massl_fast.hardware import peak_flops
-from massl_fast.models.backbone import Encoder, build_backbone
-from massl_fast.models.head import ProjectionHead
-from massl_fast.models.pair import StudentTeacher
+from massl_fast.hardware import peak_flops, synchronize
 from massl_fast.models.precision import choose_precision
-from massl_fast.objectives.massl import MasslObjective
+from massl_fast.profiling.estimate import Operations
 from massl_fast.profiling.out_of_memory import is_out_of_memory
+from massl_fast.profiling.profiler import host_allocations
+from massl_fast.profiling.synthetic import synthetic_run
 
 sys.path.insert(0, str(Path(__file__).parent))
 from published_step import PublishedStep, published_encoder
 
 SETTINGS = StepSettings(learning_rate=1e-4, weight_decay=0.1, teacher_momentum=0.996, own={"teacher_temperature": 0.05})
-
-
-@dataclass(frozen=True)
-class Options:
-    """How massl-fast takes its step; the defaults are the trainer's."""
-
-    crops_pass: str = "auto"
-    backend: str = "auto"
-    optimizer: str = "adamw"
-    recompute: str = "nothing"
-    residual: str = "fp32"
-    compiled: bool = False
-    graphed: bool = False
-
-
-OPTIONS = {
-    "massl-fast": Options(),
-    "massl-fast compiled": Options(compiled=True),
-    "massl-fast graphed": Options(compiled=True, graphed=True, optimizer="adamw_with_teacher"),
-    "one pass a crop size": Options(crops_pass="separate"),
-    "loss from logits": Options(backend="reference"),
-    "one-kernel update": Options(optimizer="adamw_with_teacher"),
-    "recompute pointwise": Options(recompute="pointwise"),
-    "recompute blocks": Options(recompute="blocks"),
-    "bf16 residual": Options(residual="bf16"),
-    "bf16 residual graphed": Options(residual="bf16", graphed=True, optimizer="adamw_with_teacher"),
+ONE_KERNEL = {"optimizer.name": "adamw_with_teacher"}
+GRAPHED = {"train.cuda_graph": "true", **ONE_KERNEL}
+OURS: dict[str, dict[str, str]] = {
+    "massl-fast": {},
+    "massl-fast compiled": {"model.compile": "true"},
+    "massl-fast graphed": {"model.compile": "true", **GRAPHED},
+    "one pass a crop size": {"model.crops_pass": "separate"},
+    "loss from logits": {"objective.backend": "reference"},
+    "one-kernel update": ONE_KERNEL,
+    "recompute pointwise": {"model.recompute": "pointwise"},
+    "recompute blocks": {"model.recompute": "blocks"},
+    "bf16 residual": {"model.residual": "bf16"},
+    "bf16 residual graphed": {"model.residual": "bf16", **GRAPHED},
 }
-SIDES = ("published", *OPTIONS)
-GPU_ALONE = tuple(side for side, options in OPTIONS.items() if options.graphed)
-ABLATION = (
-    "massl-fast",
-    "one pass a crop size",
-    "loss from logits",
-    "one-kernel update",
-    "recompute pointwise",
-    "recompute blocks",
-    "bf16 residual",
-)
+"""How massl-fast takes its step: settings that differ from the trainer's defaults."""
+SIDES = ("published", *OURS)
+GPU_ALONE = tuple(side for side, settings in OURS.items() if "train.cuda_graph" in settings)
+ABLATION = tuple(side for side in OURS if side not in (*GPU_ALONE, "massl-fast compiled"))
 
 
 @dataclass(frozen=True)
@@ -106,9 +84,21 @@ class Case:
     num_local: int = 10
     drop_path: float = 0.1
 
-    @property
-    def sizes(self) -> list[int]:
-        return [self.global_size] * MasslObjective.teacher_views + [self.local_size] * self.num_local
+    def config(self, precision: str, changes: dict[str, str]) -> Config:
+        """The settings of a run that takes this step."""
+        settings = {
+            "model.architecture": self.architecture,
+            "model.model_args": yaml.safe_dump(self.model_args, default_flow_style=True).strip(),
+            "model.drop_path": self.drop_path,
+            "crops.global_size": self.global_size,
+            "crops.local_size": self.local_size,
+            "crops.num_local": self.num_local,
+            "objective.memory_size": self.memory_size,
+            "objective.block_size": self.block_size,
+            "train.global_batch": self.batch,
+            "train.precision": precision,
+        }
+        return load_config("vit_small_in1k", [word for key, value in (settings | changes).items() for word in (f"--{key}", str(value))])
 
 
 CASES = {
@@ -122,74 +112,27 @@ CASES = {
 }
 
 
-def build(case: Case, side: str, device: torch.device, precision: str = "auto") -> Callable[[int], None]:
-    """A function that takes step number n on synthetic crops."""
-    world, chosen = World(0, 1, 0, device), choose_precision(precision, device)
-    torch.manual_seed(0)
-
-    def parts(drop_path: float):
-        backbone = build_backbone(
-            case.architecture,
-            image_size=case.global_size,
-            other_sizes=[case.local_size],
-            drop_path=drop_path,
-            model_args=case.model_args,
-        )
-        return backbone, ProjectionHead(backbone.feature_dim)
-
-    crops = [torch.randn(case.batch, 3, size, size, device=device) for size in case.sizes]
-    if side == "published":
-        student, teacher = (published_encoder(*parts(rate)).to(device) for rate in (case.drop_path, 0.0))
-        memory = torch.nn.functional.normalize(torch.randn(case.memory_size, 256, device=device))
-        step = PublishedStep(
-            student.train(), teacher, memory, block_size=case.block_size, student_temperature=0.1, clip=3.0, precision=chosen
-        )
-        return lambda number: step(crops, SETTINGS, number)
-    crops = [crop.contiguous(memory_format=torch.channels_last) for crop in crops]
-    options = OPTIONS[side]
-    common = {"crops_pass": options.crops_pass, "residual": options.residual}
-    student = Encoder(*parts(case.drop_path), recompute=options.recompute, **common)
-    pair = StudentTeacher(student, Encoder(*parts(0.0), **common)).to(device, memory_format=torch.channels_last)
-    if options.compiled:
-        pair.compile_blocks()
-    objective = MasslObjective(
-        case.memory_size,
-        256,
-        block_size=case.block_size,
-        student_temperature=0.1,
-        memory_dtype=chosen.dtype,
-        backend=options.backend,
-    ).to(device)
-    step = TrainStep(
-        pair,
-        objective,
-        build_optimizer(pair.student, OptimizerSection(name=options.optimizer)),
-        world=world,
-        precision=chosen,
-        clip=3.0,
-        clip_mode="parameter",
-    )
-    take = GraphedStep(step) if options.graphed else step
-    return lambda number: take([crops], SETTINGS, number)
+def build(case: Case, side: str, device: torch.device, precision: str = "auto") -> Callable[[], Any]:
+    """A function that takes the next step on synthetic crops."""
+    config, world, chosen = case.config(precision, OURS.get(side, {})), World(0, 1, 0, device), choose_precision(precision, device)
+    if side != "published":
+        run = synthetic_run(config, world, chosen, device_batch=case.batch)
+        run.crop_sets = run.crop_sets[:1]
+        return run.step
+    objective = build_objective(config, chosen, rank=0)
+    pair, _ = build_pair(config, objective)
+    student, teacher = (published_encoder(one.backbone, one.head).to(device) for one in (pair.student, pair.teacher))
+    memory = objective.memory.float().to(device)
+    step = PublishedStep(student.train(), teacher, memory, block_size=case.block_size, student_temperature=0.1, clip=3.0, precision=chosen)
+    sizes = [case.global_size] * objective.teacher_views + [case.local_size] * case.num_local
+    crops = [torch.randn(case.batch, 3, size, size, device=device) for size in sizes]
+    numbers = itertools.count()
+    return lambda: step(crops, SETTINGS, next(numbers))
 
 
 def warm_up_steps(side: str) -> int:
     """Steps after which a side takes every further one in the same way, and with the same memory."""
-    return graphed_step.WARM_UP + 2 if side in OPTIONS and OPTIONS[side].graphed else 2
-
-
-def seconds_of(step: Callable[[int], None], number: int, device: torch.device) -> tuple[float, float]:
-    """Wall time of one step, the device's work included, and this process's processor time over all threads."""
-    _wait(device)
-    start, processor_start = time.perf_counter(), time.process_time()
-    step(number)
-    _wait(device)
-    return time.perf_counter() - start, time.process_time() - processor_start
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    return WARM_UP + 1 if side in GPU_ALONE else 2
 
 
 def time_sides(case: Case, sides: list[str], device: torch.device, precision: str, rounds: int) -> dict[str, list[tuple[float, float]]]:
@@ -197,43 +140,31 @@ def time_sides(case: Case, sides: list[str], device: torch.device, precision: st
     torch.compiler.reset()  # Dynamo keeps eight graphs of a function; the sides of a case share theirs
     steps = {side: build(case, side, device, precision) for side in sides}
     for side, step in steps.items():
-        for number in range(warm_up_steps(side)):
-            seconds_of(step, number, device)
-    gc.collect()
-    gc.disable()
-    try:
-        seconds: dict[str, list[tuple[float, float]]] = {side: [] for side in sides}
-        for number in range(graphed_step.WARM_UP + 2, graphed_step.WARM_UP + 2 + rounds):
-            for side, step in steps.items():
-                seconds[side].append(seconds_of(step, number, device))
-    finally:
-        gc.enable()
-    return seconds
+        for _ in range(warm_up_steps(side)):
+            step()
+    return in_turn(steps, rounds, device)
 
 
 def peak_bytes(case: Case, side: str, device: torch.device, precision: str = "auto") -> int:
     """Most bytes allocated at a time by one side alone: weights, optimizer, memory, crops and its first steps."""
+
+    def first_steps() -> None:
+        step = build(case, side, device, precision)
+        for _ in range(warm_up_steps(side)):
+            step()
+        synchronize(device)
+
     torch.compiler.reset()
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        step = build(case, side, device, precision)
-        for number in range(warm_up_steps(side)):
-            step(number)
-        _wait(device)
+        first_steps()
         return torch.cuda.max_memory_allocated(device) - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        step = build(case, side, device, precision)
-        for number in range(warm_up_steps(side)):
-            step(number)
-    changes = [(event.start_ns(), event.nbytes()) for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    total = most = 0
-    for _, change in sorted(changes):
-        total += change
-        most = max(most, total)
-    return most
+    with host_allocations() as sizes:
+        first_steps()
+    return max(0, *itertools.accumulate(sizes))
 
 
 def largest_batch(case: Case, side: str, device: torch.device, precision: str = "auto") -> int:
@@ -264,10 +195,7 @@ def compare(case: Case, sides: list[str], device: torch.device, precision: str, 
     load = os.getloadavg()[0]
     seconds = time_sides(case, sides, device, precision, rounds)
     gc.collect()
-    backbone = build_backbone(case.architecture, image_size=case.global_size, model_args=case.model_args)
-    encoder = Encoder(backbone, ProjectionHead(backbone.feature_dim))
-    objective = MasslObjective(case.memory_size, 256, block_size=case.block_size, student_temperature=0.1)
-    flops = step_flops(StudentTeacher(encoder, copy.deepcopy(encoder)), objective, crop_sizes=case.sizes, batch=case.batch)
+    flops = case.batch * Operations(case.config(precision, {})).of_an_image()
     results = {}
     for side in sides:
         (times, processor), (first, first_processor) = zip(*seconds[side]), zip(*seconds[sides[0]])
@@ -318,7 +246,7 @@ def as_record(found: dict) -> dict:
 
 def table(record: dict) -> str:
     lines = [
-        f"{record['case']['name']}, batch {record['case']['batch']}, {record['precision']}, {record['gflop_per_image']} GFLOP an image"
+        f"{record['case']['name']}, batch {record['case']['batch']}, {record['precision']}, {record['gflop_per_image']} GFLOP per image"
     ]
     for side, result in record["sides"].items():
         line = (
@@ -334,7 +262,7 @@ def table(record: dict) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=["vit_mini", "vit_tiny"])
     parser.add_argument("--batch", nargs="+", type=int, default=[], help="batches in place of the case's own")
@@ -345,35 +273,35 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--largest", action="store_true", help="find the largest batch that fits the GPU instead of timing")
     parser.add_argument("--output", default="", help="file to which a record a case is appended (default: none)")
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    args = parser().parse_args()
+    refuse = parser().error
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if args.ablation:
-        args.sides = [
-            side for side in ABLATION if OPTIONS[side].residual == "fp32" or choose_precision(args.precision, device).name == "bf16"
-        ]
     precision = choose_precision(args.precision, device)
-    if narrow := [side for side in args.sides if side in OPTIONS and OPTIONS[side].residual == "bf16" and precision.name != "bf16"]:
-        parser.error(f"{narrow[0]} is a step in bf16; this one is in {precision.name} ({precision.reason})")
+    needs_bf16 = [side for side in OURS if "model.residual" in OURS[side]]
+    if args.ablation:
+        args.sides = [side for side in ABLATION if side not in needs_bf16 or precision.name == "bf16"]
+    if narrow := [side for side in args.sides if side in needs_bf16 and precision.name != "bf16"]:
+        refuse(f"{narrow[0]} is a step in bf16; this one is in {precision.name} ({precision.reason})")
     if device.type == "cpu" and (absent := [side for side in args.sides if side in GPU_ALONE]):
-        parser.error(f"{absent[0]} needs a GPU, and there is none here")
+        refuse(f"{absent[0]} needs a GPU, and there is none here")
     if args.largest and device.type == "cpu":
-        parser.error("--largest fills a GPU's memory, and there is none here")
+        refuse("--largest fills a GPU's memory, and there is none here")
     for case in [CASES[name] for name in args.cases]:
-        for batch in args.batch or [case.batch]:
-            for memory_size in args.memory_size or [case.memory_size]:
-                chosen = replace(case, batch=batch, memory_size=memory_size)
-                if args.largest:
-                    record = {
-                        "case": asdict(chosen),
-                        "precision": choose_precision(args.precision, device).name,
-                        "largest_batch": {s: largest_batch(chosen, s, device, args.precision) for s in args.sides},
-                    }
-                    print(case.name, record["largest_batch"], flush=True)
-                else:
-                    record = compare(chosen, args.sides, device, args.precision, args.rounds)
-                    print(table(record), flush=True)
-                if args.output:
-                    records.append(args.output, [as_record(record | {"threads": torch.get_num_threads()})])
+        for batch, memory_size in itertools.product(args.batch or [case.batch], args.memory_size or [case.memory_size]):
+            chosen = replace(case, batch=batch, memory_size=memory_size)
+            if args.largest:
+                largest = {side: largest_batch(chosen, side, device, args.precision) for side in args.sides}
+                record = {"case": asdict(chosen), "precision": precision.name, "largest_batch": largest}
+                print(case.name, largest, flush=True)
+            else:
+                record = compare(chosen, args.sides, device, args.precision, args.rounds)
+                print(table(record), flush=True)
+            if args.output:
+                records.append(args.output, [as_record(record | {"threads": torch.get_num_threads()})])
 
 
 @pytest.mark.parametrize("side", SIDES)
@@ -382,11 +310,13 @@ def test_step(benchmark, side):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if side in GPU_ALONE and device.type == "cpu":
         pytest.skip(f"{side} needs a GPU")
+    if "model.residual" in OURS.get(side, {}) and choose_precision("auto", device).name != "bf16":
+        pytest.skip(f"{side} is a step in bf16")
     step = build(CASES["vit_mini"], side, device)
-    for number in range(warm_up_steps(side)):
-        step(number)
+    for _ in range(warm_up_steps(side)):
+        step()
     benchmark.extra_info["images_per_step"] = CASES["vit_mini"].batch
-    benchmark.pedantic(lambda: seconds_of(step, 1, device), rounds=5, warmup_rounds=1)
+    benchmark.pedantic(lambda: timed(step, device), rounds=5, warmup_rounds=1)
 
 
 if __name__ == "__main__":

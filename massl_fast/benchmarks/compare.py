@@ -1,4 +1,4 @@
-"""``massl-fast bench compare A B``: what differs between two records beyond the noise, for pull requests and CI.
+"""What differs between two records beyond the noise, for pull requests and CI.
 
 A figure counts as changed where three things hold: it shifted by more than ``--threshold`` percent; the 99.9% interval of the shift
 (intervals.shift) lies on one side of zero; and of a case that was measured several times, every record of B lies on that side of every
@@ -11,16 +11,14 @@ in several: take both in turn (A, B, A, B), or judge by the figures that are rat
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
-from collections import Counter
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
 from massl_fast.benchmarks import records
-from massl_fast.benchmarks.intervals import FEWEST_OF_BOTH, shift
+from massl_fast.benchmarks.intervals import shift
 
 WORSE, BETTER, SAME, NOISY, FEW = "worse", "better", "same", "too noisy", "too few samples"
 
@@ -40,50 +38,6 @@ class Difference:
     verdict: str
     resolution_percent: float | None
     """The smallest change that would have been seen; None where there are too few samples."""
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("before", metavar="A", help="file of records, or a folder of them")
-    parser.add_argument("after", metavar="B", help="the same cases, measured later")
-    parser.add_argument("--threshold", type=float, default=5.0, help="smallest change that counts, in percent (default: 5)")
-    parser.add_argument("--figures", nargs="+", default=[], help="words of the names of figures to judge (default: all)")
-    parser.add_argument("--all", action="store_true", help="list what did not change, too")
-
-
-def run(args: argparse.Namespace) -> int:
-    if not args.threshold > 0:
-        raise ValueError(f"--threshold is {args.threshold:g}; it takes more than 0 percent.")
-    before, after = records.read(args.before), records.read(args.after)
-    for sentence in circumstances(before, after):
-        print(sentence)
-    differences, only_before, only_after = compare(before, after, args.threshold)
-    if not differences:
-        raise ValueError(f"{args.before} and {args.after} have no figure of a case in common that has a better side.")
-    if args.figures:
-        names = sorted({d.figure for d in differences})
-        differences = [d for d in differences if any(word in d.figure for word in args.figures)]
-        if not differences:
-            raise ValueError(f"No figure is named by --figures {' '.join(args.figures)}; there are {', '.join(names)}.")
-    for name, cases in ((args.before, only_before), (args.after, only_after)):
-        if cases:
-            print(f"Only in {name}: {'; '.join(cases[:5])}{f' and {len(cases) - 5} more' if len(cases) > 5 else ''}.")
-    shown = [d for d in differences if args.all or d.verdict in (WORSE, BETTER)]
-    print_table(shown)
-    counts = Counter(d.verdict for d in differences)
-    print(
-        f"{len(differences)} figures compared: "
-        + ", ".join(f"{counts[v]} {v}" for v in (WORSE, BETTER, SAME, NOISY, FEW) if counts[v])
-        + "."
-    )
-    noisy = [d.resolution_percent for d in differences if d.verdict == NOISY]
-    if noisy:
-        print(
-            f"Too noisy means that changes below {median(noisy):.0f} % (their median) would not have been seen. Measure longer, on a "
-            f"quieter machine, or both sides several times in turn: records of equal cases are put together."
-        )
-    if counts[FEW]:
-        print(f"An interval needs at least {FEWEST_OF_BOTH} samples on both sides.")
-    return 1 if counts[WORSE] else 0
 
 
 def compare(
@@ -164,9 +118,3 @@ def circumstances(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> 
 def _commit(row: dict[str, Any]) -> str:
     git = row["git"]
     return (git["commit"][:10] or "unknown") + (" with changes" if git["dirty"] else "")
-
-
-def print_table(differences: list[Difference]) -> None:
-    order = {WORSE: 0, BETTER: 1, NOISY: 2, FEW: 3, SAME: 4}
-    for d in sorted(differences, key=lambda d: (order[d.verdict], -abs(d.percent))):
-        print(f"{d.verdict:<15} {d.percent:+7.1f} %  {d.before:.5g} → {d.after:.5g} {d.unit}  {d.figure} of {d.case}")

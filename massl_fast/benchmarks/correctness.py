@@ -1,59 +1,56 @@
-"""``massl-fast bench correctness``: the kernels on this device against float64, before anything is timed.
+"""The kernels on this device against float64, before anything is timed.
 
 The cases are those that a kernel gets wrong when it is wrong: few and odd numbers of images, widths that no tile divides, memories that the
 block does not divide, blocks of odd length, every dtype, and the sizes of a training run. A result may err twice as much as the published
-computation in the same precision does (benchmarks.kernels.excess). Exit code 1: something is wrong.
+computation in the same precision does (benchmarks.kernels.excess).
 """
 
 from __future__ import annotations
 
-import argparse
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 
 from massl_fast.benchmarks import records
 from massl_fast.benchmarks.kernels import DTYPES, OURS, Case, errors, excess, variants
-from massl_fast.hardware import chosen_device
 
 CHECKED = ("reference", *OURS)
+PEERS = ("reference", "randperm", "plain PyTorch")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--quick", action="store_true", help="small cases alone")
-    parser.add_argument("--device", default="", help="device (default: the GPU, else the CPU)")
-    parser.add_argument("--output", default="", help="file to which records are appended, a JSON object on a line")
+@dataclass
+class Checked:
+    """What came of one case; reasons by variant."""
+
+    rows: list[dict[str, Any]]
+    """Records."""
+    wrong: dict[str, str]
+    failed: dict[str, str]
+    absent: dict[str, str]
+    count: int
+    """Results of ours that were checked."""
+    mistakes: int
 
 
-def run(args: argparse.Namespace) -> int:
-    device = chosen_device(args.device)
-    if args.output:
-        records.check_writable(args.output)
-    rows, mistakes, checked, absent = [], 0, 0, {}
-    for case in cases(device, args.quick):
-        calls, missing = variants(case, device, compiled=False)
-        if case.operation in ("loss", "readout"):
-            calls = {name: call for name, call in calls.items() if name in CHECKED}
-        found, failed = errors(case, calls, device)
-        wrong = excess(case, found)
-        name = ", ".join(f"{key} {value}" for key, value in asdict(case).items())
-        for variant, why in wrong.items():
-            print(f"WRONG  {variant}: {name}: {why}", flush=True)
-        for variant, why in failed.items():
-            print(f"FAILED {variant}: {name}: {why}", flush=True)
-        absent |= {f"{variant} on {case.dtype}": why for variant, why in missing.items() if variant in OURS}
-        broken = [variant for variant in failed if variant not in ("reference", "randperm")]
-        mistakes += len(wrong) + len(broken)
-        checked += len([variant for variant in found if variant not in ("reference", "randperm", "plain PyTorch")])
-        for variant, values in found.items():
-            figures = {"error": records.figure(values[-1], "relative" if case.flops else "absolute", exact=True)}
-            rows.append(records.record("correctness", asdict(case) | {"variant": variant, "device": device.type}, figures))
-    for variant, why in absent.items():
-        print(f"Not checked: {variant}. {why[0].upper()}{why[1:]}.")
-    print(f"{checked} results checked against float64 on {device}, {mistakes} wrong.")
-    if args.output:
-        records.append(args.output, rows)
-    return int(mistakes > 0)
+def check(case: Case, device: torch.device) -> Checked:
+    """Every variant of ours and the reference on one case."""
+    calls, missing = variants(case, device, compiled=False)
+    if case.operation in ("loss", "readout"):
+        calls = {name: call for name, call in calls.items() if name in CHECKED}
+    found, failed = errors(case, calls, device)
+    rows = []
+    for variant, values in found.items():
+        figures = {"error": records.figure(values[-1], "relative" if case.flops else "absolute", exact=True)}
+        rows.append(records.record("correctness", asdict(case) | {"variant": variant, "device": device.type}, figures))
+    return Checked(
+        rows,
+        wrong=excess(case, found),
+        failed=failed,
+        absent={f"{variant} on {case.dtype}": why for variant, why in missing.items() if variant in OURS},
+        count=len([variant for variant in found if variant not in PEERS]),
+        mistakes=len(excess(case, found)) + len([variant for variant in failed if variant not in PEERS[:2]]),
+    )
 
 
 def cases(device: torch.device, quick: bool) -> list[Case]:

@@ -1,36 +1,33 @@
-"""``massl-fast bench everything``: correctness first, then every benchmark and profile, each in a process of its own with a time limit.
+"""Correctness first, then every benchmark and profile, each in a process of its own with a time limit.
 
 What one part loses, by an error or by its limit, is lost to that part alone; records come into the folder as they are made, the output of
-all parts into ``log.txt``, and at the end a page and a short table. Kernels that are wrong are not timed, nor is anything that uses them,
-unless ``--keep-going`` asks for it. On a CPU the shapes are small and what needs a GPU is named as left out.
+all parts into ``log.txt``. Kernels that are wrong are not timed, nor is anything that uses them, unless asked for. On a CPU the shapes are
+small and what needs a GPU is named as left out. Not make targets with ``timeout``: parts wait for correctness, share one limit, and their
+process groups end with them.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
+import shlex
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
-
-import torch
 
 from massl_fast.benchmarks import records
 from massl_fast.benchmarks.chapters import latest
-from massl_fast.benchmarks.loader import importable, write_images
-from massl_fast.benchmarks.page import page_of
-from massl_fast.hardware import ROOT, device_slug
+from massl_fast.benchmarks.loader import importable
+from massl_fast.hardware import ROOT
 
 PUBLISHED = ROOT / "bench" / "bench_step.py"
 LAUNCHERS = ("massl-fast", "massl_fast_here.py")
 GPU_ALONE = ("triton kernels", "largest batch", "gaps of the device", "decoding on the GPU")
 SHORTEST = 10.0  # seconds that a part must still have to be started
-PAGE_SECONDS = 15.0  # kept for the page and the table
 
 
 @dataclass(frozen=True)
@@ -53,116 +50,62 @@ class Outcome:
     words: str = ""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--to", default="", help="folder for records, log and page (default: bench/results/DEVICE)")
-    parser.add_argument("--minutes", type=float, default=7.5, help="time for all parts together (default: 7.5)")
-    parser.add_argument("--parts", nargs="+", default=[], help="words of the names of parts to run, correctness always (default: all)")
-    parser.add_argument("--keep-going", action="store_true", help="time kernels even where they are wrong")
-    parser.add_argument("--device", default="", choices=["", "cpu", "cuda"], help="(default: the GPU, else the CPU)")
+# Seconds, name, arguments: most telling first, because time may run out. OUT, IMAGES and FOLDER are filled in; what begins with an
+# option is bench_step.py's.
+ON_A_GPU = """
+90  | correctness | bench correctness OUT
+150 | kernels | bench kernels --entries 65536 131072 --images 64 512 OUT
+45  | step, ViT-S, 64 images | bench step VIT --train.global_batch 64 --seconds 6 OUT
+75  | memory, ViT-S, 64 images | profile memory VIT --train.global_batch 64 OUT
+150 | step beside the published way | --batch 64 --sides published massl-fast 'massl-fast compiled' 'massl-fast graphed' \
+ 'one-kernel update' 'bf16 residual' 'bf16 residual graphed' BESIDE
+70  | the same with 256 images | --batch 256 --sides published 'bf16 residual graphed' BESIDE
+60  | step against the memory's length | --batch 512 --sides massl-fast --memory-size 65536 1048576 BESIDE
+75  | step, ViT-S, 256 images, compiled | bench step VIT --train.global_batch 256 --model.compile true --seconds 6 OUT
+45  | trace, ViT-S | profile trace VIT --train.global_batch 64 --to FOLDER
+45  | memory, ViT-S, 128 images | profile memory VIT --train.global_batch 128 --no-largest OUT
+45  | memory, ViT-B, 64 images | profile memory --recipe vit_base_in1k --train.global_batch 64 --no-largest OUT
+45  | memory, ViT-B, 128 images | profile memory --recipe vit_base_in1k --train.global_batch 128 --no-largest OUT
+45  | memory, ResNet-50, 64 images | profile memory --recipe resnet50_in1k --train.global_batch 64 --no-largest OUT
+45  | memory, ResNet-50, 128 images | profile memory --recipe resnet50_in1k --train.global_batch 128 --no-largest OUT
+90  | largest batch | bench step VIT --search-batch OUT
+60  | loader and model | bench train VIT --train.global_batch 64 --seconds 5 --data.train IMAGES OUT
+60  | loaders | bench loader --loaders torchvision dali --seconds 4 OUT
+"""
+# The same in small, to see that everything runs and what a CPU does.
+ON_A_CPU = """
+180 | correctness | bench correctness --quick --device cpu OUT
+180 | kernels | bench kernels --quick --rounds 9 --device cpu OUT
+60  | step, demo | bench step TINY --seconds 5 OUT
+90  | step, small ViT | bench step --recipe cifar10 TINY --seconds 5 OUT
+90  | memory, small ViT | profile memory --recipe cifar10 TINY --no-largest OUT
+60  | memory, demo | profile memory TINY --no-largest OUT
+90  | trace, small ViT | profile trace --recipe cifar10 TINY --to FOLDER
+60  | rate against the batch | bench step --search-batch --max-batch 32 --train.device cpu OUT
+60  | loader and model | bench train TINY --seconds 4 --data.train IMAGES OUT
+60  | loaders | bench loader --loaders LOADERS --seconds 3 --batch 16 OUT
+"""
 
 
-def run(args: argparse.Namespace) -> int:
-    if args.minutes <= 0:
-        raise ValueError("--minutes takes more than 0.")
-    on_gpu = args.device != "cpu" and torch.cuda.is_available()
-    if args.device == "cuda" and not on_gpu:
-        raise ValueError("--device is cuda, and torch finds no GPU here.")
-    folder = Path(args.to or Path("bench", "results", device_slug() if on_gpu else "cpu"))
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "log.txt").open("a").close()
-    except OSError as error:
-        raise ValueError(f"Nothing can be written to the folder {folder}: {error.strerror}. Name another with --to.") from None
-    deadline = time.monotonic() + 60 * args.minutes - PAGE_SECONDS
-    with tempfile.TemporaryDirectory(prefix="massl_fast_bench_") as images:
-        write_images(Path(images), 256 if on_gpu else 32)
-        parts = gpu_parts(folder, images) if on_gpu else cpu_parts(folder, images)
-        chosen = [part for part in parts if not args.parts or not part.timing or any(word in part.name for word in args.parts)]
-        outcomes = run_parts(chosen, folder, deadline, args.keep_going, on_gpu)
-    if not on_gpu:
-        outcomes += [Outcome(Part(name, (), 0), "left out", words="it needs a GPU") for name in GPU_ALONE]
-    rows = records.read(folder) if list(folder.glob("*.jsonl")) else []
-    if rows:
-        (folder / "benchmarks.html").write_text(page_of(rows), encoding="utf-8")
-    lines = table(outcomes, rows)
-    print("\n" + "\n".join(lines))
-    with open(folder / "log.txt", "a", encoding="utf-8") as log:
-        log.write("\n".join(lines) + "\n")
-    print(f"Records, log and page: {folder}")
-    return int(any(outcome.status in ("failed", "too long") for outcome in outcomes))
-
-
-def gpu_parts(folder: Path, images: str) -> list[Part]:
-    """What is run where there is a GPU: most telling first, because time may run out."""
-    out = ("--output", str(folder / "records.jsonl"))
-    small = ("--recipe", "vit_small_in1k")
-    beside = ("--cases", "vit_small", "--rounds", "11", *out)
-    ways = ("massl-fast", "massl-fast compiled", "massl-fast graphed", "one-kernel update", "bf16 residual", "bf16 residual graphed")
-    return [
-        Part("correctness", ("bench", "correctness", *out), 90, timing=False),
-        Part("kernels", ("bench", "kernels", "--entries", "65536", "131072", "--images", "64", "512", *out), 150),
-        Part("step, ViT-S, 64 images", ("bench", "step", *small, "--train.global_batch", "64", "--seconds", "6", *out), 45),
-        Part("memory, ViT-S, 64 images", ("profile", "memory", *small, "--train.global_batch", "64", *out), 75),
-        Part(
-            "step beside the published way",
-            ("--batch", "64", "--sides", "published", *ways, *beside),
-            150,
-            program=(str(PUBLISHED),),
-        ),
-        Part(
-            "the same with 256 images",
-            ("--batch", "256", "--sides", "published", "bf16 residual graphed", *beside),
-            70,
-            program=(str(PUBLISHED),),
-        ),
-        Part(
-            "step against the memory's length",
-            ("--batch", "512", "--sides", "massl-fast", "--memory-size", "65536", "1048576", *beside),
-            60,
-            program=(str(PUBLISHED),),
-        ),
-        Part(
-            "step, ViT-S, 256 images, compiled",
-            ("bench", "step", *small, "--train.global_batch", "256", "--model.compile", "true", "--seconds", "6", *out),
-            75,
-        ),
-        Part("trace, ViT-S", ("profile", "trace", *small, "--train.global_batch", "64", "--to", str(folder)), 45),
-        Part("memory, ViT-S, 128 images", ("profile", "memory", *small, "--train.global_batch", "128", "--no-largest", *out), 45),
-        Part("memory, ViT-B, 64 images", _memory("vit_base_in1k", 64, out), 45),
-        Part("memory, ViT-B, 128 images", _memory("vit_base_in1k", 128, out), 45),
-        Part("memory, ResNet-50, 64 images", _memory("resnet50_in1k", 64, out), 45),
-        Part("memory, ResNet-50, 128 images", _memory("resnet50_in1k", 128, out), 45),
-        Part("largest batch", ("bench", "step", *small, "--search-batch", *out), 90),
-        Part(
-            "loader and model",
-            ("bench", "train", *small, "--train.global_batch", "64", "--seconds", "5", "--data.train", images, *out),
-            60,
-        ),
-        Part("loaders", ("bench", "loader", "--loaders", "torchvision", "dali", "--seconds", "4", *out), 60),
-    ]
-
-
-def _memory(recipe: str, batch: int, out: tuple[str, ...]) -> tuple[str, ...]:
-    return ("profile", "memory", "--recipe", recipe, "--train.global_batch", str(batch), "--no-largest", *out)
-
-
-def cpu_parts(folder: Path, images: str) -> list[Part]:
-    """The same in small, to see that everything runs and what a CPU does."""
-    out = ("--output", str(folder / "records.jsonl"))
-    loaders = [name for name in ("torchvision", "dali") if name != "dali" or importable("nvidia.dali")]
-    tiny = ("--train.global_batch", "16", "--train.device", "cpu")
-    return [
-        Part("correctness", ("bench", "correctness", "--quick", "--device", "cpu", *out), 180, timing=False),
-        Part("kernels", ("bench", "kernels", "--quick", "--rounds", "9", "--device", "cpu", *out), 180),
-        Part("step, demo", ("bench", "step", *tiny, "--seconds", "5", *out), 60),
-        Part("step, small ViT", ("bench", "step", "--recipe", "cifar10", *tiny, "--seconds", "5", *out), 90),
-        Part("memory, small ViT", ("profile", "memory", "--recipe", "cifar10", *tiny, "--no-largest", *out), 90),
-        Part("memory, demo", ("profile", "memory", *tiny, "--no-largest", *out), 60),
-        Part("trace, small ViT", ("profile", "trace", "--recipe", "cifar10", *tiny, "--to", str(folder)), 90),
-        Part("rate against the batch", ("bench", "step", "--search-batch", "--max-batch", "32", "--train.device", "cpu", *out), 60),
-        Part("loader and model", ("bench", "train", *tiny, "--seconds", "4", "--data.train", images, *out), 60),
-        Part("loaders", ("bench", "loader", "--loaders", *loaders, "--seconds", "3", "--batch", "16", *out), 60),
-    ]
+def parts(on_gpu: bool, folder: Path, images: str) -> list[Part]:
+    """What is run on a GPU, or on a CPU."""
+    out = ["--output", str(folder / "records.jsonl")]
+    words = {
+        "OUT": out,
+        "VIT": ["--recipe", "vit_small_in1k"],
+        "TINY": ["--train.global_batch", "16", "--train.device", "cpu"],
+        "BESIDE": ["--cases", "vit_small", "--rounds", "11", *out],
+        "LOADERS": ["torchvision", *(["dali"] if importable("nvidia.dali") else [])],
+        "IMAGES": [images],
+        "FOLDER": [str(folder)],
+    }
+    found = []
+    for line in (ON_A_GPU if on_gpu else ON_A_CPU).replace("\\\n", "").strip().splitlines():
+        seconds, name, command = (cell.strip() for cell in line.split("|"))
+        arguments = tuple(filled for word in shlex.split(command) for filled in words.get(word, [word]))
+        program = (str(PUBLISHED),) if command.startswith("-") else ()
+        found.append(Part(name, arguments, float(seconds), name != "correctness", program))
+    return found
 
 
 def run_parts(parts: list[Part], folder: Path, deadline: float, keep_going: bool, on_gpu: bool) -> list[Outcome]:
@@ -179,7 +122,7 @@ def run_parts(parts: list[Part], folder: Path, deadline: float, keep_going: bool
         if not part.timing:
             correct = outcome.status == "done"
         outcomes.append(outcome)
-        print(f"{part.name:<34}{outcome.status:<10}{outcome.seconds:>6.0f} s  {outcome.words}", flush=True)
+        print(line_of(outcome), flush=True)
     return outcomes
 
 
@@ -187,18 +130,18 @@ def run_part(part: Part, folder: Path, limit: float, on_gpu: bool) -> Outcome:
     """Run a part in a process group of its own, so that its workers end with it, and keep what it says."""
     if part.program and not Path(part.program[0]).is_file():
         return Outcome(part, "left out", words=f"{part.program[0]} is not here: it comes with the repository alone")
-    program = [sys.executable, *(part.program or launcher()), *part.arguments]
     environment = dict(os.environ)
     if not on_gpu:
         environment["CUDA_VISIBLE_DEVICES"] = ""
         # Threads that wait for each other by spinning take the cores from those that compute, where other programs run, too.
         environment.setdefault("OMP_WAIT_POLICY", "passive")
+    command = [sys.executable, *(part.program or launcher()), *part.arguments]
     start = time.monotonic()
     with open(folder / "log.txt", "a", encoding="utf-8") as log:
         log.write(f"\n=== {part.name}: {' '.join(part.arguments)}\n")
         log.flush()
         begin = log.tell()
-        process = subprocess.Popen(program, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, env=environment)
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, env=environment)
         try:
             code = process.wait(timeout=limit)
         except subprocess.TimeoutExpired:
@@ -221,48 +164,29 @@ def launcher() -> list[str]:
     return [sys.argv[0]] if Path(sys.argv[0]).name in LAUNCHERS else ["-m", "massl_fast"]
 
 
-def table(outcomes: list[Outcome], rows: list[dict[str, Any]]) -> list[str]:
-    """What came of each part, then what was found, a line each."""
-    lines = [f"{'part':<34}{'':<10}{'s':>6}"]
-    lines += [f"{o.part.name:<34}{o.status:<10}{o.seconds:>6.0f}  {o.words}".rstrip() for o in outcomes]
-    return [*lines, "", *headlines(rows)]
+def line_of(outcome: Outcome) -> str:
+    return f"{outcome.part.name:<34}{outcome.status:<10}{outcome.seconds:>6.0f} s  {outcome.words}".rstrip()
+
+
+# The figures that one looks for first, by kind of record.
+HEADLINES = {
+    "kernels": ("time", "time ratio", "error", "share of the matrix rate"),
+    "step": ("images_per_second", "utilization_of_measured_rate", "model_flops_utilization"),
+    "memory": ("measured_peak", "estimate_error"),
+    "batch search": ("best_images_per_second",),
+    "train": ("loader_images_per_second", "model_images_per_second", "together_images_per_second", "data_wait"),
+    "loader": ("images_per_second", "images_per_core_second"),
+    "trace": ("device_idle", "waits_per_step"),
+}
 
 
 def headlines(rows: list[dict[str, Any]]) -> list[str]:
-    """The figures that one looks for first, from the latest record of each case."""
-    lines: list[str] = []
+    """A line per case, from its latest record."""
+    lines = []
     for row in latest(rows):
-        case, figures = row["case"], {name: value["median"] for name, value in row["figures"].items()}
-        if row["kind"] == "kernels" and case["operation"] == "loss":
-            share = f", {figures['share of the matrix rate']:.0f} % of the matrix rate" if "share of the matrix rate" in figures else ""
-            lines.append(
-                f"loss, N {case['N']}, K {case['K']}, {case['dtype']}, {case['variant']}: {figures['time']:.3f} ms, "
-                f"{figures.get('time ratio', 1):.3f} × the first, error {figures['error']:.0e}{share}"
-            )
-        elif row["kind"] == "step":
-            of = f"{figures['utilization_of_measured_rate']:.0f} % of the matrix rate"
-            if share := figures.get("model_flops_utilization"):
-                of = f"{share:.1f} % of the data sheet's rate"
-            lines.append(f"step, {case['architecture']}, {case['batch']} images: {figures['images_per_second']:.1f} images/s, {of}")
-        elif row["kind"] in ("published step", "ablation"):
-            sides = [name.removesuffix(": times the first") for name in figures if name.endswith(": times the first")]
-            rates = ", ".join(f"{side} {case['batch'] / figures[f'{side}: step_seconds']:.1f} images/s" for side in sides)
-            what = "step beside the published way" if row["kind"] == "published step" else "ways of a step"
-            lines.append(f"{what}, {case['architecture']}, {case['batch']} images, K {case['memory_size']}: {rates}")
-        elif row["kind"] == "memory" and "measured_peak" in figures:
-            lines.append(
-                f"memory, {case['architecture']}, {case['batch']} images: peak {figures['measured_peak']:.0f} MiB, estimate "
-                f"{figures['estimate_error']:+.1f} % off"
-            )
-        elif row["kind"] == "batch search":
-            details = row["details"]
-            largest = f", largest {details['largest']} (predicted {details['predicted']})" if "largest" in details else ""
-            lines.append(f"batch, {case['architecture']}: best {details['best']}{largest}")
-        elif row["kind"] == "train":
-            lines.append(f"train, {case['architecture']}: {row['details']['verdict'][0]}")
-        elif row["kind"] == "loader":
-            lines.append(f"loader, {case['loader']}, {case['decode']}/{case['augment']}: {figures['images_per_second']:.0f} images/s")
-        elif row["kind"] == "trace":
-            idle = f"device idle {figures['device_idle']:.1f} %, " if "device_idle" in figures else ""
-            lines.append(f"trace, {case['architecture']}: {idle}{figures['waits_per_step']:.0f} waits a step")
+        names = HEADLINES.get(row["kind"], [name for name in row["figures"] if name.endswith("step_seconds")])
+        found = [(name, row["figures"][name]) for name in names if name in row["figures"]]
+        told = ", ".join(f"{name.replace('_', ' ')} {median(figure['samples']):.4g} {figure['unit']}" for name, figure in found)
+        if row["kind"] != "correctness" and told:
+            lines.append(f"{records.name_of_case(row)}: {told}")
     return lines

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from statistics import NormalDist, median
 
 import numpy as np
+from scipy.stats import quantile_test
 
 CONFIDENCE = 0.99  # of the interval of a median
 FEWEST_SAMPLES = 8  # smallest and largest of 8 samples enclose the true median in 99.2% of cases
@@ -23,16 +24,10 @@ def median_interval(samples: Sequence[float]) -> tuple[float, float] | None:
     The number of independent samples below the true median is binomial (n, 1/2), so the k-th smallest and the k-th largest enclose it
     with probability 1 − 2·P(Binomial ≤ k − 1) (Conover, Practical Nonparametric Statistics, section 3.2).
     """
-    n = len(samples)
-    if n < FEWEST_SAMPLES:
+    if len(samples) < FEWEST_SAMPLES:
         return None
-    tail, k, probability = 0.0, 0, 0.5**n
-    while 2 * (tail + probability) <= 1 - CONFIDENCE:
-        tail += probability
-        k += 1
-        probability *= (n - k + 1) / k
-    ordered = sorted(samples)
-    return ordered[k - 1], ordered[n - k]
+    found = quantile_test(samples, p=0.5).confidence_interval(CONFIDENCE)
+    return float(found.low), float(found.high)
 
 
 def shift(before: Sequence[float], after: Sequence[float]) -> tuple[float, tuple[float, float] | None]:
@@ -41,7 +36,8 @@ def shift(before: Sequence[float], after: Sequence[float]) -> tuple[float, tuple
 
     Of all m·n differences ordered, the k-th smallest and the k-th largest enclose the shift with probability 1 − 2·P(U ≤ k − 1), U as in
     the test of Mann and Whitney (Hollander and Wolfe, Nonparametric Statistical Methods, section 4.3). It says more of the same samples
-    than intervals of both medians that must not overlap, and samples that something delayed count for no more than others.
+    than intervals of both medians that must not overlap, and samples that something delayed count for no more than others. SciPy tests
+    whether there is a shift (``mannwhitneyu``) and gives no interval of it, hence the count of orders below.
     """
     differences = np.sort(np.subtract.outer(np.asarray(after, float), np.asarray(before, float)), axis=None)
     middle = float(np.median(differences))

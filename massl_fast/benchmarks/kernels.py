@@ -494,7 +494,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", default="", help=f"file to append records to (default: {RESULTS}/DEVICE/kernels.jsonl; none: nowhere)")
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace, rows_of_all: list[dict] | None = None) -> int:
     device = chosen_device(args.device)
     cases, rounds = chosen_cases(args, device), args.rounds or (5 if args.quick else 30 if device.type == "cuda" else 9)
     output = Path(args.output) if args.output else RESULTS / _slug(device) / "kernels.jsonl"
@@ -508,6 +508,8 @@ def run(args: argparse.Namespace) -> int:
     for case in cases:
         rows, mistakes = measure(case, args.variants, rounds, compiled, device)
         wrong += len(mistakes)
+        if rows_of_all is not None:
+            rows_of_all += rows
         if args.output != "none" and rows:
             records.append(output, rows)
     if wrong:

@@ -1,4 +1,4 @@
-"""``massl-fast bench train``: the loader alone, the model alone, and both together; then in words what bounds the run and what to try.
+"""The loader alone, the model alone, and both together; then in words what bounds the run and what to try.
 
 Loader and step are those of ``massl-fast train`` with the same settings. The three are measured one after the other in one process, each in
 windows whose rates are the samples of the record. ``data wait`` is the share of the time of both together in which the host waited for
@@ -7,29 +7,22 @@ images.
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from statistics import median
 from typing import Any
 
 import torch
 
-from massl_fast.benchmarks import records
-from massl_fast.benchmarks.step import case_of, describe
-from massl_fast.config import Config, load_config, recipe_names
-from massl_fast.data.loaders import loader_without_run, open_data
-from massl_fast.distributed.world import World, join_world
+from massl_fast.config import Config
+from massl_fast.data.loader import Loader
+from massl_fast.distributed.world import World
 from massl_fast.hardware import synchronize
-from massl_fast.models.precision import choose_precision
-from massl_fast.profiling.out_of_memory import explained
+from massl_fast.models.precision import Precision
 from massl_fast.profiling.synthetic import micro_batches_of, synthetic_run
 from massl_fast.run.outputs import WindowClock
 
-TAKES_SETTINGS = True
 WINDOWS = 10
 KINDS = {"loader": "loader alone", "model": "model alone", "together": "together"}
 WAITING = 0.10
@@ -40,62 +33,8 @@ FAR_AHEAD = 3
 """A loader that many times faster than the model takes too little of shared cores to matter."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.usage = "massl-fast bench train [--recipe NAME|FILE] [--seconds S] [--output FILE] [--section.key VALUE ...]"
-    parser.add_argument("--recipe", default="demo", help=f"one of {', '.join(recipe_names())}, or the path of a YAML file (default: demo)")
-    parser.add_argument("--seconds", type=float, default=10.0, help="length of each of the three measurements (default: 10)")
-    parser.add_argument("--output", default="", help="file to which the record is appended, a JSON object on a line")
-    parser.epilog = "Every setting of a run can be given; massl-fast train --help lists them."
-
-
-def run(args: argparse.Namespace) -> int:
-    if args.seconds <= 0:
-        raise ValueError("--seconds takes more than 0.")
-    if args.output:
-        records.check_writable(args.output)
-    config = load_config(args.recipe, args.settings)
-    world = join_world(config.train.device)
-    precision = choose_precision(config.train.precision, world.device)
-    accumulation, batch = micro_batches_of(config)
-    config.train.global_batch = accumulation * batch
-    print(describe(config, precision, world))
-    source = open_data(config.data.train, "data.train", "train")
-    running = loader_without_run(config, source, world, device_batch=batch, accumulation=accumulation)
-    with explained(config, world), running as loader:
-        print(f"Loader {loader.name} ({loader.reason}), {loader.num_workers} workers; {len(source)} images of {source.path}")
-        found = measure(config, world, precision, loader, args.seconds)
-    situation = Situation(
-        loader=median(found["loader"]),
-        model=median(found["model"]),
-        together=median(found["together"]),
-        waited=median(found["waited"]),
-        on_gpu=world.device.type == "cuda",
-        loader_name=loader.name,
-        workers=loader.num_workers,
-        cores=len(os.sched_getaffinity(0)),
-        compiled=config.model.compile,
-        precision=precision.name,
-        decode=config.data.decode,
-        augment=config.data.augment,
-    )
-    for name, words in KINDS.items():
-        rates = found[name]
-        print(f"{words:<14}{median(rates):>10.1f} images/s  ({min(rates):.1f} to {max(rates):.1f})")
-    print(f"{'data wait':<14}{100 * situation.waited:>10.1f} % of the time of both together")
-    sentences = verdict(situation)
-    print("\n".join(sentences))
-    if args.output:
-        case = case_of(config, args.recipe, precision, batch, accumulation, world.device)
-        case |= {"loader": loader.name, "workers": loader.num_workers, "images": config.data.train}
-        figures = {f"{name}_images_per_second": records.figure(found[name], "images/s", "higher") for name in KINDS}
-        figures["data_wait"] = records.figure([100 * share for share in found["waited"]], "%")
-        records.append(args.output, [records.record("train", case, figures, {"verdict": sentences})])
-        print(f"Record appended to {args.output}")
-    return 0
-
-
-def measure(config: Config, world: World, precision, loader, seconds: float) -> dict[str, list[float]]:
-    """Images a second of each window of loader, model and both together; shares of time spent waiting for images."""
+def measure(config: Config, world: World, precision: Precision, loader: Loader, seconds: float) -> dict[str, list[float]]:
+    """Images per second of each window of loader, model and both together; shares of time spent waiting for images."""
     device = world.device
     accumulation, batch = micro_batches_of(config)
     step_images = accumulation * batch
@@ -109,7 +48,8 @@ def measure(config: Config, world: World, precision, loader, seconds: float) -> 
             next(batches)
 
     def together() -> None:
-        micro_batches = [clock.fetch(batches).crops for _ in range(accumulation)]
+        with clock.waiting():
+            micro_batches = [next(batches).crops for _ in range(accumulation)]
         synthetic.take_step(micro_batches, synthetic.settings, synthetic.count)
         synthetic.count += 1
 
@@ -135,7 +75,7 @@ def measure(config: Config, world: World, precision, loader, seconds: float) -> 
 def rates(
     work: Callable[[], Any], images: int, seconds: float, device: torch.device, end_of_window: Callable[[], None] = lambda: None
 ) -> list[float]:
-    """Images a second of windows of at least a tenth of ``seconds`` each, in which ``work`` deals with ``images`` at a time."""
+    """Images per second of windows of at least a tenth of ``seconds`` each, in which ``work`` deals with ``images`` at a time."""
     found: list[float] = []
     synchronize(device)
     begin = time.perf_counter()
@@ -152,7 +92,7 @@ def rates(
 
 @dataclass(frozen=True)
 class Situation:
-    """What a verdict rests on; rates in images a second."""
+    """What a verdict rests on; rates in images per second."""
 
     loader: float
     model: float

@@ -1,74 +1,27 @@
-"""``massl-fast data check PATH``: decodes every image once, in parallel, and lists those with problems.
+"""Decodes every image once, in parallel, and lists those with problems.
 
 The problems: ``unreadable``; ``tiny`` (a side shorter than --smallest); ``duplicate`` (the same bytes as another image); ``not_rgb``
 (grey, palette, CMYK, alpha, 16-bit: converted in training) and ``rotated`` (by EXIF: turned upright in training). The list is what
 ``data.bad_files`` reads: training leaves out what is unreadable.
 """
 
-import argparse
 import hashlib
-import json
 import multiprocessing
-import os
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from itertools import islice
-from pathlib import Path
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from massl_fast.data.bad_files import UNREADABLE, format_line, read_bad_files
+from massl_fast.data.bad_files import UNREADABLE
 from massl_fast.data.decode import EncodedImage, UnreadableImage
-from massl_fast.data.sources import Source, open_source
-
-__all__ = ["add_arguments", "check_source", "read_bad_files", "run"]
+from massl_fast.data.sources import Source
 
 PROBLEMS = (UNREADABLE, "tiny", "duplicate", "not_rgb", "rotated")
 IMAGES_A_TASK = 64
-HEADER = """\
-# massl-fast data check {path}
-# {checked} images checked, {count} problems: name, problem, detail, between tabs. Training with data.bad_files set to this file leaves
-# out the images called unreadable; to leave out another, put its name on a line of its own.
-"""
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("path", metavar="PATH", help="a folder of class folders, a folder of images, or WebDataset tars")
-    parser.add_argument(
-        "--output", default="bad_files.txt", help="the list to write, for data.bad_files (default: bad_files.txt in this folder)"
-    )
-    parser.add_argument("--smallest", type=int, default=32, help="a side shorter than this many pixels is tiny (default: 32)")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    parser.add_argument("--workers", type=int, default=cores, help="processes (default: one a core)")
-    parser.add_argument("--json", action="store_true", help="print the counts as JSON")
-
-
-def run(args: argparse.Namespace) -> int:
-    if args.workers < 1:
-        raise ValueError(f"--workers is {args.workers}; at least one process must do the work.")
-    output = Path(args.output)
-    if not output.parent.is_dir():
-        raise ValueError(f"The list cannot be written to {output}: there is no folder {output.parent}.")
-    source = open_source(args.path)
-    found = check_source(source, smallest=args.smallest, workers=args.workers, show_progress=not args.json)
-    text = HEADER.format(path=args.path, checked=len(source), count=len(found)) + "".join(format_line(*row) for row in found)
-    try:
-        output.write_bytes(text.encode("utf-8", "surrogateescape"))
-    except OSError as error:
-        raise ValueError(f"The list cannot be written to {output}: {error.strerror}.") from None
-    counts = Counter(problem for _, problem, _ in found)
-    if args.json:
-        print(json.dumps({"images": len(source), "list": str(output), "notes": source.notes} | {p: counts[p] for p in PROBLEMS}))
-        return 0
-    for note in source.notes:
-        print(note)
-    print(f"{len(source)} images: " + ", ".join(f"{counts[p]} {p.replace('_', ' ')}" for p in PROBLEMS) + f". Named in {output}.")
-    if counts[UNREADABLE]:
-        print(f"Train with --data.bad_files {output} to leave out the unreadable ones from the start.")
-    return 0
 
 
 def check_source(source: Source, *, smallest: int = 32, workers: int = 1, show_progress: bool = False) -> list[tuple[str, str, str]]:

@@ -13,6 +13,7 @@ from massl_fast.distributed.world import World
 from massl_fast.engine.optimizer import build_optimizer
 from massl_fast.engine.step import TrainStep
 from massl_fast.models.backbone import Encoder, build_backbone
+from massl_fast.models.packed import Attend
 from massl_fast.models.pair import StudentTeacher
 from massl_fast.models.precision import Precision
 from massl_fast.models.published import start_from
@@ -25,8 +26,11 @@ def build_objective(config: Config, precision: Precision, rank: int) -> Objectiv
     return objective_class(config.objective.name).build(config, precision, rank)
 
 
-def build_pair(config: Config, objective: Objective) -> tuple[StudentTeacher, list[str]]:
-    """Both encoders, and sentences about weights they start from. The weights depend on ``run.seed`` alone: the same on every device."""
+def build_pair(config: Config, objective: Objective, attention: Attend | None = None) -> tuple[StudentTeacher, list[str]]:
+    """Both encoders, and sentences about weights they start from. The weights depend on ``run.seed`` alone: the same on every device.
+
+    ``attention``: see ``Encoder``.
+    """
     model, crops = config.model, config.crops
     torch.manual_seed(config.run.seed)
 
@@ -45,7 +49,15 @@ def build_pair(config: Config, objective: Objective) -> tuple[StudentTeacher, li
     notes = start_from(student, Path(config.run.init_from)) if config.run.init_from else []
     patch_views = objective.teacher_views if objective.needs_patches else 0
     student, teacher = (
-        Encoder(network, head, crops_pass=model.crops_pass, recompute=recompute, residual=model.residual, patch_views=patch_views)
+        Encoder(
+            network,
+            head,
+            crops_pass=model.crops_pass,
+            recompute=recompute,
+            residual=model.residual,
+            patch_views=patch_views,
+            attention=attention,
+        )
         for network, head, recompute in zip((student, backbone(0.0)), heads, (model.recompute, "nothing"))
     )
     return StudentTeacher(student, teacher), notes

@@ -183,6 +183,8 @@ class Encoder(nn.Module):
 
     ``patch_views``: G, of how many views at the beginning the head is given patch tokens, too: ``head(features, patches)``. ValueError
     for networks whose patches the packed pass does not know.
+
+    ``attention``: what a packed pass takes in place of its own (see ``packed.PackedPass``).
     """
 
     def __init__(
@@ -194,6 +196,7 @@ class Encoder(nn.Module):
         recompute: str = "nothing",
         residual: str = "fp32",
         patch_views: int = 0,
+        attention: packed.Attend | None = None,
     ) -> None:
         super().__init__()
         if crops_pass not in ("auto", "packed", "separate"):
@@ -210,7 +213,7 @@ class Encoder(nn.Module):
         if crops_pass == "separate":
             reason = "model.crops_pass asks for it"
         # Where the head wants patches, a pass per size is the packed pass of one size.
-        self.packed = packed.PackedPass(backbone, recompute, residual) if together or patch_views else None
+        self.packed = packed.PackedPass(backbone, recompute, residual, attention) if together or patch_views else None
         if not self.packed and residual != "fp32":
             raise ValueError(f"model.residual is {residual}, which needs the packed pass, and that is not taken: {reason}. Choose fp32.")
         if not self.packed and recompute != "nothing":

@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
+Attend = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 Shapes = tuple[tuple[int, int], ...]
 """(B, L) of each group: crops, tokens a crop."""
 
@@ -83,9 +84,13 @@ class PackedPass(nn.Module):
     ``residual``: "fp32" is what autocast gives, a stream of float32 tokens to which 16-bit branches are added. "bf16" lets the tokens
     themselves be bfloat16 between the blocks where autocast is on in that format: norms read and write 16 bits (and compute in 32), as do
     the additions. A quarter fewer bytes a step, for more rounding (docs/performance.md).
+
+    ``attention`` of (query, key, value) [B, heads, L, width] and a dropout rate takes the place of ``attend``.
     """
 
-    def __init__(self, backbone: VisionTransformer, recompute: str = "nothing", residual: str = "fp32") -> None:
+    def __init__(
+        self, backbone: VisionTransformer, recompute: str = "nothing", residual: str = "fp32", attention: Attend | None = None
+    ) -> None:
         super().__init__()
         if recompute not in RECOMPUTE:
             raise ValueError(f"model.recompute is {recompute!r}; it can be {', '.join(RECOMPUTE[:-1])} or {RECOMPUTE[-1]}.")
@@ -93,6 +98,7 @@ class PackedPass(nn.Module):
             raise ValueError(f"model.residual is {residual!r}; it can be {' or '.join(RESIDUAL)}.")
         self.recompute = recompute
         self.residual = residual
+        self.attention = attention
         rates = [_drop_rate(path) for block in backbone.blocks for path in (block.drop_path1, block.drop_path2)]
         keep = 1 - torch.tensor(rates, dtype=torch.float32)[:, None] if any(rates) else None
         self.register_buffer("keep", keep, persistent=False)
@@ -126,7 +132,9 @@ class PackedPass(nn.Module):
             last = class_token_only and index == len(blocks) - 1
             scale1, scale2 = (None, None) if scales is None else (scales[2 * index], scales[2 * index + 1])
             pointwise = self.recompute == "pointwise" and torch.is_grad_enabled()
-            run = partial(self.run_block, block, shapes=shapes, first_only=last, **({"part": _recomputed} if pointwise else {}))
+            others: dict[str, Any] = {"part": _recomputed} if pointwise else {}
+            others |= {"attention": self.attention} if self.attention is not None else {}
+            run = partial(self.run_block, block, shapes=shapes, first_only=last, **others)
             if (backbone.grad_checkpointing or self.recompute == "blocks") and torch.is_grad_enabled():
                 # Drop path was drawn above; only dropout would need its random state replayed.
                 dropout = any(isinstance(m, nn.Dropout) and m.p > 0 for m in block.modules())
@@ -219,6 +227,22 @@ Part = Callable[..., Tensor]
 """Calls a function of tensors."""
 
 
+def attend(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
+    """Attention of [B, heads, L, width], by PyTorch's fused kernels except on a CPU in 16 bits.
+
+    There the fused backward pass takes three to six times as long as the plain products (docs/performance.md).
+    """
+    if query.device.type != "cpu" or value.dtype in (torch.float32, torch.float64) or dropout:
+        return fused_attention(query, key, value, dropout)
+    logits = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
+    return logits.softmax(-1) @ value
+
+
+def fused_attention(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
+    """Attention of [B, heads, L, width] by PyTorch's fused kernels."""
+    return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
+
+
 def _kept(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
     return function(*tensors)
 
@@ -237,12 +261,13 @@ def packed_block(
     shapes: Shapes,
     first_only: bool,
     part: Part = _kept,
+    attention: Attend = attend,
 ) -> Tensor:
     """One transformer block on packed tokens [Σ B·L, C]; with ``first_only`` it returns each crop's first token, [Σ B, C].
 
     ``part`` calls each piece that ends in a matrix product.
     """
-    attended = _attention(block.attn, block.norm1, tokens, shapes, first_only, part)
+    attended = _attention(block.attn, block.norm1, tokens, shapes, first_only, part, attention)
     if first_only:
         tokens = _first_rows(tokens, shapes)
         if scale1 is not None:
@@ -262,7 +287,7 @@ def _mlp(mlp: nn.Module, norm: nn.Module, tokens: Tensor, part: Part) -> Tensor:
     return part(lambda hidden: mlp.fc2(mlp.norm(mlp.act(hidden))), hidden)
 
 
-def _attention(attn: Attention, norm: nn.Module, tokens: Tensor, shapes: Shapes, first_only: bool, part: Part) -> Tensor:
+def _attention(attn: Attention, norm: nn.Module, tokens: Tensor, shapes: Shapes, first_only: bool, part: Part, attention: Attend) -> Tensor:
     """timm's ``Attention`` of normed tokens, with one product for all groups before and after, and attention itself per group."""
     heads, width = attn.num_heads, attn.head_dim
     rows = [crops * length for crops, length in shapes]
@@ -289,7 +314,7 @@ def _attention(attn: Attention, norm: nn.Module, tokens: Tensor, shapes: Shapes,
     outputs = []
     for query, key, value in parts:
         query, key = attn.q_norm(query.transpose(1, 2)), attn.k_norm(key.transpose(1, 2))
-        output = _attend(query, key, value.transpose(1, 2), dropout)
+        output = attention(query, key, value.transpose(1, 2), dropout)
         outputs.append(output.transpose(1, 2).reshape(-1, heads * width))
 
     def project(*outputs: Tensor) -> Tensor:
@@ -327,17 +352,6 @@ class _SplitHeads(torch.autograd.Function):
         for number, (group, (crops, length)) in enumerate(zip(whole.split(rows), ctx.shapes)):
             torch.stack(gradients[3 * number : 3 * number + 3], dim=2, out=group.view(crops, length, 3, heads, width))
         return whole, None, None, None
-
-
-def _attend(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
-    """Attention of [B, heads, L, width], by PyTorch's fused kernels except on a CPU in 16 bits.
-
-    There the fused backward pass takes three to six times as long as the plain products (docs/performance.md).
-    """
-    if query.device.type != "cpu" or value.dtype in (torch.float32, torch.float64) or dropout:
-        return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
-    logits = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
-    return logits.softmax(-1) @ value
 
 
 def _norm(norm: nn.Module, tokens: Tensor) -> Tensor:

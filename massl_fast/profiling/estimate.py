@@ -8,16 +8,14 @@ and what convolutions take and give back inside themselves. ``massl-fast profile
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
+from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from massl_fast.config import Config
@@ -29,13 +27,14 @@ from massl_fast.kernels import flash, streaming
 from massl_fast.models import packed
 from massl_fast.models.flops import backbone_flops
 from massl_fast.models.precision import Precision, choose_precision
-from massl_fast.objectives import objective_class
-from massl_fast.profiling import ledger, sections
+from massl_fast.profiling import ledger
 from massl_fast.profiling.allocator import reserved_bytes
-from massl_fast.profiling.ledger import Change, Ledger, Peak, find_peak
+from massl_fast.profiling.ledger import Change, Ledger, Peak, find_peak, record_steps
 from massl_fast.profiling.synthetic import SyntheticRun, micro_batches_of, synthetic_run
 
 GIB, MIB = 2**30, 2**20
+ATTENTION = {"cuda": packed.fused_attention, "cpu": None}
+"""A GPU computes it by a fused kernel in any format; a CPU keeps the probabilities in 16 bits."""
 CUDA_ROUNDING = 512
 # torch.cuda: 4096 KiB × 2 + 16 KiB × 8 before compute capability 9.0, 32 MiB from there on; the backward pass runs in a thread of its own,
 # hence with a handle of its own.
@@ -78,28 +77,32 @@ def estimate_step(config: Config, *, device_type: str, device_batch: int, accumu
     ``objective.backend`` auto stands for triton on a GPU and streaming on a CPU.
     """
     precision = precision_on(config, device_type)
-    backend = config.objective.backend
+    backend = getattr(config.objective, "backend", "streaming")
     if backend == "auto":
         backend = "triton" if device_type == "cuda" else "streaming"
-    simulated = config.model_copy(deep=True)
-    simulated.run.init_from = ""  # values make no difference, and a file may be gone
-    simulated.objective.backend = "reference" if backend == "reference" else "streaming"
+    simulated = in_shapes(config, "reference" if backend == "reference" else "streaming")
     # Further micro-batches add crops and nothing else.
     passes = min(accumulation, 2)
-    loss_workspace = kernel_workspace(config, device_batch, backend, device_type)
 
-    def hidden(operator: str, args: tuple[Any, ...]) -> int:
-        if operator.startswith("massl_fast.memory_"):
-            return loss_workspace
-        if device_type == "cuda" and "attention" in operator and "backward" in operator:
-            return args[1].numel() * 4  # the gradient of the queries is summed in float32
+    def hidden(operator: OpOverload, named: dict[str, Any]) -> int:
+        if operator.namespace == "massl_fast" and "memory" in named:
+            return kernel_workspace(named, backend, device_type)
+        if device_type == "cuda" and "attention" in operator._schema.name and "backward" in operator._schema.name:
+            return named["query"].numel() * 4  # the gradient of the queries is summed in float32
         return 0
 
-    with FakeTensorMode(), attention_of(device_type):
-        run = synthetic_run(simulated, World(0, 1, 0, torch.device("cpu")), precision, device_batch=device_batch, accumulation=passes)
+    with FakeTensorMode():
+        run = synthetic_run(
+            simulated,
+            World(0, 1, 0, torch.device("cpu")),
+            precision,
+            device_batch=device_batch,
+            accumulation=passes,
+            attention=ATTENTION[device_type],
+        )
         bring_optimizer_state(run)
         book = Ledger(run.train_step.student, rounding=CUDA_ROUNDING if device_type == "cuda" else 1, hidden=hidden)
-        record_step(run, book)
+        record_steps(run, book)
     peak = find_peak(book.changes)
     extras = {}
     if accumulation > passes:
@@ -112,23 +115,6 @@ def estimate_step(config: Config, *, device_type: str, device_batch: int, accumu
         beside["DALI's queue of crops, without its pool for decoding"] = loader_queue(config, device_batch)
         beside["rest of the device: CUDA context (assumed)"] = CUDA_CONTEXT
     return Estimate(peak, book.changes, extras, device_batch, accumulation, beside)
-
-
-@contextlib.contextmanager
-def attention_of(device_type: str) -> Iterator[None]:
-    """Attention as a GPU computes it, by a fused kernel in any format; a CPU keeps the probabilities in 16 bits."""
-    if device_type != "cuda":
-        yield
-        return
-
-    def attend(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
-        return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
-
-    own, packed._attend = packed._attend, attend
-    try:
-        yield
-    finally:
-        packed._attend = own
 
 
 def loader_queue(config: Config, device_batch: int) -> int:
@@ -152,22 +138,13 @@ def bring_optimizer_state(run: SyntheticRun) -> None:
     optimizer.zero_grad(set_to_none=True)
 
 
-def record_step(
-    run: SyntheticRun, book: Ledger, steps: int = 1, around: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
-) -> None:
-    """Take steps with a book open, each inside a context of its own."""
-    step = run.train_step
-    pair = step.pair
-    book.on_backward_end = lambda: book.know(ledger.GRADIENTS, [p.grad for _, p in step.parameters])
-    with sections.marked(step, book.observe) as marks, book:
-        book.know(ledger.WEIGHTS, [*pair.student.parameters(), *pair.student.buffers()])
-        book.know(ledger.TEACHER, [*pair.teacher.parameters(), *pair.teacher.buffers()])
-        book.know(ledger.MEMORY, step.objective.buffers())
-        book.know(ledger.OPTIMIZER, [v for state in step.optimizer.state.values() for v in state.values() if isinstance(v, torch.Tensor)])
-        book.know(ledger.CROPS, [crop for crops in run.crop_sets for micro_batch in crops for crop in micro_batch])
-        for _ in range(steps):
-            with around():
-                run.step(marks.step)
+def in_shapes(config: Config, backend: str = "") -> Config:
+    """The settings of a run whose tensors have no contents: values make no difference, and the file they come from may be gone."""
+    simulated = config.model_copy(deep=True)
+    simulated.run.init_from = ""
+    if backend and hasattr(simulated.objective, "backend"):
+        simulated.objective.backend = backend
+    return simulated
 
 
 def precision_on(config: Config, device_type: str) -> Precision:
@@ -179,28 +156,28 @@ def precision_on(config: Config, device_type: str) -> Precision:
     return choose_precision(config.train.precision, torch.device(device_type))
 
 
-def kernel_workspace(config: Config, device_batch: int, backend: str, device_type: str) -> int:
-    """Bytes that the loss's operator takes and gives back, beside its results, at most.
+def kernel_workspace(named: dict[str, Any], backend: str, device_type: str) -> int:
+    """Bytes that a kernels' operator over a memory, with these arguments, takes and gives back beside its results, at most.
 
-    triton: at most two programs a multiprocessor, each with one partial result, and one more for every pair of row tile and block.
+    triton: at most two programs per multiprocessor, each with one partial result, and one more for every pair of row tile and block.
     streaming: a tile of logits (on a GPU in 16 bits, too) and of entries; rows stacked and scaled; the partition's 64-bit positions. By
     flash attention (a CPU): a chunk of entries and read-outs of two chunks for each of its parts.
     """
-    objective, width = config.objective, config.model.embedding_dim
-    rows = (config.crops.num_local + 2 + objective_class(objective.name).teacher_views) * device_batch
+    (entries, width), block_size = named["memory"].shape, named["block_size"]
+    rows = sum(named[name].numel() // width for name in ("student", "teacher", "rows") if name in named)
     results = rows * (width + 1) * 4
     if backend == "triton":
         processors = torch.cuda.get_device_properties(0).multi_processor_count if torch.cuda.is_available() else MULTIPROCESSORS
-        items = math.ceil(rows / PROGRAM_ROWS) * (objective.memory_size // objective.block_size)
-        return (2 * processors + items) * PROGRAM_ROWS * (width + 2) * 4 + results + objective.memory_size * 4
+        items = math.ceil(rows / PROGRAM_ROWS) * (entries // block_size)
+        return (2 * processors + items) * PROGRAM_ROWS * (width + 2) * 4 + results + entries * 4
     most_rows, most_logits = streaming.CPU_TILE if device_type == "cpu" else streaming.GPU_TILE
     tile_rows = min(rows, most_rows)
-    entries = min(objective.block_size, max(64, most_logits // tile_rows))
-    tile = entries * (tile_rows * (4 if device_type == "cpu" else 6) + width * 8)
-    partition = objective.memory_size * 8 * 6 if objective.partition == "stochastic" else 0
+    tile_entries = min(block_size, max(64, most_logits // tile_rows))
+    tile = tile_entries * (tile_rows * (4 if device_type == "cpu" else 6) + width * 8)
+    partition = entries * 8 * 6 if named.get("partition") is None else 0
     if device_type == "cpu" and flash.OPERATOR is not None:
         parts = min(torch.get_num_threads(), flash.MOST_PARTS)
-        tile = min(objective.block_size, parts * flash.CHUNK) * width * 8 + 2 * parts * tile_rows * (width + 1) * 4
+        tile = min(block_size, parts * flash.CHUNK) * width * 8 + 2 * parts * tile_rows * (width + 1) * 4
     return max(tile + tile_rows * width * 8 + 3 * results, partition)
 
 
@@ -209,7 +186,7 @@ def largest_batch(config: Config, *, device_type: str, budget: int, most: int = 
 
     The peak grows with the batch as a line does, from some batch on: two estimates give a first guess, further ones correct it.
     """
-    most = min(most, config.objective.memory_size)  # no more rows may enter a memory at once
+    most = min(most, getattr(config.objective, "memory_size", most))  # no more rows may enter a memory at once
 
     def at(batch: int) -> Estimate:
         return estimate_step(config, device_type=device_type, device_batch=batch)
@@ -272,7 +249,7 @@ def ways_out(config: Config, *, device_type: str, world_size: int, budget: int, 
         if estimate.bytes < 0.98 * now.bytes:
             ways.append(WayOut(settings, effect, time, estimate.bytes, now.bytes - estimate.bytes))
 
-    if config.objective.backend == "reference":
+    if getattr(config.objective, "backend", "") == "reference":
         attempt("--objective.backend auto", "the same training", "less: no logits are written", objective__backend="auto")
     works = Operations(config)
     divisors = [n for n in range(accumulation + 1, accumulation * batch + 1) if (accumulation * batch) % n == 0]
@@ -318,7 +295,7 @@ def ways_out(config: Config, *, device_type: str, world_size: int, budget: int, 
         batch=max(1, batch // 2),
         accumulation=accumulation,
     )
-    if config.objective.memory_size > config.objective.block_size:
+    if getattr(config.objective, "memory_size", 0) > getattr(config.objective, "block_size", 0):
         half = max(config.objective.block_size, config.objective.memory_size // 2)
         attempt(f"--objective.memory_size {half}", "another training: a memory half as long", "less", objective__memory_size=half)
     return ways
@@ -328,12 +305,10 @@ class Operations:
     """Operations of a step for one image, and of what ``model.recompute blocks`` computes twice."""
 
     def __init__(self, config: Config):
-        simulated = config.model_copy(deep=True)
-        simulated.run.init_from = ""
         with FakeTensorMode():
-            self.objective = build_objective(simulated, Precision("fp32", "counting"), rank=0)
+            self.objective = build_objective(in_shapes(config), Precision("fp32", "counting"), rank=0)
         with torch.device("meta"):
-            self.pair, _ = build_pair(simulated, self.objective)
+            self.pair, _ = build_pair(in_shapes(config), self.objective)
         self.config = config
         self.batch_norm = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in self.pair.student.modules())
 

@@ -13,18 +13,20 @@ import time
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from massl_fast.engine import phases
 from massl_fast.kernels.operators import implementation
-from massl_fast.profiling import sections
-from massl_fast.profiling.places import calling_line
+from massl_fast.profiling.source_lines import calling_line
+from massl_fast.profiling.synthetic import END, SyntheticRun
 
 WEIGHTS, TEACHER, OPTIMIZER, MEMORY, CROPS, GRADIENTS, ACTIVATIONS, LOSS, WORKSPACE = (
     "student weights",
@@ -88,13 +90,13 @@ class Change:
 class Ledger(TorchDispatchMode):
     """The book of one or more steps; enter it around them. ``rounding``: allocations take multiples of this many bytes.
 
-    ``hidden(operator, arguments)`` gives the bytes that an operator takes and gives back inside itself; None: the kernels' operators are
-    taken apart instead, and of others nothing is known.
+    ``hidden(operator, arguments by name)`` gives the bytes that an operator takes and gives back inside itself; None: the kernels'
+    operators are taken apart instead, and of others nothing is known.
 
     ``observe`` is an observer for ``sections.marked``.
     """
 
-    def __init__(self, student: nn.Module, *, rounding: int = 1, hidden: Callable[[str, tuple[Any, ...]], int] | None = None):
+    def __init__(self, student: nn.Module, *, rounding: int = 1, hidden: Callable[[OpOverload, dict[str, Any]], int] | None = None):
         super().__init__()
         self.rounding, self.hidden = rounding, hidden
         self.changes: list[Change] = []
@@ -136,7 +138,7 @@ class Ledger(TorchDispatchMode):
             self.part = "embedding"
         elif section in (phases.LOSS, phases.CLIP):
             self.part = ""
-        if section == sections.END:
+        if section == END:
             self.number += 1
             self.ends.append(len(self.changes))
         self.section = section or phases.REST
@@ -155,7 +157,7 @@ class Ledger(TorchDispatchMode):
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):
                 self._see(leaf, operator)
-        if self.hidden is not None and (size := self.hidden(operator, args)):
+        if self.hidden is not None and (size := self.hidden(func, kwargs | dict(zip((a.name for a in func._schema.arguments), args)))):
             inside = Piece(size, self.section, self.part, f"inside {operator}", calling_line(), ())
             self._note(inside, 1)
             self._note(inside, -1)
@@ -202,6 +204,31 @@ class Ledger(TorchDispatchMode):
 
     def _note(self, piece: Piece, sign: int) -> None:
         self.changes.append(Change(time.perf_counter() - self._start, self.section, piece, sign))
+
+
+def holdings(run: SyntheticRun) -> dict[str, list[Tensor]]:
+    """What there is before a step begins, by category."""
+    step = run.train_step
+    return {
+        WEIGHTS: [*step.pair.student.parameters(), *step.pair.student.buffers()],
+        TEACHER: [*step.pair.teacher.parameters(), *step.pair.teacher.buffers()],
+        MEMORY: list(step.objective.buffers()),
+        OPTIMIZER: [v for state in step.optimizer.state.values() for v in state.values() if isinstance(v, Tensor)],
+        CROPS: [crop for crops in run.crop_sets for micro_batch in crops for crop in micro_batch],
+    }
+
+
+def record_steps(
+    run: SyntheticRun, book: Ledger, steps: int = 1, around: Callable[[], AbstractContextManager] = contextlib.nullcontext
+) -> None:
+    """Take steps with a book open, each inside a context of its own."""
+    book.on_backward_end = lambda: book.know(GRADIENTS, [p.grad for _, p in run.train_step.parameters])
+    with run.observed(book.observe), book:
+        for role, tensors in holdings(run).items():
+            book.know(role, tensors)
+        for _ in range(steps):
+            with around():
+                run.step()
 
 
 @dataclass

@@ -17,8 +17,8 @@ import torch
 from massl_fast.config import Config
 from massl_fast.distributed.world import World
 from massl_fast.profiling.estimate import Estimate, Explanation, capacity, estimate_step, explain, explain_out_of_memory, gib
+from massl_fast.profiling.memory_report import estimate_lines, folded
 from massl_fast.profiling.synthetic import micro_batches_of
-from massl_fast.profiling.telling import estimate_lines, folded
 
 # What PyTorch's CPU allocators say (c10/core/impl/alloc_cpu.cpp).
 _CPU_WORDS = ("DefaultCPUAllocator", "can't allocate memory", "not enough memory")

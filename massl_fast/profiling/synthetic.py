@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -16,12 +16,16 @@ from massl_fast.distributed.world import World
 from massl_fast.engine.build import build_objective, build_pair, build_step, demand_residual
 from massl_fast.engine.flops import step_flops
 from massl_fast.engine.graphed_step import GraphedStep
+from massl_fast.engine.phases import REST, Observer
 from massl_fast.engine.schedules import Schedules, StepSettings
 from massl_fast.engine.step import StepResult, TrainStep
 from massl_fast.length import Length, in_micro_batches
+from massl_fast.models.packed import Attend
 from massl_fast.models.precision import Precision
 
 NUM_CROP_SETS = 2
+END = ""
+"""What observers are told after a step."""
 
 
 @dataclass
@@ -38,13 +42,29 @@ class SyntheticRun:
     batch: int
     """Images of one step, all micro-batches."""
     count: int = 0
+    observe: Observer | None = None
 
-    def step(self, call: Callable[..., StepResult] | None = None) -> StepResult:
-        """The next step, by ``call`` (such as ``Sections.step``) or as the trainer takes it."""
+    def step(self) -> StepResult:
+        """The next step, as the trainer takes it; one that is observed is never replayed from a recording."""
         crops = self.crop_sets[self.count % len(self.crop_sets)]
-        result = (call or self.take_step)(crops, self.settings, self.count)
+        if self.observe is None:
+            result = self.take_step(crops, self.settings, self.count)
+        else:
+            self.observe(REST)
+            result = self.train_step(crops, self.settings, self.count)
+            self.observe(END)
         self.count += 1
         return result
+
+    @contextlib.contextmanager
+    def observed(self, observe: Observer) -> Iterator[None]:
+        """Inside, ``observe`` is called with the name of each of ``engine.phases.PHASES`` as it begins, and ``END`` after a step."""
+        self.observe = observe
+        try:
+            with self.train_step.observed(observe):
+                yield
+        finally:
+            self.observe = None
 
     @property
     def flops(self) -> float:
@@ -58,8 +78,12 @@ def micro_batches_of(config: Config, world_size: int = 1) -> tuple[int, int]:
     return in_micro_batches(max(1, config.train.global_batch // world_size), config.train.micro_batch)
 
 
-def synthetic_run(config: Config, world: World, precision: Precision, *, device_batch: int, accumulation: int = 1) -> SyntheticRun:
+def synthetic_run(
+    config: Config, world: World, precision: Precision, *, device_batch: int, accumulation: int = 1, attention: Attend | None = None
+) -> SyntheticRun:
     """Student, teacher, objective, optimizer and crops on ``world.device``. Inside a ``FakeTensorMode`` only shapes come to be.
+
+    ``attention``: what the networks take in place of their own (see ``models.packed.PackedPass``).
 
     Raises ValueError as the trainer does for settings that do not fit the precision.
     """
@@ -67,7 +91,7 @@ def synthetic_run(config: Config, world: World, precision: Precision, *, device_
     objective = build_objective(config, precision, world.rank)
     fake = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
     with _without(fake), torch.device("meta") if fake else contextlib.nullcontext():
-        pair, _ = build_pair(config, objective)
+        pair, _ = build_pair(config, objective, attention)
     if fake:
         _in_shapes_(pair)
     else:

@@ -1,4 +1,4 @@
-"""``massl-fast profile trace``: steps under PyTorch's profiler, with the parts of a step as named ranges.
+"""Steps under PyTorch's profiler, with the parts of a step as named ranges.
 
 Written are ``trace.json.gz`` (for Perfetto, ui.perfetto.dev, or chrome://tracing) and ``trace.jsonl``, the record of what is printed: the
 operators that take most time, for a GPU the gaps in which it idles and what the host did meanwhile, and every line of the program that
@@ -7,7 +7,6 @@ makes the host wait for the device. Lines that wait are found in a further step,
 
 from __future__ import annotations
 
-import argparse
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -17,85 +16,14 @@ from typing import Any
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from massl_fast.benchmarks import records
-from massl_fast.benchmarks.step import WARM_UP, case_of, describe
-from massl_fast.config import load_config, recipe_names
-from massl_fast.distributed.world import join_world
 from massl_fast.engine.phases import PHASES
 from massl_fast.hardware import synchronize
-from massl_fast.models.precision import choose_precision
 from massl_fast.profiling import profiler as quiet_profiler  # noqa: F401  sets the profiler's log level
-from massl_fast.profiling.out_of_memory import demand_host_memory, explained
-from massl_fast.profiling.sections import END, marked
-from massl_fast.profiling.synthetic import SyntheticRun, micro_batches_of, synthetic_run
-from massl_fast.profiling.telling import folded
-from massl_fast.profiling.waits import Wait, find_waits
+from massl_fast.profiling.synthetic import END, SyntheticRun
+from massl_fast.profiling.waits import Wait
 
-TAKES_SETTINGS = True
 STEP = "step"
 MIN_GAP = 10e-6  # seconds
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.usage = "massl-fast profile trace [--recipe NAME|FILE] [--steps N] [--to FOLDER] [--top N] [--section.key VALUE ...]"
-    parser.add_argument(
-        "--recipe",
-        metavar="NAME|FILE",
-        default="demo",
-        help=f"one of {', '.join(recipe_names())}, or the path of a YAML file (default: demo)",
-    )
-    parser.add_argument("--steps", metavar="N", type=int, default=3, help=f"steps to trace, after {WARM_UP} to warm up (default: 3)")
-    parser.add_argument("--to", metavar="FOLDER", default="", help="folder for the trace and the record (default: runs/RECIPE/trace)")
-    parser.add_argument("--top", metavar="N", type=int, default=12, help="operators in the table (default: 12)")
-    parser.epilog = "Every setting of a run can be given; massl-fast train --help lists them."
-
-
-def run(args: argparse.Namespace) -> int:
-    if args.steps < 1 or args.top < 1:
-        raise ValueError("--steps and --top take at least 1.")
-    config = load_config(args.recipe, args.settings)
-    world = join_world(config.train.device)
-    precision = choose_precision(config.train.precision, world.device)
-    folder = Path(args.to or f"runs/{Path(args.recipe).stem}/trace")
-    make_writable(folder)
-    demand_host_memory(config, world)
-    accumulation, batch = micro_batches_of(config)
-    print(folded([f"{describe(config, precision, world)}; {batch} images a micro-batch × {accumulation}"]))
-    with explained(config, world):
-        synthetic = synthetic_run(config, world, precision, device_batch=batch, accumulation=accumulation)
-        for _ in range(WARM_UP):
-            synthetic.step()
-        found = trace_steps(synthetic, args.steps, folder / "trace.json.gz")
-        waits = find_waits(synthetic)
-    print(folded(tell(found, waits, args.top)))
-    details = {
-        "operators": [vars(row) for row in found.operators[: args.top]],
-        "parts": found.parts,
-        "gaps": found.gaps.as_details() if found.gaps else None,
-        "waits": [vars(wait) for wait in waits],
-        "steps": args.steps,
-    }
-    figures = {"waits_per_step": records.figure(sum(wait.count for wait in waits), "1", "lower", exact=True)}
-    if found.gaps:
-        figures["device_idle"] = records.figure(100 * found.gaps.idle_share, "%")
-    case = case_of(config, args.recipe, precision, batch, accumulation, world.device)
-    records.append(folder / "trace.jsonl", [records.record("trace", case, figures, details)])
-    print(f"Trace: {folder / 'trace.json.gz'} (ui.perfetto.dev opens it); record: {folder / 'trace.jsonl'}")
-    return 0
-
-
-def make_writable(folder: Path) -> None:
-    """Make the folder before minutes are spent on what could not be written to it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise ValueError(f"Nothing can be written to the folder {folder}: {error.strerror}. Name another with --to.") from None
-
-
-# Under the profiler
 
 
 @dataclass(frozen=True)
@@ -161,10 +89,10 @@ def trace_steps(run: SyntheticRun, steps: int, path: Path | None = None) -> Trac
     on_gpu = device.type == "cuda"
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if on_gpu else [])
     ranges = Ranges()
-    with marked(run.train_step, ranges) as marks, profile(activities=activities) as profiler:
+    with run.observed(ranges), profile(activities=activities) as profiler:
         for _ in range(steps):
             with record_function(STEP):
-                run.step(marks.step)
+                run.step()
         synchronize(device)
     if path is not None:
         profiler.export_chrome_trace(str(path))
@@ -251,10 +179,7 @@ def _outermost(intervals: Sequence[Interval], start: float, stop: float) -> str:
     return best
 
 
-# Telling
-
-
-def tell(found: Traced, waits: list[Wait], top: int) -> list[str]:
+def lines_of(found: Traced, waits: list[Wait], top: int) -> list[str]:
     total = sum(found.parts.values())
     lines = ["Parts of a step, time of the host:"]
     lines += [f"  {name:<20}{1000 * s:>9.2f} ms {100 * s / total if total else 0:>5.1f} %" for name, s in found.parts.items()]

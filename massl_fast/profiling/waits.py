@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from massl_fast.profiling.places import calling_line
+from massl_fast.profiling.source_lines import calling_line
 from massl_fast.profiling.synthetic import SyntheticRun
 
 # Operators after which the host knows a value, or a shape, that only the device knew.

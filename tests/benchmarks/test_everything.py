@@ -1,14 +1,18 @@
 """Parts of bench everything are kept apart: what one loses, the others keep."""
 
-import importlib.util
+import argparse
+import importlib
 import sys
 import time
 
 import pytest
 
+import bench_step
 from massl_fast.benchmarks import everything, records
-from massl_fast.benchmarks.everything import Outcome, Part, headlines, launcher, run_part, run_parts
-from massl_fast.cli import main
+from massl_fast.benchmarks.everything import Outcome, Part, headlines, launcher, line_of, run_part, run_parts
+from massl_fast.cli import COMMANDS, main
+from massl_fast.commands import bench_everything
+from massl_fast.config import load_config
 
 
 @pytest.fixture
@@ -51,42 +55,35 @@ def test_the_gpu_is_hidden_from_parts_of_a_cpu(tmp_path, part):
     assert outcome.status == "done"
 
 
-def test_every_command_of_both_lists_parses(tmp_path):
-    """Each part's arguments are those of its command, settings included."""
-    import argparse
-    import importlib
-
-    from massl_fast.cli import COMMANDS
-    from massl_fast.config import load_config
-
-    for listed in (everything.gpu_parts(tmp_path, "images"), everything.cpu_parts(tmp_path, "images")):
-        assert not listed[0].timing and all(other.timing for other in listed[1:])
-        assert len({other.name for other in listed}) == len(listed)
-        for each in listed:
-            if each.program:
-                continue
-            module = importlib.import_module(COMMANDS[" ".join(each.arguments[:2])][0])
-            parser = argparse.ArgumentParser()
-            module.add_arguments(parser)
-            args, settings = parser.parse_known_args(each.arguments[2:])
-            if getattr(module, "TAKES_SETTINGS", False):
-                load_config(args.recipe, settings)
-            else:
-                assert not settings, each.name
+@pytest.mark.parametrize("on_gpu", [True, False])
+def test_every_command_of_both_lists_parses(tmp_path, on_gpu):
+    """Each part's arguments are those of its command, settings included; bench_step.py's are those of its own parser."""
+    listed = everything.parts(on_gpu, tmp_path, "images")
+    assert not listed[0].timing and all(other.timing for other in listed[1:])
+    assert len({other.name for other in listed}) == len(listed)
+    for each in listed:
+        if each.program:
+            bench_step.parser().parse_args(each.arguments)
+            continue
+        module = importlib.import_module(COMMANDS[" ".join(each.arguments[:2])][0])
+        parser = argparse.ArgumentParser()
+        module.add_arguments(parser)
+        args, settings = parser.parse_known_args(each.arguments[2:])
+        if getattr(module, "TAKES_SETTINGS", False):
+            load_config(args.recipe, settings)
+        else:
+            assert not settings, each.name
 
 
 def test_records_of_the_published_comparison_take_the_common_form():
-    spec = importlib.util.spec_from_file_location("bench_step", everything.PUBLISHED)
-    bench_step = importlib.util.module_from_spec(spec)
-    sys.modules["bench_step"] = bench_step  # where its dataclasses look for their annotations
-    spec.loader.exec_module(bench_step)
     slow, side = ({"step_seconds": times, "times_the_first_side": 1.5, "peak_mib": 10.0} for times in ([0.6], [0.3, 0.32]))
     sides = {"published": slow, "ours": side}
     case = {"architecture": "vit", "batch": 64, "memory_size": 65536}
     found = {"case": case | {"model_args": {}}, "precision": "bf16", "sides": sides, "rounds": 2}
     row = bench_step.as_record(found)
     assert row["case"] == case | {"precision": "bf16"}
-    assert headlines([row]) == ["step beside the published way, vit, 64 images, K 65536: published 106.7 images/s, ours 206.5 images/s"]
+    (line,) = headlines([row])
+    assert line.startswith("published step: architecture vit, batch 64") and "ours: step seconds 0.31 s" in line
     largest = bench_step.as_record({"case": found["case"], "precision": "bf16", "largest_batch": {"ours": 96}})
     assert largest["figures"]["ours: largest batch"]["median"] == 96
 
@@ -95,13 +92,12 @@ def test_headlines_of_every_kind_can_be_told():
     from test_page import everything as every_record
 
     lines = headlines(every_record())
-    assert any(line.startswith("loss, N 8") for line in lines) and any("images/s" in line for line in lines)
+    assert any(line.startswith("kernels: operation loss") and "time 9 ms" in line for line in lines)
+    assert any("images per second 40 images/s" in line for line in lines)
 
 
-def test_a_table_names_every_part(part):
-    outcomes = [Outcome(part("a", ""), "done", 3.0), Outcome(part("b", ""), "left out", words="it needs a GPU")]
-    lines = everything.table(outcomes, [])
-    assert lines[1].startswith("a") and "done" in lines[1] and "it needs a GPU" in lines[2]
+def test_a_line_names_a_part_and_what_came_of_it(part):
+    assert "left out" in line_of(Outcome(part("b", ""), "left out", words="it needs a GPU"))
 
 
 def test_the_program_starts_itself_again(monkeypatch):
@@ -112,13 +108,13 @@ def test_the_program_starts_itself_again(monkeypatch):
 
 
 def test_the_command_runs_chosen_parts_and_leaves_a_page(tmp_path, part, capsys, monkeypatch):
-    def two_parts(folder, images):
+    def two_parts(on_gpu, folder, images):
         row = records.record("trace", {"architecture": "x", "batch": 1}, {"waits_per_step": records.figure(0, "1", exact=True)})
         records.append(folder / "records.jsonl", [row])
         return [part("correctness", "print()", timing=False), part("kernels", "print()"), part("loaders", "print()")]
 
-    monkeypatch.setattr(everything, "cpu_parts", two_parts)
-    monkeypatch.setattr(everything, "page_of", lambda rows: f"{len(rows)} records")
+    monkeypatch.setattr(everything, "parts", two_parts)
+    monkeypatch.setattr(bench_everything, "page_of", lambda rows: f"{len(rows)} records")
     assert main(["bench", "everything", "--device", "cpu", "--to", str(tmp_path), "--parts", "kernels"]) == 0
     told = capsys.readouterr().out
     assert "correctness" in told and "kernels" in told and "loaders" not in told

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 from test_decode import READ_BY_SOME
 
+from massl_fast.commands import data_check
 from massl_fast.data import check
 from massl_fast.data.bad_files import read_bad_files
 from massl_fast.data.sources import open_source
@@ -19,8 +20,8 @@ ODD = Path(__file__).parents[2] / "../shared/data/odd_images"
 
 def run(*arguments) -> int:
     parser = argparse.ArgumentParser()
-    check.add_arguments(parser)
-    return check.run(parser.parse_args(list(map(str, arguments))))
+    data_check.add_arguments(parser)
+    return data_check.run(parser.parse_args(list(map(str, arguments))))
 
 
 @pytest.fixture

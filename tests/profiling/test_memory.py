@@ -9,7 +9,7 @@ from massl_fast.cli import main
 from massl_fast.config import Config, load_config
 from massl_fast.distributed.world import World
 from massl_fast.models.precision import choose_precision
-from massl_fast.profiling import ledger, memory
+from massl_fast.profiling import ledger, memory, memory_report
 from massl_fast.profiling.estimate import WayOut, estimate_step, largest_batch, ways_out
 from massl_fast.profiling.ledger import Change, Piece, find_peak, highest_by_section, part_of, timeline
 from massl_fast.profiling.synthetic import SyntheticRun, micro_batches_of, synthetic_run
@@ -132,8 +132,8 @@ class Leaky(torch.nn.Module):
     def __getattr__(self, name):
         return super().__getattr__(name) if name in ("inner", "keep", "kept") else getattr(super().__getattr__("inner"), name)
 
-    def forward(self, student, teacher, **settings):
-        outcome = self.inner(student, teacher, **settings)
+    def forward(self, student, teacher, at):
+        outcome = self.inner(student, teacher, at)
         self.kept.append(self.keep(student, outcome))
         return outcome
 
@@ -143,7 +143,7 @@ def test_a_planted_leak_is_found():
     run.train_step.objective = Leaky(run.train_step.objective, lambda student, outcome: student * 2)
     measured = memory.measure_run(run)
     assert min(measured.growth) >= 6 * 8 * 64 * 4
-    sentences = memory.leak_sentences(measured)
+    sentences = memory_report.leak_sentences(measured)
     assert sentences[0].startswith("Leak: each step ends with about")
     (place,) = [sentence for sentence in sentences[1:] if "aten.mul" in sentence and "in 'loss', outlive their step" in sentence]
     file, _, line = place.partition(" at ")[2].partition(",")[0].rpartition(":")
@@ -158,7 +158,7 @@ def test_a_list_that_keeps_activations_is_found():
     block.album = []
     block.mlp.register_forward_hook(lambda module, arguments, output: block.album.append(output))
     measured = memory.measure_run(run)
-    text = "\n".join(memory.leak_sentences(measured))
+    text = "\n".join(memory_report.leak_sentences(measured))
     assert "aten.addmm at timm/layers/mlp.py" in text and "in 'student forward'" in text
     assert "Kept by a list of 6 in album of a Block." in text
 

@@ -4,16 +4,18 @@ import pytest
 import torch
 
 from massl_fast.cli import main
+from massl_fast.commands import profile_memory, profile_trace
 from massl_fast.config import Config, load_config
 from massl_fast.distributed.world import World
-from massl_fast.profiling import estimate, memory, out_of_memory, trace
+from massl_fast.profiling import estimate, memory, out_of_memory
 from massl_fast.profiling.out_of_memory import is_out_of_memory, write_out_of_memory_report
 from massl_fast.profiling.synthetic import synthetic_run
 
 CPU = World(0, 1, 0, torch.device("cpu"))
 TINY = ["--model.architecture", "vit_tiny_patch16_224", "--model.model_args", "{patch_size: 8, depth: 2, embed_dim: 24, num_heads: 2}"]
 TINY += ["--objective.memory_size", "64", "--objective.block_size", "32", "--train.global_batch", "16", "--model.head_hidden_dim", "16"]
-COMMANDS = {"memory": memory, "trace": trace}
+COMMANDS = {"memory": memory, "trace": profile_trace}
+"""What takes a step of its own, by command."""
 
 
 def tiny() -> Config:
@@ -148,7 +150,7 @@ def test_numbers_out_of_range(arguments, words, capsys):
 
 
 def test_a_record_that_could_not_be_written_is_told_first(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(memory, "estimate_step", None)
+    monkeypatch.setattr(profile_memory, "estimate_step", None)
     (tmp_path / "file").write_text("")
     assert main(["profile", "memory", "--output", str(tmp_path / "file" / "records.jsonl"), *TINY]) == 2
     assert "Records cannot be written to" in capsys.readouterr().err

@@ -8,13 +8,15 @@ import pytest
 import torch
 
 from massl_fast.benchmarks import records
+from massl_fast.benchmarks.timing import PhaseClock
 from massl_fast.cli import main
+from massl_fast.commands import profile_trace
 from massl_fast.config import load_config
 from massl_fast.distributed.world import World
 from massl_fast.engine import phases
 from massl_fast.models.precision import choose_precision
-from massl_fast.profiling import sections, trace
-from massl_fast.profiling.synthetic import SyntheticRun, synthetic_run
+from massl_fast.profiling import trace
+from massl_fast.profiling.synthetic import END, SyntheticRun, synthetic_run
 from massl_fast.profiling.waits import find_waits
 
 CPU = World(0, 1, 0, torch.device("cpu"))
@@ -31,12 +33,12 @@ def tiny_run(*more: str, accumulation: int = 1) -> SyntheticRun:
 def test_every_part_is_marked_in_its_place(optimizer):
     seen = []
     run = tiny_run("--optimizer.name", optimizer, accumulation=2)
-    with sections.marked(run.train_step, seen.append) as marks:
-        run.step(marks.step)
-    named = [name for name in seen if name not in (phases.REST, sections.END)]
+    with run.observed(seen.append):
+        run.step()
+    named = [name for name in seen if name not in (phases.REST, END)]
     forward = [phases.TEACHER, phases.STUDENT, phases.LOSS, phases.BACKWARD]
     assert named == [*forward, *forward, phases.CLIP, phases.OPTIMIZER, phases.AVERAGE, phases.COMMIT]
-    assert seen[0] == phases.REST and seen[-1] == sections.END
+    assert seen[0] == phases.REST and seen[-1] == END
     seen.clear()
     run.step()
     assert not seen, "the marks were left on"
@@ -48,15 +50,15 @@ def test_marks_change_no_number():
         torch.manual_seed(0)
         plain.step()
         torch.manual_seed(0)
-        with sections.marked(watched.train_step, sections.SectionClock(CPU.device)) as marks:
-            watched.step(marks.step)
+        with watched.observed(PhaseClock(CPU.device)):
+            watched.step()
     for ours, theirs in zip(plain.train_step.pair.parameters(), watched.train_step.pair.parameters()):
         assert torch.equal(ours, theirs)
     assert torch.equal(plain.train_step.objective.memory, watched.train_step.objective.memory)
 
 
 def test_the_clock_adds_up_the_parts_of_each_step():
-    clock = sections.SectionClock(CPU.device)
+    clock = PhaseClock(CPU.device)
     clock.marks = [("rest", 0.0), ("loss", 1.0), ("rest", 3.0), ("loss", 4.0), ("", 9.0), ("rest", 20.0), ("", 21.0)]
     assert clock.read() == [{"rest": 2.0, "loss": 7.0}, {"rest": 1.0}]
     assert clock.read() == []
@@ -75,14 +77,14 @@ def test_gaps_are_when_no_kernel_runs():
 def test_a_step_waits_for_nothing_and_a_planted_wait_is_found():
     run = tiny_run()
     assert find_waits(run) == []
-    inner = run.train_step.objective.entering
+    inner = run.train_step.objective.commit_
 
-    def planted(teacher):
-        if teacher.sum().item() > 1e9:  # this line waits
+    def planted(carried, finite, at):
+        if finite.sum().item() > 1e9:  # this line waits
             raise AssertionError
-        return inner(teacher)
+        return inner(carried, finite, at)
 
-    run.train_step.objective.entering = planted
+    run.train_step.objective.commit_ = planted
     (wait,) = find_waits(run)
     assert (wait.operator, wait.count) == ("_local_scalar_dense", 1)
     file, _, line = wait.line.rpartition(":")
@@ -102,13 +104,13 @@ PLANTED = {
 def test_other_ways_to_wait_are_found_too(operator, monkeypatch):
     monkeypatch.setattr(torch.cuda.Event, "synchronize", lambda event: None)  # no device here to wait for
     run = tiny_run()
-    inner = run.train_step.objective.entering
+    inner = run.train_step.objective.commit_
 
-    def planted(teacher):
-        PLANTED[operator](teacher)
-        return inner(teacher)
+    def planted(carried, finite, at):
+        PLANTED[operator](next(iter(carried[0].values())))
+        return inner(carried, finite, at)
 
-    run.train_step.objective.entering = planted
+    run.train_step.objective.commit_ = planted
     (wait,) = find_waits(run)
     assert (wait.operator, wait.count) == (operator, 1)
     line = wait.line.rpartition(":")[2]
@@ -116,14 +118,14 @@ def test_other_ways_to_wait_are_found_too(operator, monkeypatch):
 
 
 def test_a_planted_wait_is_told_by_the_command(monkeypatch, tmp_path, capsys):
-    build = trace.synthetic_run
+    build = profile_trace.synthetic_run
 
     def with_a_wait(*arguments, **settings):
         run = build(*arguments, **settings)
         run.train_step.objective.register_forward_hook(lambda module, arguments, outcome: outcome.loss.item() and None)
         return run
 
-    monkeypatch.setattr(trace, "synthetic_run", with_a_wait)
+    monkeypatch.setattr(profile_trace, "synthetic_run", with_a_wait)
     assert main(["profile", "trace", "--steps", "1", "--to", str(tmp_path), *TINY]) == 0
     told = capsys.readouterr().out
     assert "1 × a step  _local_scalar_dense" in told and f"{Path(__file__).name}:" in told

@@ -1,4 +1,4 @@
-"""The book of a step in words: whose the bytes are at the peak, the way there, and what lies beside."""
+"""The book of a step in words and as a record: whose the bytes are at the peak, the way there, and what lies beside."""
 
 from __future__ import annotations
 
@@ -6,15 +6,20 @@ import re
 import textwrap
 from collections import defaultdict
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
+from massl_fast.benchmarks import records
+from massl_fast.config import Config
 from massl_fast.profiling import ledger
-from massl_fast.profiling.estimate import MIB, Estimate, gib
-from massl_fast.profiling.ledger import Change, Peak, Piece, highest_by_section
+from massl_fast.profiling.estimate import MIB, Estimate, gib, precision_on
+from massl_fast.profiling.ledger import Change, Peak, Piece, highest_by_section, timeline
+from massl_fast.profiling.memory import Measured
 
 BAR = 40
 """Characters of the longest bar."""
 COLUMNS = 120
+MIN_LEAK = 4096  # bytes per step
 
 
 def table(columns: dict[str, dict[str, int]], totals: dict[str, int], first: str) -> list[str]:
@@ -60,6 +65,35 @@ def way_through(changes: list[Change], always: int = 0) -> list[str]:
     return [f"  {name:<20}{size / MIB:>10,.1f} MiB  {'█' * max(1, round(BAR * size / top))}" for name, size in heights.items()]
 
 
+def memory_lines(estimate: Estimate, measured: Measured | None) -> list[str]:
+    """The book as lines of text."""
+    if measured is None:
+        return estimate_lines(estimate)
+    inside = max(0, measured.peak_bytes - measured.peak.bytes)
+    columns = {"estimated": estimate.by_owner, "measured": measured.peak.by_owner | {"inside operators": inside}}
+    lines = table(columns, {"estimated": estimate.bytes, "measured": measured.peak_bytes}, "At the peak, MiB")
+    lines.append(f"The estimate is {100 * (estimate.bytes / measured.peak_bytes - 1):+.1f} % off the measured peak.")
+    lines += [peak_sentence(measured.peak), "Largest storages at that moment:", *largest_pieces(measured.peak.pieces)]
+    lines += ["Highest in each part of a step, measured (parts that allocate nothing are not listed):", *way_through(measured.changes)]
+    lines.append("Beside the step's own bytes, not in the peak above:")
+    lines += [f"{size / MIB:>9,.1f} MiB  {name}" for name, size in measured.rest.items()]
+    if estimate.beside:
+        lines.append("Of that was estimated: " + ", ".join(f"{name} {gib(size)}" for name, size in estimate.beside.items()) + ".")
+    return lines + leak_sentences(measured)
+
+
+def leak_sentences(measured: Measured) -> list[str]:
+    growing = [size for size in measured.growth if size >= MIN_LEAK]
+    if len(growing) < len(measured.growth) or not growing:
+        return [f"No leak: {len(measured.growth)} steps in a row ended with as much memory as they began with."]
+    lines = [f"Leak: each step ends with about {gib(sum(growing) / len(growing))} more than the one before it."]
+    for leak in measured.leaks[:5]:
+        where = f" at {leak.line}" if leak.line else ""
+        lines.append(f"  {gib(leak.bytes_per_step)} a step made by {leak.operator}{where}, in '{leak.section}', outlive their step.")
+        lines.append(f"    Kept by {leak.referrer or 'no Python object that could be found'}.")
+    return lines
+
+
 def estimate_lines(estimate: Estimate) -> list[str]:
     """An estimate alone: the book at its peak, the way there and what lies beside."""
     lines = table({"estimated": estimate.by_owner}, {"estimated": estimate.bytes}, "At the peak, MiB")
@@ -73,6 +107,39 @@ def estimate_lines(estimate: Estimate) -> list[str]:
         lines += [f"{size / MIB:>9,.1f} MiB  {name}" for name, size in estimate.beside.items()]
         lines.append(f"{(estimate.bytes + sum(estimate.beside.values())) / MIB:>9,.1f} MiB  of the device in all, estimated")
     return lines
+
+
+def as_record(
+    config: Config, recipe: str, device_type: str, estimate: Estimate, measured: Measured | None, prediction: dict[str, Any] | None
+) -> dict[str, Any]:
+    case = {
+        "recipe": Path(recipe).stem,
+        "architecture": config.model.architecture,
+        "batch": estimate.device_batch,
+        "accumulation": estimate.accumulation,
+        "precision": precision_on(config, device_type).name,
+        "memory": getattr(config.objective, "memory_size", 0),
+        "device": device_type,
+    }
+    figures = {"estimated_peak": records.figure(estimate.bytes / MIB, "MiB", exact=True)}
+    details: dict[str, Any] = {"estimated": in_order(estimate.by_owner), "estimated_timeline": timeline(estimate.changes)}
+    details["estimated_beside"] = estimate.beside
+    details["estimated_peak_section"] = estimate.peak.section
+    if measured:
+        figures["measured_peak"] = records.figure(measured.peak_bytes / MIB, "MiB", "lower", exact=True)
+        figures["estimate_error"] = records.figure(100 * (estimate.bytes / measured.peak_bytes - 1), "%", exact=True)
+        details |= {
+            "measured": in_order(measured.peak.by_owner) | {"inside operators": max(0, measured.peak_bytes - measured.peak.bytes)},
+            "measured_timeline": timeline(measured.changes),
+            "peak_section": measured.peak.section,
+            "largest": largest_pieces(measured.peak.pieces, 10),
+            "rest": measured.rest,
+            "growth_bytes": measured.growth,
+            "leaks": leak_sentences(measured),
+        }
+    if prediction:
+        details["prediction"] = prediction
+    return records.record("memory", case, figures, details)
 
 
 def folded(lines: Iterable[str]) -> str:

@@ -7,11 +7,11 @@ import sys
 
 import torch
 
-from massl_fast.kernels import cross_entropy
+from massl_fast import kernels
 
 _PROFILING = os.path.dirname(os.path.abspath(__file__))
 _PACKAGE = os.path.dirname(_PROFILING)
-_KERNELS = os.path.dirname(os.path.abspath(cross_entropy.__file__))
+_KERNELS = os.path.dirname(os.path.abspath(kernels.__file__))
 _NOT_CALLERS = (os.path.dirname(os.path.abspath(torch.__file__)), _PROFILING, "<")
 
 

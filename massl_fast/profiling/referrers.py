@@ -12,7 +12,7 @@ _DEPTH = 4
 """Containers in containers that are followed."""
 
 
-def holders_of(storages: set[int]) -> dict[int, str]:
+def referrers_of(storages: set[int]) -> dict[int, str]:
     """For storages (by ``_cdata``) what keeps them, in words: ``a list of 5 in kept of a Leaky``; without those that no object keeps."""
     found: dict[int, str] = {}
     if not storages:
@@ -25,14 +25,14 @@ def holders_of(storages: set[int]) -> dict[int, str]:
         except (RuntimeError, NotImplementedError):  # a tensor without storage
             continue
         if key in storages and not found.get(key):
-            found[key] = _holder(tensor, [id(tensors)], _DEPTH)
-    return {key: holder for key, holder in found.items() if holder}
+            found[key] = _referrer(tensor, [id(tensors)], _DEPTH)
+    return {key: words for key, words in found.items() if words}
 
 
 # No closures below: they would hold what is being searched for.
 
 
-def _holder(thing: Any, ignored: list[int], depth: int) -> str:
+def _referrer(thing: Any, ignored: list[int], depth: int) -> str:
     """The way from ``thing`` to the first object with a name; empty where there is none."""
     if not depth:
         return ""
@@ -53,7 +53,7 @@ def _holder(thing: Any, ignored: list[int], depth: int) -> str:
             return _closure_of(owner)
         else:
             return _an(type(owner).__name__)
-        above = _holder(owner, [*ignored, id(owner)], depth - 1)
+        above = _referrer(owner, [*ignored, id(owner)], depth - 1)
         if above:
             return f"{described} in {above}"
         unnamed = unnamed or described

@@ -1,0 +1,61 @@
+"""Operations of this package's operators, registered with PyTorch's ``FlopCounterMode``, which sees an operator as one.
+
+From shapes alone: products of matrices, a multiplication and an addition counted as two, those that a second pass repeats included.
+Entries that no block takes count for nothing.
+"""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+from massl_fast.kernels import consistency, cross_entropy, prototypes, readout  # noqa: F401  define the operators
+
+Shape = tuple[int, ...]
+_operators = torch.ops.massl_fast
+
+
+def _products(rows: int, memory: Shape, block_size: int, *widths: int) -> int:
+    """Of so many rows with the entries in blocks, one product per width."""
+    return 2 * rows * (memory[0] // block_size * block_size) * sum(widths)
+
+
+@register_flop_formula(_operators.memory_cross_entropy)
+def _memory_cross_entropy(student: Shape, teacher: Shape, memory: Shape, partition: Any, block_size: int, *_: Any, **__: Any) -> int:
+    return _products(prod(student[:-1]) + prod(teacher[:-1]), memory, block_size, memory[1], memory[1])
+
+
+@register_flop_formula(_operators.memory_readout)
+def _memory_readout(rows: Shape, memory: Shape, partition: Any, block_size: int, *others: Any, **_: Any) -> int:
+    values = others[6] if len(others) > 6 else None
+    return _products(rows[0], memory, block_size, memory[1], (values or memory)[1])
+
+
+@register_flop_formula(_operators.memory_readback)
+def _memory_readback(rows: Shape, memory: Shape, logsumexp: Shape, partition: Any, block_size: int, *others: Any, **_: Any) -> int:
+    row_values = others[6]
+    return _products(rows[0], memory, block_size, memory[1], row_values[1] if row_values else 0)
+
+
+@register_flop_formula(_operators.prototype_gradient)
+def _prototype_gradient(upstream: Shape, student: Shape, weight: Shape, logsumexp: Shape, teacher: Shape, *others: Any, **_: Any) -> int:
+    return sum(_products(prod(rows[:-1]), keys, keys[0], keys[1], keys[1]) for rows, keys in ((student, others[2]), (teacher, others[3])))
+
+
+@register_flop_formula(_operators.partition_consistency)
+def _partition_consistency(student: Shape, teacher: Shape, keys: Shape, teacher_keys: Shape, block_size: int, *_: Any, **__: Any) -> int:
+    (views, images, width), teacher_views = student, teacher[0]
+    return _products(views * images, keys, block_size, width, teacher_views) + _products(teacher_views * images, keys, block_size, width)
+
+
+@register_flop_formula(_operators.partition_consistency_gradient)
+def _partition_consistency_gradient(
+    upstream: Shape, slope: Shape, student: Shape, teacher: Shape, keys: Shape, teacher_keys: Shape, block_size: int, *others: Any, **_: Any
+) -> int:
+    (views, images, width), teacher_views = student, teacher[0]
+    learned = width if others[-1] else 0
+    again = _partition_consistency(student, teacher, keys, teacher_keys, block_size)
+    return again + _products(views * images, keys, block_size, teacher_views, width, learned)

@@ -1,0 +1,100 @@
+"""How calls and the phases of a step are timed, and what a device does at best: products of matrices, the yardstick of a data sheet."""
+
+from __future__ import annotations
+
+import gc
+import math
+import time
+from collections.abc import Callable
+from itertools import pairwise
+from statistics import median
+from typing import Any
+
+import torch
+
+from massl_fast.hardware import synchronize
+from massl_fast.profiling.synthetic import END
+
+
+def timed(work: Callable[[], Any], device: torch.device) -> tuple[float, float]:
+    """Wall and processor seconds of some work, the device's included."""
+    synchronize(device)
+    start, spent = time.perf_counter(), time.process_time()
+    work()
+    synchronize(device)
+    return time.perf_counter() - start, time.process_time() - spent
+
+
+def in_turn(
+    calls: dict[str, Callable[[], Any]], rounds: int, device: torch.device, *, at_least: int = 1, until: float = math.inf
+) -> dict[str, list[tuple[float, float]]]:
+    """(wall, processor) seconds of each call in each round; in every other round the order is turned round.
+
+    What else the machine does meets all of them. Garbage is collected between rounds only. After ``at_least`` rounds none begins later
+    than ``until`` seconds from the first.
+    """
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
+    gc.collect()
+    gc.disable()
+    try:
+        begin = time.perf_counter()
+        for number in range(rounds):
+            if number >= at_least and time.perf_counter() - begin > until:
+                break
+            for name in list(calls)[:: -1 if number % 2 else 1]:
+                seconds[name].append(timed(calls[name], device))
+            gc.collect()
+    finally:
+        gc.enable()
+    return seconds
+
+
+class PhaseClock:
+    """An observer that times the phases of steps: with events on a GPU, which nothing waits for, and with the host's clock on a CPU."""
+
+    def __init__(self, device: torch.device):
+        self.on_gpu = device.type == "cuda"
+        self.marks: list[tuple[str, torch.cuda.Event | float]] = []
+
+    def __call__(self, name: str) -> None:
+        if self.on_gpu:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self.marks.append((name, event))
+        else:
+            self.marks.append((name, time.perf_counter()))
+
+    def read(self) -> list[dict[str, float]]:
+        """Seconds of each phase, one mapping per step since the last read; waits for the device."""
+        if self.on_gpu:
+            torch.cuda.synchronize()
+        steps: list[dict[str, float]] = []
+        current: dict[str, float] = {}
+        for (name, start), (following, stop) in pairwise(self.marks):
+            if name == END:  # between two steps
+                continue
+            seconds = start.elapsed_time(stop) / 1000 if self.on_gpu else stop - start
+            current[name] = current.get(name, 0.0) + seconds
+            if following == END:
+                steps.append(current)
+                current = {}
+        self.marks.clear()
+        return steps
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype, *, seconds: float = 1.0) -> float:
+    """Operations per second of a large square matrix product on random numbers.
+
+    On a GPU the median of repetitions, at the clock that it holds, on operands that rotate past its cache; on a CPU the fastest, because
+    other processes only ever take away, with the threads of this process.
+    """
+    size, copies = (8192, 3) if device.type == "cuda" else (1024, 2)
+    pairs = [[torch.randn(size, size, device=device, dtype=dtype) for _ in range(2)] for _ in range(copies)]
+    out = torch.empty(size, size, device=device, dtype=dtype)
+    products = lambda: [torch.mm(a, b, out=out) for a, b in pairs]  # noqa: E731
+    products()
+    times: list[float] = []
+    begin = time.perf_counter()
+    while len(times) < 5 or time.perf_counter() - begin < seconds:
+        times.append(timed(products, device)[0] / copies)
+    return 2 * size**3 / (median(times) if device.type == "cuda" else min(times))
