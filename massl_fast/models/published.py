@@ -1,8 +1,8 @@
-"""Networks out of checkpoints: of massl-fast, of its exports, and of other software (published MaSSL, DINO, timm).
+"""Networks out of checkpoints: of massl-fast, of its exports, and of other software (docs/checkpoints.md).
 
-Nothing is unpickled but tensors and the plain values around them, and every weight has to find its place: what is missing,
-left over or of another shape is named in a ValueError. What is passed over on purpose (a classifier, a mask token) is stated
-in the notes.
+Files of others are read as data, and every weight has to find its place: what is missing, left over or of another shape is named in a
+ValueError. What is passed over on purpose (a classifier, a mask token) is stated in the notes, and what the weights cannot tell (the
+number of attention heads) is known from the source or stated first.
 """
 
 from __future__ import annotations
@@ -130,6 +130,8 @@ def build_network(
         backbone, assumed = rebuild(network.timm_args), []
     notes = [*assumed, *network.notes, *_fill(backbone, network)]
     notes += positions.prepare(backbone, image_size or backbone.timm_args["image_size"], position_embedding)
+    if isinstance(backbone, SwinTransformer) and network.timm_args is None:
+        notes += _swin_windows(backbone, image_size or backbone.timm_args["image_size"])
     info = {
         "architecture": backbone.timm_args["architecture"],
         "image_size": image_size or backbone.timm_args["image_size"],
@@ -161,6 +163,8 @@ def start_from(backbone: nn.Module, checkpoint: Path, *, which: str = "teacher")
             )
         if not known:
             assumed = [f"The run's {heads} attention heads are taken: {network.source} does not tell how many its network has."]
+    if isinstance(backbone, SwinTransformer) and network.chosen and network.chosen.project == "DINO's kind":
+        assumed.append("The run keeps timm's 1e-5 in its norms, where iBOT's and MaSSL's Swin have 1e-6; timm has no argument for it.")
     first = f"Start from the backbone of the {which} in {network.source}; the projection head starts from random weights."
     return [*assumed, first, *network.notes, *_fill(backbone, network)]
 
@@ -393,6 +397,17 @@ def _swin_norms(backbone: nn.Module, network: Network) -> list[str]:
         return [f"timm's 1e-5 is taken for the norms' epsilon: {network.source} does not tell it, and iBOT's Swin has 1e-6."]
     _set_norms(backbone, 1e-6)
     return []
+
+
+def _swin_windows(backbone: SwinTransformer, image_size: int) -> list[str]:
+    """Where windows do not divide a map, timm shifts and then pads; the code of iBOT and MaSSL pads and then shifts."""
+    side = image_size // backbone.patch_embed.patch_size[0]
+    windows = [(-(-side // 2**index), layer.blocks[-1]) for index, layer in enumerate(backbone.layers)]
+    if all(side % block.window_size[0] == 0 for side, block in windows):
+        return []
+    return [
+        f"At {image_size} px the windows of Swin do not divide its maps: features differ from those of iBOT's code, which pads elsewhere."
+    ]
 
 
 def _set_norms(backbone: nn.Module, epsilon: float) -> None:

@@ -449,6 +449,15 @@ def test_head_counts_that_the_file_tells_are_demanded_of_a_run(tmp_path):
         start_from(backbone, tmp_path / "file.pth")
 
 
+def test_windows_that_do_not_divide_the_maps_are_told(tmp_path):
+    layout, path, _ = written("iBOT Swin", tmp_path)
+    for size, told in ((224, False), (112, False), (96, True)):
+        _, info = load_backbone(path, image_size=size, **layout.options)
+        assert any("windows of Swin do not divide" in note for note in info["notes"]) == told
+    backbone = build_backbone(layout.options["arch"], image_size=224, model_args=layout.options["model_args"])
+    assert "The run keeps timm's 1e-5 in its norms" in start_from(backbone, path)[0]
+
+
 def test_the_user_may_overrule_and_the_first_note_says_so(tmp_path):
     torch.save(below("", Transformer(192, 12, positions="moco")), tmp_path / "file.pth")
     backbone, info = load_backbone(tmp_path / "file.pth", arch=TINY["arch"], model_args={"depth": 2, "num_heads": 3})
