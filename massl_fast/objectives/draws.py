@@ -19,7 +19,9 @@ GMML_BLOCKS = 64
 def uniforms(seed: int, step: int | Tensor, names: Tensor, count: int) -> Tensor:
     """float32 [n, count] in [0, 1): splitmix64 (Steele, Lea, Flood, 2014) of (seed, step, name, number); ``names`` int64 [n]."""
     counter = names[:, None] * count + torch.arange(count, dtype=torch.int64, device=names.device)
-    key = counter * -7046029254386353131 + (step * 2862933555777941757 + _signed(seed * 3202034522624059733 + 1))
+    start = _signed(seed * 3202034522624059733 + 1)
+    start = start + step * 2862933555777941757 if isinstance(step, Tensor) else _signed(start + step * 2862933555777941757)
+    key = counter * -7046029254386353131 + start
     for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685)):
         key = (key ^ _shifted(key, shift)) * factor
     return (_shifted(key ^ _shifted(key, 31), 40)).to(torch.float32) * 2.0**-24

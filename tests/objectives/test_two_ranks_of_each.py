@@ -1,0 +1,71 @@
+"""Two processes train each objective as one does, replicated and sharded; and a run cut short continues as if it had not been."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from massl_fast.distributed.world import World
+from massl_fast.engine.trainer import Trainer
+from massl_fast.run.outputs import CLOCK_KEYS
+from small import CPU, OBJECTIVES, settings_of
+from small_images import write_images
+
+HERE = Path(__file__).parent
+
+
+def rows(folder: Path) -> list[dict]:
+    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key not in CLOCK_KEYS} for row in found]
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("objectives")
+    write_images(folder / "images", classes=2, per_class=16)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    processes = []
+    for rank in range(2):
+        environment = {**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{HERE}:{HERE.parent}"}
+        command = [sys.executable, str(HERE / "two_ranks_of_each.py"), str(folder)]
+        processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+    outputs = [process.communicate(timeout=280)[0] for process in processes]
+    assert all(process.returncode == 0 for process in processes), outputs[0][-3000:]
+    return folder
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_two_processes_train_as_one(workplace, name):
+    if not (workplace / name).exists():
+        Trainer(settings_of(name, workplace, train={"stop_at_step": 20, "steps": 21}), World(0, 1, 0, CPU)).run()
+    expected = rows(workplace / name)
+    assert len(expected) == 20
+    # moco_v3's batch norms see the images of their own process on CPUs, carp's too: another step than one process takes
+    local_norms = name in ("carp", "moco_v3")
+    for strategy in ("ddp", "fsdp2"):
+        for found, row in zip(rows(workplace / f"{name}-{strategy}"), expected, strict=True):
+            tolerance = 0.2 if local_norms else 1e-5
+            assert found["loss"] == pytest.approx(row["loss"], rel=tolerance), f"{strategy}, step {row['step']}"
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_a_run_cut_short_continues_bit_for_bit(tmp_path, name):
+    write_images(tmp_path / "images", classes=2, per_class=16)
+    torch.manual_seed(0)
+    world = World(0, 1, 0, CPU)
+    whole = settings_of(name, tmp_path, train={"steps": 12, "stop_at_step": 11})
+    Trainer(whole, world).run()
+    cut = settings_of(name, tmp_path, train={"steps": 12, "stop_at_step": 6})
+    cut.run.folder += "-cut"
+    Trainer(cut, world).run()
+    cut.train.stop_at_step = 11
+    Trainer(cut, world).run()
+    assert rows(tmp_path / f"{name}-cut") == rows(tmp_path / name)
