@@ -1,7 +1,8 @@
 """Kill ranks of a two-process run with SIGKILL at random moments, let torchrun start it again, and compare with a run left alone.
 
-``python tests/distributed/kill_ranks.py [KILLS]`` prints what it compared and exits with 1 where anything differs. The kills go round:
-rank 1, rank 0, both, rank 0 while it saves. Everything goes through ``torchrun`` and ``massl-fast train``.
+``python tests/distributed/kill_ranks.py [KILLS]`` prints what it compared and exits with 1 where anything differs or hangs. The kills go
+round: rank 1, rank 0, both, rank 0 while it saves; half of them come while the ranks start. Everything goes through ``torchrun`` and
+``massl-fast train``.
 """
 
 from __future__ import annotations
@@ -15,11 +16,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import yaml
 from two_ranks import SETTINGS
 
+HANG_SECONDS = 300
+START_SECONDS = 8
 VICTIMS = ([1], [0], [0, 1], "saving")
 
 
@@ -55,9 +59,12 @@ def rank_processes(launcher: int) -> dict[int, int]:
 
 
 def wait_until(condition, launcher: subprocess.Popen) -> None:
+    deadline = time.monotonic() + HANG_SECONDS
     while not condition():
         if launcher.poll() is not None:
             raise RuntimeError(f"The run ended with {launcher.returncode} before it was killed.")
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"The run hangs: nothing happened for {HANG_SECONDS} s.")
         time.sleep(0.005)
 
 
@@ -84,7 +91,9 @@ def kill_once(arguments: list[str], folder: Path, step: int, victims) -> tuple[i
 
 
 def compare(kills: int, workplace: Path, seed: int = 0) -> str:
-    """Returns a sentence; AssertionError where the metrics differ."""
+    """Kill ranks of one torchrun that starts them again each time. Returns a sentence; AssertionError where metrics differ, RuntimeError
+    where the run hangs.
+    """
     from massl_fast.run.outputs import CLOCK_KEYS
     from small_images import write_images
 
@@ -94,17 +103,58 @@ def compare(kills: int, workplace: Path, seed: int = 0) -> str:
 
     write_images(workplace / "images", classes=2, per_class=14)
     write_recipe(workplace)
+    steps = 20 + 4 * kills  # a kill while ranks start takes no step away, one while they train at most five
+    length = ["--train.steps", str(steps + 4), "--train.stop_at_step", str(steps)]
     whole, killed = workplace / "whole", workplace / "killed"
-    subprocess.run(command(workplace, whole), check=True, stdout=subprocess.DEVNULL)
-    generator = random.Random(seed)
-    steps = sorted(generator.choices(range(1, 19), k=kills))
-    for number, step in enumerate(steps):
-        code, _ = kill_once(command(workplace, killed), killed, step, VICTIMS[number % len(VICTIMS)])
-        assert code != 0, "torchrun did not notice that a rank was killed"
-    subprocess.run(command(workplace, killed), check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(command(workplace, whole, *length), check=True, stdout=subprocess.DEVNULL)
+    log = workplace / "stderr"
+    with log.open("w") as stderr:
+        arguments = command(workplace, killed, *length, restarts=kills + 1)
+        launcher = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=stderr, start_new_session=True)
+    try:
+        moments = list(kill_again_and_again(launcher, killed, kills, random.Random(seed)))
+        code = launcher.wait(HANG_SECONDS)
+    except subprocess.TimeoutExpired:
+        raise RuntimeError(f"The run hangs after {len(moments)} kills:\n{log.read_text()[-3000:]}") from None
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(launcher.pid, signal.SIGKILL)
+    assert code == 0, f"torchrun ended with {code}:\n{log.read_text()[-3000:]}"
     for expected, found in zip(rows(whole), rows(killed), strict=True):
         assert expected == found, f"step {expected['step']}: {expected} != {found}"
-    return f"{kills} kills, after steps {steps}: all {len(rows(whole))} rows of metrics.jsonl equal, bit for bit"
+    starting = sum(moment == "starting" for moment in moments)
+    return f"{kills} kills, {starting} of them while ranks started: all {steps} rows of metrics.jsonl equal, bit for bit, and no hang"
+
+
+def kill_again_and_again(launcher: subprocess.Popen, folder: Path, kills: int, generator: random.Random) -> Iterator[str]:
+    """Yields what the ranks were doing at each kill."""
+    before: set[int] = set()
+
+    def both_anew() -> bool:
+        found = rank_processes(launcher.pid)
+        return len(found) == 2 and not before & set(found.values())
+
+    for number in range(kills):
+        wait_until(both_anew, launcher)
+        processes, victims = rank_processes(launcher.pid), VICTIMS[number % len(VICTIMS)]
+        before = set(processes.values())
+        moment = "starting"
+        if generator.random() < 0.5:
+            time.sleep(generator.uniform(0, START_SECONDS))
+        else:
+            # The last row may be of an attempt before: then the next one is waited for.
+            reached, moment = last_step(folder), "training"
+            wait_until(lambda reached=reached: last_step(folder) > reached, launcher)
+            time.sleep(generator.uniform(0, 0.5))
+        if victims == "saving":
+            until = time.monotonic() + START_SECONDS
+            wait_until(lambda: any((folder / "checkpoints").glob(".step_*.partial")) or time.monotonic() > until, launcher)  # noqa: B023
+            victims = [0]
+        for rank in victims:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(processes[rank], signal.SIGKILL)
+        print(f"kill {number + 1}: ranks {victims} while {moment}, step {last_step(folder)}", file=sys.stderr, flush=True)
+        yield moment
 
 
 if __name__ == "__main__":
