@@ -70,6 +70,8 @@ def run(args: argparse.Namespace) -> int:
         print_help(args)
     if not args.recipe:
         raise ValueError(f"--recipe is missing. Shipped recipes: {', '.join(recipe_names())}; or give the path of a YAML file.")
+    # Where a rank is lost, PyTorch's C++ side warns of its broken connections with a page of addresses each; we say which rank it was.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     config = load_config(args.recipe, args.settings)
     if args.print_config:
         import yaml
@@ -77,8 +79,6 @@ def run(args: argparse.Namespace) -> int:
         print_notes(config)
         print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), end="")
         return 0
-    # Where a rank is lost, PyTorch's C++ side warns of its broken connections with a page of addresses each; we say which rank it was.
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from massl_fast.distributed.heartbeat import end_process
     from massl_fast.distributed.signals import StopRequest
     from massl_fast.distributed.world import RanksDidNotMeet, join_world, leave_world

@@ -105,7 +105,8 @@ class DataSection(Section):
     loader_settings: SerializeAsAny[Section] = Section()
     """Settings of a loader that a plugin registers, --data.loader_settings.KEY VALUE; the other loaders have none."""
     num_workers: int = Field(-1, ge=-1, le=4096)
-    """Loader processes (torchvision) or threads (DALI) per rank. -1: the cores of this host divided by its ranks, one kept for the step."""
+    """Loader processes (torchvision) or threads (DALI) per rank. -1: the cores that the rank may use, those that it shares divided among
+    the ranks of the host, one kept for the step."""
     bad_files: PathText = ""
     """List written by `massl-fast data check`; the files it names as unreadable are left out from the start. Empty: none."""
     max_bad_percent: float = Field(5.0, ge=0, le=100)

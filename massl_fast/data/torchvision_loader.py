@@ -10,6 +10,7 @@ import signal
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
+from multiprocessing import forkserver, resource_tracker
 from typing import Any
 
 import numpy as np
@@ -98,6 +99,14 @@ def worker_arguments() -> dict[str, Any]:
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["__main__", "massl_fast.data.worker_server"])
+    # Both start before there is anything to load, with a scheduler's signals blocked, which they and all workers inherit: the server takes
+    # seconds to import what it needs, and a signal meanwhile would end it. The tracker comes first, because starting it opens them again.
+    resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1, signal.SIGINT})
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return {"multiprocessing_context": context, "worker_init_fn": _prepare_worker}
 
 

@@ -74,7 +74,7 @@ def pictures_of_run(
         if train_source is None or test_source is None:
             train_source, test_source = (_evaluation_source(run, role) for role in ("train", "test"))
         if backbone is None:
-            checkpoint = CheckpointFolder(run.path / "checkpoints").last()
+            checkpoint = CheckpointFolder(run.path / "checkpoints").last_intact()
             if checkpoint is None:
                 raise ValueError("The run has no complete checkpoint to draw pictures from.")
             backbone, _ = load_backbone(checkpoint, which="teacher")

@@ -276,8 +276,8 @@ def dead_node(trial: Trial) -> str:
 
 
 def two_jobs_on_one_folder(trial: Trial) -> str:
-    job = trial.start("shared", "two_hosts")
-    job.reached(5)
+    job = trial.start("shared", "two_hosts", SLOW_STEP_SECONDS="2.5")
+    job.reached(2)
     others = []
     for name, settings in (("second", ()), ("third", ("--run.resume", "never", "--run.seed", "3"))):
         log = trial.workplace / f"{name}.log"
@@ -351,7 +351,11 @@ def main() -> int:
     parser.add_argument("--list", action="store_true")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="leave runs, job logs and the daemons' logs there")
     args = parser.parse_args()
-    chosen = [name for name in SCENARIOS if not args.scenarios or any(part in name for part in args.scenarios)]
+    chosen = [
+        name
+        for name in SCENARIOS
+        if not args.scenarios or any(part == name or (part in name and part not in SCENARIOS) for part in args.scenarios)
+    ]
     if args.list or not chosen:
         print("\n".join(SCENARIOS))
         return 0 if args.list else 2

@@ -56,6 +56,31 @@ def test_the_others_learn_of_a_silent_rank_by_themselves(ranks, gone):
         assert rank == gone or (f"Rank {gone} of 3 does not answer" in sentence and "for 0.4 s (parallel.timeout_seconds)" in sentence)
 
 
+class Gone:
+    """A store that nobody serves any more."""
+
+    def __getattr__(self, name):
+        def fail(*_):
+            raise dist.DistNetworkError("Connection reset by peer")
+
+        return fail
+
+
+@pytest.mark.parametrize(
+    ("by_torchrun", "sentence"),
+    [
+        (False, "Rank 0 does not answer, and with it went the store at which the ranks met"),
+        (True, "The torchrun that served the store at which the ranks met has ended"),
+    ],
+)
+def test_a_store_that_went_is_told_at_once_and_nobody_claims_to_have_waited(ranks, monkeypatch, by_torchrun, sentence):
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", str(by_torchrun))
+    beats, losses = ranks
+    beats[1].store = Gone()
+    assert until(lambda: (1, f"{sentence}.") in losses), losses
+    assert beats[1].diagnose() == sentence
+
+
 def test_a_rank_that_has_finished_is_not_missed(ranks):
     beats, losses = ranks
     beats[0].__exit__(None, None, None)

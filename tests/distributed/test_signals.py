@@ -5,10 +5,12 @@ import signal
 import subprocess
 import sys
 import time
+from multiprocessing import forkserver
 
 import pytest
 
 from kill_and_resume import SETTINGS
+from massl_fast.data.torchvision_loader import worker_arguments
 from massl_fast.distributed.listening import LISTENER
 from small_images import write_images
 
@@ -34,8 +36,17 @@ def test_children_do_not_see_the_warning():
     assert child.returncode == 0
 
 
+def test_the_server_of_workers_is_deaf_to_signals_from_its_first_moment():
+    arguments = worker_arguments()
+    server = forkserver._forkserver._forkserver_pid
+    blocked = of_status(f"/proc/{server}/status", "SigBlk")
+    assert all(blocked & 1 << number - 1 for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT))
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, set()), "this process hears them again"
+    assert arguments["multiprocessing_context"].get_start_method() == "forkserver"
+
+
 def until(condition) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while not condition() and time.monotonic() < deadline:
         time.sleep(0.01)
     assert condition()
@@ -55,28 +66,28 @@ def started(workplace, folder: str, *settings: str) -> subprocess.Popen:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
 
 
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(300)
 def test_a_warning_to_every_process_of_a_run_with_workers_saves_and_asks_to_be_run_again(workplace):
     run = started(workplace, "warned", "--train.stop_at_step", "30")
     metrics = workplace / "warned/metrics.jsonl"
     until(lambda: run.poll() is not None or (metrics.is_file() and metrics.read_text().count("\n") > 2))
     os.killpg(run.pid, signal.SIGUSR1)  # workers, their server and the resource tracker are of the same group
-    said, _ = run.communicate(timeout=90)
+    said, _ = run.communicate(timeout=150)
     assert run.returncode == 75, said
     assert "Ended by SIGUSR1 after step" in said and "Traceback" not in said and "KeyError" not in said, said
 
 
-@pytest.mark.timeout(100)
+@pytest.mark.timeout(300)
 def test_a_signal_while_the_program_still_imports_ends_with_a_sentence_and_75(workplace):
     run = started(workplace, "early")
     mask = f"/proc/{run.pid}/status"
-    until(lambda: caught(mask) & 1 << signal.SIGTERM - 1)
+    until(lambda: of_status(mask, "SigCgt") & 1 << signal.SIGTERM - 1)
     run.terminate()
-    said, _ = run.communicate(timeout=90)
+    said, _ = run.communicate(timeout=150)
     assert run.returncode == 75 and "Ended by SIGTERM before its first step" in said, said
     assert not (workplace / "early").exists()
 
 
-def caught(status: str) -> int:
-    with open(status) as lines:
-        return next(int(line.split()[1], 16) for line in lines if line.startswith("SigCgt:"))
+def of_status(path: str, name: str) -> int:
+    with open(path) as lines:
+        return next(int(line.split()[1], 16) for line in lines if line.startswith(f"{name}:"))
