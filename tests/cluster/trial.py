@@ -74,7 +74,7 @@ class Job:
     def reached(self, step: int) -> None:
         self.slurm.wait(lambda: last_step(self.folder) >= step or self._over(), 180, f"step {step} of job {self.number}")
 
-    def ended(self, seconds: float = 420) -> str:
+    def ended(self, seconds: float = 600) -> str:
         """The state that the job stays in; one that is queued again passes through others."""
         self.slurm.wait(self._over, seconds, f"job {self.number} to end, which is {self.state().get('JobState')}")
         return self.state()["JobState"]
@@ -206,11 +206,11 @@ def term_while_importing(trial: Trial) -> str:
 
 
 def time_limit(trial: Trial) -> str:
-    return trial.equal(trial.start("limit", "two_hosts", "--time=1", "--signal=TERM@20", SLOW_STEP_SECONDS="1.2"), "Ended by SIGTERM")
+    return trial.equal(trial.start("limit", "two_hosts", "--time=2", "--signal=TERM@20", SLOW_STEP_SECONDS="3"), "Ended by SIGTERM")
 
 
 def time_limit_torchrun(trial: Trial) -> str:
-    return trial.equal(trial.start("limit-torchrun", "torchrun", "--time=1", "--signal=B:USR1@20", SLOW_STEP_SECONDS="1.2"))
+    return trial.equal(trial.start("limit-torchrun", "torchrun", "--time=2", "--signal=B:USR1@20", SLOW_STEP_SECONDS="3"))
 
 
 def preempted_without_grace(trial: Trial) -> str:
