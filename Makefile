@@ -13,6 +13,8 @@ setup: .venv/.installed
 
 demo: setup
 	$(BIN)/massl-fast train --recipe demo
+	$(BIN)/massl-fast eval all --checkpoint runs/demo --which teacher --plan demo --out runs/demo/evaluation
+	$(BIN)/massl-fast report runs/demo
 
 test: setup
 	$(BIN)/python -m pytest

@@ -13,10 +13,12 @@ from massl_fast.distributed.listening import LISTENER, WARNINGS
 from massl_fast.evaluation.registry import PROTOCOLS
 
 EVALUATIONS = "massl_fast.commands.eval"
+EVERY_EVALUATION = "massl_fast.commands.eval_all"
 # Sub-commands and the modules that hold their `add_arguments(parser)` and `run(args) -> exit code`, imported when asked for, so
 # that `massl-fast --help` answers at once.
 COMMANDS = {
     "train": ("massl_fast.commands.train", "train a student and its teacher"),
+    "eval all": (EVERY_EVALUATION, "every protocol of a plan for which there is data"),
     **{f"eval {name}": (EVALUATIONS, summary) for name, (_, summary) in PROTOCOLS.items()},
     "export": ("massl_fast.models.export", "write a backbone as a folder that timm loads"),
     "data check": ("massl_fast.commands.data_check", "find unreadable, tiny, duplicated and rotated images"),
@@ -70,6 +72,8 @@ def _run(command: str, arguments: list[str]) -> int:
     if module_name == EVALUATIONS:
         module = module.Evaluation(command.split()[1], arguments)
         summary = module.summary
+    elif module_name == EVERY_EVALUATION:
+        module = module.All(arguments)
     parser = argparse.ArgumentParser(
         prog=f"massl-fast {command}",
         description=summary[0].upper() + summary[1:] + ".",

@@ -10,6 +10,8 @@ import inspect
 import json
 import time
 import types
+from collections.abc import Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
@@ -43,9 +45,7 @@ class Evaluation:
     """
 
     def __init__(self, name: str, arguments: list[str]) -> None:
-        early = argparse.ArgumentParser(add_help=False)
-        early.add_argument("--plugin", action="append", default=[])
-        load_plugins(early.parse_known_args(arguments)[0].plugin)
+        load_named_plugins(arguments)
         self.protocol = protocol_named(name)
         self.summary = PROTOCOLS[name][1]
 
@@ -57,46 +57,83 @@ class Evaluation:
             _add_option(group, name, field)
 
     def run(self, args: argparse.Namespace) -> int:
-        started = time.perf_counter()
         protocol = self.protocol(settings_from(args, self.protocol.Settings))
-        subject, info = subject_of(args)
-        result = protocol.run(subject)
-        found = {
-            "protocol": protocol.name,
-            "checkpoint": str(args.checkpoint),
-            "architecture": info["architecture"],
-            "features": result.features,
-            "image_size": result.image_size,
-            "precision": subject.precision,
-            "settings": protocol.settings.model_dump(mode="json"),
-            "data": result.data,
-            "departures": result.departures,
-            "assumed": info.get("assumed", []),
-            "notes": info["notes"] + result.notes,
-            "unreadable": result.unreadable,
-            "results": result.results,
-            "published": result.published,
-            "seconds": round(time.perf_counter() - started, 2),
-            "versions": versions(),
-            **result.more,
-        }
+        found = []
+        for checkpoint in args.checkpoint:
+            subject, info = subject_of(args, checkpoint)
+            found.append(evaluate(protocol, subject, info, args.out, folder_of(checkpoint, args.checkpoint)))
         if args.out is not None:
-            found["pictures"] = write_out(args.out, found, result)
+            write_results(args.out, found)
         if args.json:
-            print(json.dumps(found))
+            print(json.dumps(found[0] if len(found) == 1 else {"protocol": protocol.name, "results": found}))
         else:
-            print_table(protocol, result, found)
+            for one in found:
+                print_table(one)
         return 0
 
 
-def write_out(folder: Path, found: dict[str, Any], result: Result) -> list[dict[str, str]]:
-    """Write result.json and the pictures; returns their files and captions."""
-    folder.mkdir(parents=True, exist_ok=True)
-    pictures = [{"file": f"{picture.name}.jpg", "caption": picture.caption} for picture in result.pictures]
+def load_named_plugins(arguments: list[str]) -> None:
+    """Import the files that ``--plugin`` names: what they add must be known before the options are."""
+    early = argparse.ArgumentParser(add_help=False)
+    early.add_argument("--plugin", action="append", default=[])
+    load_plugins(early.parse_known_args(arguments)[0].plugin)
+
+
+def evaluate(protocol: Protocol, subject: Subject, info: dict[str, Any], out: Path | None, within: str = "") -> dict[str, Any]:
+    """The JSON object of one protocol on one checkpoint; its pictures go to the sub-folder ``within`` of ``out``."""
+    started = time.perf_counter()
+    result = protocol.run(subject)
+    return {
+        "protocol": protocol.name,
+        "title": protocol.title,
+        "figures": [asdict(figure) for figure in protocol.figures()],
+        "headline": protocol.headline.key,
+        "checkpoint": info["checkpoint"],
+        "step": info["step"],
+        "architecture": info["architecture"],
+        "features": result.features,
+        "image_size": result.image_size,
+        "precision": subject.precision,
+        "settings": protocol.settings.model_dump(mode="json"),
+        "data": result.data,
+        "about": result.about,
+        "departures": result.departures,
+        "assumed": info.get("assumed", []),
+        "notes": info["notes"] + result.notes,
+        "unreadable": result.unreadable,
+        "results": result.results,
+        "published": result.published,
+        "pictures": write_pictures(out, within, result) if out is not None else [],
+        "seconds": round(time.perf_counter() - started, 2),
+        "versions": versions(),
+        **result.more,
+    }
+
+
+def write_pictures(out: Path, within: str, result: Result) -> list[dict[str, str]]:
+    """Write the pictures to the sub-folder ``within`` of ``out``; returns their files, as seen from ``out``, and captions."""
+    (out / within).mkdir(parents=True, exist_ok=True)
+    pictures = [{"file": str(Path(within, f"{picture.name}.jpg")), "caption": picture.caption} for picture in result.pictures]
     for entry, picture in zip(pictures, result.pictures):
-        picture.image.save(folder / entry["file"], quality=90)
-    (folder / "result.json").write_text(json.dumps({**found, "pictures": pictures}, indent=1), encoding="utf-8")
+        picture.image.save(out / entry["file"], quality=90)
     return pictures
+
+
+def write_results(folder: Path, found: list[dict[str, Any]], unfinished: Sequence[str] = ()) -> Path:
+    """Write result.json and report.html of all evaluations; returns the page. ``unfinished``: sentences on what was not evaluated."""
+    from massl_fast.report.evaluations import evaluations_page
+
+    folder.mkdir(parents=True, exist_ok=True)
+    whole: dict[str, Any] = found[0] if len(found) == 1 and not unfinished else {"results": found, "unfinished": list(unfinished)}
+    (folder / "result.json").write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+    page = folder / "report.html"
+    page.write_text(evaluations_page(found, unfinished), encoding="utf-8")
+    return page
+
+
+def folder_of(checkpoint: Path, among: Sequence[Path]) -> str:
+    """The sub-folder of --out for the pictures of a checkpoint: none where it is the only one."""
+    return "" if len(among) == 1 else f"{list(among).index(checkpoint) + 1}_{checkpoint.name}"
 
 
 DATA_HELP = (
@@ -106,7 +143,14 @@ DATA_HELP = (
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--checkpoint", required=True, type=Path, metavar="PATH", help="a checkpoint folder, or a published .pth file")
+    parser.add_argument(
+        "--checkpoint",
+        required=True,
+        type=Path,
+        nargs="+",
+        metavar="PATH",
+        help="a checkpoint folder, a run's folder, or a published .pth file; several are shown side by side",
+    )
     parser.add_argument(
         "--which", choices=("teacher", "student", "both"), default="both", help="networks of the checkpoint (default: both)"
     )
@@ -122,7 +166,7 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of whatever a protocol draws (default: 0)")
     parser.add_argument("--no-baselines", action="store_true", help="leave out the untrained network and raw pixels")
     parser.add_argument("--plugin", action="append", default=[], metavar="FILE.py", help="Python file of your own that adds evaluations")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for result.json and pictures of the median, best and worst case")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for result.json, report.html and pictures")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
 
 
@@ -167,14 +211,14 @@ def settings_from(args: argparse.Namespace, kind: type[Settings]) -> Settings:
     return checked_settings({name: getattr(args, name) for name in kind.model_fields if hasattr(args, name)}, kind, option_of)
 
 
-def subject_of(args: argparse.Namespace) -> tuple[Subject, dict[str, Any]]:
+def subject_of(args: argparse.Namespace, checkpoint: Path) -> tuple[Subject, dict[str, Any]]:
     """(what the common options name, what is known of the checkpoint)."""
     for name, least in (("batch_size", 1), ("num_workers", 0), ("image_size", 1)):
         value = getattr(args, name)
         if value is not None and value < least:
             raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be at least {least}.")
     device = chosen_device(args.device)
-    networks, info = networks_of(args.checkpoint, args.which, **network_options(args))
+    networks, info = networks_of(checkpoint, args.which, **network_options(args))
     if not args.no_baselines:
         networks[UNTRAINED] = untrained(next(iter(networks.values())))
     subject = Subject(
@@ -195,7 +239,16 @@ def subject_of(args: argparse.Namespace) -> tuple[Subject, dict[str, Any]]:
     )
     if args.cache and args.cache_dtype == "fp16":
         info["notes"] = [*info["notes"], "Features are kept, and evaluated, rounded to fp16."]
-    return subject, info
+    return subject, info | {"checkpoint": str(checkpoint), "step": step_of(Path(info.get("path", checkpoint)))}
+
+
+def step_of(checkpoint: Path) -> int | None:
+    """The step of a run's checkpoint; None for what does not say."""
+    try:
+        step = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))["step"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return step if isinstance(step, int) else None
 
 
 def networks_of(checkpoint: Path, which: str, **options: Any) -> tuple[dict[str, nn.Module], dict[str, Any]]:
@@ -227,38 +280,38 @@ def untrained(network: nn.Module) -> nn.Module:
         return rebuild(network.timm_args).eval()
 
 
-def print_table(protocol: Protocol, result: Result, found: dict[str, Any]) -> None:
+def print_table(found: dict[str, Any]) -> None:
     """The table that a person reads: a row per network, a column per figure, then sentences."""
     console = Console(highlight=False)
     table = Table()
-    figures = protocol.figures()
+    figures = found["figures"]
     if len(figures) <= WIDEST_TABLE:
         table.add_column("features of")
         for figure in figures:
-            table.add_column(figure.title, justify="right")
-        for name, values in result.results.items():
-            table.add_row(name, *(_shown(values.get(figure.key)) for figure in figures))
+            table.add_column(figure["title"], justify="right")
+        for name, values in found["results"].items():
+            table.add_row(name, *(_shown(values.get(figure["key"])) for figure in figures))
     else:
         table.add_column("")
-        for name in result.results:
+        for name in found["results"]:
             table.add_column(name, justify="right")
         for figure in figures:
-            table.add_row(figure.title, *(_shown(values.get(figure.key)) for values in result.results.values()))
+            table.add_row(figure["title"], *(_shown(values.get(figure["key"])) for values in found["results"].values()))
     say = partial(console.print, markup=False, soft_wrap=True)
     for assumption in found["assumed"]:
         say(assumption)
-    say(f"{protocol.title}: {found['architecture']} at {found['image_size']} px")
+    say(f"{found['title']}: {found['architecture']} at {found['image_size']} px")
     console.print(table)
-    for row in result.published:
+    for row in found["published"]:
         say(f"Published: {row['who']}: {row['value']} ({row['source']})")
-    if result.about:
-        say(result.about)
+    if found["about"]:
+        say(found["about"])
     for departure in found["departures"]:
         say(f"Not as published: {departure}")
     for note in found["notes"]:
         if note not in found["assumed"]:
             say(note)
-    if names := result.unreadable:
+    if names := found["unreadable"]:
         shown = ", ".join(names[:NAMES_SHOWN]) + (" …" if len(names) > NAMES_SHOWN else "")
         say(f"{len(names)} of these images could not be read and were left out: {shown}")
 

@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from massl_fast.data.sources import Source
+from massl_fast.report.evaluations import FOLDER, blocks_of, results_in
 from massl_fast.report.figures import Curve, Level, curve_figure, is_number
 from massl_fast.report.html import Drawing, flat, render
 from massl_fast.report.pictures import Pictures, pictures_of_run
@@ -73,6 +74,10 @@ def write_report(
 def page_of(run: RunFolder, pictures: Pictures) -> str:
     """The page as HTML."""
     warnings = run.summary.get("warnings") or []
+    found, damage = results_in(run.path / FOLDER)
+    blocks = blocks_of(found)
+    for block in blocks:  # the page lies a folder above the pictures
+        block.pictures = [{**picture, "file": f"{FOLDER}/{picture['file']}"} for picture in block.pictures]
     what = [str(part) for part in (run.setting("model", "architecture"), run.setting("data", "train")) if part]
     settings = [(str(name), flat(values) if isinstance(values, dict) else [("", values)]) for name, values in run.settings.items()]
     return render(
@@ -83,9 +88,10 @@ def page_of(run: RunFolder, pictures: Pictures) -> str:
         state=run.stopped or ("complete" if run.summary else "not complete"),
         mark="good" if run.stopped or run.summary else "caution",
         headline=_headline(run),
-        notices=[str(w) for w in (warnings if isinstance(warnings, list) else [warnings])] + run.notes,
+        notices=[str(w) for w in (warnings if isinstance(warnings, list) else [warnings])] + run.notes + [damage] * bool(damage),
         bad_files=run.bad_files,
         knn=_knn(run),
+        blocks=blocks,
         curves=[("Learning", _learning(run)), ("Schedules", _schedules(run)), ("Speed and memory", _speed(run))],
         attention=_attention(pictures),
         attention_note=pictures.attention_note,
