@@ -17,12 +17,13 @@ VOTE_CHUNK = 128
 METRICS = ("cosine", "L2")
 
 
-def most_frequent(labels: np.ndarray, num_labels: int = 256) -> np.ndarray:
-    """The most frequent of the labels [..., n] (0 … num_labels - 1), the smallest of equals: [...]."""
-    rows = labels.reshape(-1, labels.shape[-1]).astype(np.int64)
-    counts = np.zeros((len(rows), num_labels), np.int32)
-    np.add.at(counts, (np.arange(len(rows))[:, None], rows), 1)
-    return counts.argmax(1).astype(labels.dtype).reshape(labels.shape[:-1])
+def most_frequent(labels: np.ndarray) -> np.ndarray:
+    """The most frequent of the labels [..., n] (from 0), the smallest of equals: [...]."""
+    values, codes = np.unique(labels, return_inverse=True)
+    codes = codes.reshape(-1, labels.shape[-1])
+    cells = np.arange(len(codes))[:, None] * len(values) + codes
+    counts = np.bincount(cells.ravel(), minlength=len(codes) * len(values)).reshape(len(codes), len(values))
+    return values[counts.argmax(1)].reshape(labels.shape[:-1])
 
 
 @torch.no_grad()

@@ -63,20 +63,6 @@ def test_names_with_spaces_and_other_alphabets_stay(tmp_path):
     assert lists.inside(tmp_path, "02_wheeled vehicle/日本 é.jpg", "a list") == "02_wheeled vehicle/日本 é.jpg"
 
 
-def test_lists_of_subsets_find_their_images(tmp_path):
-    names = ["n01/n01_1.JPEG", "n01/n01_2.JPEG", "n02/n02_1.JPEG", "n02/same.JPEG", "n03/same.JPEG", "n03/with space.JPEG"]
-    text(tmp_path / "1percent.txt", "n02_1.JPEG", "n01_2.JPEG", "with space.JPEG")
-    assert lists.listed_positions(tmp_path / "1percent.txt", names).tolist() == [1, 2, 5]
-    text(tmp_path / "lt.txt", "train/n01/n01_1.JPEG 0", "train/n03/same.JPEG 2")
-    assert lists.listed_positions(tmp_path / "lt.txt", names).tolist() == [0, 4]
-    text(tmp_path / "unclear.txt", "same.JPEG")
-    with pytest.raises(ValueError, match="2 images are called so"):
-        lists.listed_positions(tmp_path / "unclear.txt", names)
-    text(tmp_path / "other.txt", "n01_1.JPEG", "n09_1.JPEG")
-    with pytest.raises(ValueError, match=r"1 of the 2 images .* n09_1.JPEG"):
-        lists.listed_positions(tmp_path / "other.txt", names)
-
-
 def write_davis(root, frames=3, masks_of=None):
     text(root / "ImageSets/2017/val.txt", "swan", "")
     for frame in range(frames):
