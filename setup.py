@@ -13,8 +13,8 @@ LINUX = 'platform_system == "Linux"'
 
 setup(
     name="massl-fast",
-    version="0.1.0",
-    description="MaSSL (Learning from Memory, ICML 2024) pre-training at the speed of the hardware",
+    version="0.2.0",
+    description="Self-supervised pre-training of vision networks (MaSSL, CARP, DINO, iBOT, MoCo v3, MMC) at the speed of the hardware",
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",

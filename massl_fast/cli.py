@@ -96,7 +96,7 @@ def _overview(arguments: list[str]) -> int:
     asked_for_help = (
         not arguments or arguments[0] in ("-h", "--help") or (arguments[0] in groups and arguments[1:2] in ([], ["-h"], ["--help"]))
     )
-    lines = ["massl-fast: MaSSL pre-training at the speed of the hardware", ""]
+    lines = ["massl-fast: self-supervised pre-training of vision networks at the speed of the hardware", ""]
     lines += [f"  massl-fast {name:<18} {summary}" for name, (_, summary) in COMMANDS.items()]
     lines += ["", "massl-fast COMMAND --help tells more."]
     if asked_for_help:
