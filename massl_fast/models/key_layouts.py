@@ -183,7 +183,7 @@ def model_args(tensors: Mapping[str, Any], ours: set[str]) -> dict[str, Any]:
         found["global_pool"] = "avg"
     if "blocks.0.ls1.gamma" in tensors and "blocks.0.ls1.gamma" not in ours:
         found["init_values"] = 1e-5
-    if "reg_token" in tensors and "reg_token" not in ours:
+    if "reg_token" in tensors and "reg_token" not in ours and tensors["reg_token"].shape[2:] == tensors["cls_token"].shape[2:]:
         found |= {"reg_tokens": tensors["reg_token"].shape[1], "no_embed_class": True}
     if "blocks.0.attn.qkv.bias" not in tensors and "blocks.0.attn.qkv.bias" in ours and "blocks.0.attn.qkv.weight" in tensors:
         found["qkv_bias"] = False
@@ -195,7 +195,7 @@ def known_heads(chosen: Chosen, tensors: Mapping[str, Tensor]) -> tuple[int, str
 
     ``tensors``: by timm's names.
     """
-    if "blocks.0.attn.qkv.weight" not in tensors or "cls_token" not in tensors:
+    if "blocks.0.attn.qkv.weight" not in tensors or "cls_token" not in tensors or tensors["cls_token"].ndim != 3:
         return None
     width = tensors["cls_token"].shape[-1]
     by_width = None

@@ -449,6 +449,21 @@ def test_head_counts_that_the_file_tells_are_demanded_of_a_run(tmp_path):
         start_from(backbone, tmp_path / "file.pth")
 
 
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {"cls_token": torch.tensor(1.0), "pos_embed": torch.zeros(1, 5, 192)},
+        {"cls_token": torch.zeros(1, 1, 192), "reg_token": torch.tensor(3.0), "pos_embed": torch.zeros(2, 3)},
+        {"cls_token": torch.zeros(1, 1, 192), "register_tokens": torch.zeros(1, 10**6, 1), "pos_embed": torch.zeros(1, 10**6 + 1, 1)},
+        {"momentum_encoder.": torch.zeros(1), "base_encoder.cls_token": torch.zeros(0)},
+    ],
+)
+def test_tensors_of_unexpected_shapes_end_in_a_sentence(tmp_path, tensors):
+    torch.save({"state_dict": {"blocks.0.attn.qkv.weight": torch.zeros(576, 192), **tensors}}, tmp_path / "file.pth")
+    with pytest.raises(ValueError, match=r"file\.pth is of another architecture than vit_tiny_patch16_224 as set here"):
+        load_backbone(tmp_path / "file.pth", **TINY)
+
+
 def test_windows_that_do_not_divide_the_maps_are_told(tmp_path):
     layout, path, _ = written("iBOT Swin", tmp_path)
     for size, told in ((224, False), (112, False), (96, True)):
