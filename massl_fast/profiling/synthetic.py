@@ -41,17 +41,23 @@ class SyntheticRun:
     settings: StepSettings
     batch: int
     """Images of one step, all micro-batches."""
+    fake: bool = False
+    """Shapes without contents."""
     count: int = 0
     observe: Observer | None = None
 
     def step(self) -> StepResult:
         """The next step, as the trainer takes it; one that is observed is never replayed from a recording."""
         crops = self.crop_sets[self.count % len(self.crop_sets)]
+        number: int | Tensor = self.count
+        if self.fake and self.train_step.objective.needs_patches:
+            # Masks of a number on the device are as large as masks become; of one on the host their values would tell.
+            number = torch.full((), self.count)
         if self.observe is None:
-            result = self.take_step(crops, self.settings, self.count)
+            result = self.take_step(crops, self.settings, number)
         else:
             self.observe(REST)
-            result = self.train_step(crops, self.settings, self.count)
+            result = self.train_step(crops, self.settings, number)
             self.observe(END)
         self.count += 1
         return result
@@ -113,7 +119,7 @@ def synthetic_run(
     length = Length(10**6, 10**3, device_batch * accumulation * world.size, accumulation, device_batch)
     settings = Schedules(config, length, objective).at(500_000)
     take_step = GraphedStep(train_step) if config.train.cuda_graph and not fake else train_step
-    return SyntheticRun(config, train_step, take_step, crop_sets, settings, device_batch * accumulation)
+    return SyntheticRun(config, train_step, take_step, crop_sets, settings, device_batch * accumulation, fake is not None)
 
 
 def _in_shapes_(module: nn.Module) -> None:

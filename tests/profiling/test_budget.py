@@ -15,6 +15,7 @@ from massl_fast.engine.flops import step_flops
 from massl_fast.hardware import GPUS
 from massl_fast.models.precision import Precision
 from massl_fast.profiling import budget
+from massl_fast.profiling.estimate import estimate_step
 
 SMALL = ["--crops.global_size", "64", "--crops.local_size", "32", "--crops.num_local", "2", "--train.global_batch", "6"]
 SMALL += ["--model.architecture", "vit_tiny_patch16_224", "--model.model_args", "{depth: 2}", "--objective.memory_size", "2048"]
@@ -77,6 +78,16 @@ def test_operations_are_those_of_the_formula(accumulation, optimizer):
     expected = step_flops(pair, objective, crop_sizes=sizes, batch=6 * accumulation)
     assert flops - again == pytest.approx(expected, rel=2e-3)
     assert found[phases.LOSS, "loss"].operators == accumulation
+
+
+@pytest.mark.parametrize("objective", ["carp", "dino", "ibot", "mmc", "moco_v3"])
+def test_the_step_of_every_objective_is_counted_and_estimated_from_shapes(objective):
+    more = ["--crops.num_local", "0"] if objective in ("mmc", "moco_v3") else []
+    tiny = ["--model.model_args", "{patch_size: 8, depth: 1, embed_dim: 24, num_heads: 2}", "--train.global_batch", "4", *more]
+    config = load_config("cifar10", ["--objective.name", objective, "--model.architecture", "vit_tiny_patch16_224", *tiny])
+    found = budget.count_step(config, 4, 1)
+    assert all(sum(work.flops for (phase, _), work in found.items() if phase == name) > 0 for name in (phases.STUDENT, phases.BACKWARD))
+    assert estimate_step(config, device_type="cpu", device_batch=4).bytes > 0
 
 
 def test_the_command(capsys, tmp_path):
