@@ -282,8 +282,10 @@ class EvaluationSection(Section):
     settings: dict[str, dict[str, Plain]] = {}
     """Settings of evaluations by name, as a YAML mapping: {linear: {epochs: 10}}. What they do not say is as above."""
     best_metric: str = ""
-    """Key in metrics.jsonl of the figure by which the best checkpoint is kept, such as linear_teacher_chosen_percent. Empty: the
-    teacher's headline of the first evaluation (k-NN at k = 20)."""
+    """Key in metrics.jsonl of the figure by which the best checkpoint is kept, such as linear_teacher_chosen_percent, rankme or lidar.
+    Empty: the teacher's headline of the first evaluation (k-NN at k = 20)."""
+    rank_measures: bool = False
+    """Log RankMe and LiDAR, which need no labels, of the features of the last micro-batch at every logged line."""
 
 
 class LoggingSection(Section):

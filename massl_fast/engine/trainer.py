@@ -39,6 +39,7 @@ from massl_fast.run.evaluation import RunEvaluation
 from massl_fast.run.exits import Diverged, Drifted, Ended, Interrupted, RankLost
 from massl_fast.run.folder import prepare_folder
 from massl_fast.run.outputs import Telemetry, WindowClock, memory_peaks_gib, rows_up_to
+from massl_fast.run.rank_measures import RankMeasures
 from massl_fast.run.rows import clock_row, learning_row, write_json
 from massl_fast.run.same_run import demand_same_run
 from massl_fast.run.saving import BackgroundSaver
@@ -68,7 +69,14 @@ class Trainer:
         self.objective = build_objective(config, self.precision, world.rank)
         self._build_data()
         self._build_model()
-        self.evaluation = RunEvaluation(config, world, self.precision, self.length, num_workers=self.loader.num_workers)
+        self.evaluation = RunEvaluation(
+            config,
+            world,
+            self.precision,
+            self.length,
+            num_workers=self.loader.num_workers,
+            rank_measures=self.rank_measures,
+        )
         self.telemetry = Telemetry(
             self.folder,
             total_steps=self.length.total_steps,
@@ -202,6 +210,7 @@ class Trainer:
         row = learning_row(self.step, self.length, means | self.objective.readings(self.step, self.length), used)
         if self.train_step.scaler.enabled:
             row["loss_scale"] = self.train_step.scaler.scale.item()
+        row |= self.evaluation.readings()
         if evaluating:
             self._doing("evaluating")
             row |= self.evaluation.of_both(self.pair)
@@ -301,7 +310,15 @@ class Trainer:
         self.objective.to(world.device)
         self.stragglers = StragglerClock(world)
         self.train_step = build_step(config, self.pair, self.objective, world, self.precision, self.stragglers.reached)
+        self.rank_measures = self._watched_ranks() if config.evaluation.rank_measures else None
         self.take_step = GraphedStep(self.train_step) if config.train.cuda_graph else self.train_step
+
+    def _watched_ranks(self) -> RankMeasures:
+        if self.config.train.cuda_graph:
+            raise ValueError(
+                "evaluation.rank_measures is set, but the features of a recorded step (train.cuda_graph) cannot be looked at. Choose one."
+            )
+        return RankMeasures(self.pair.student.head, len(views_of(self.config.crops)), self.objective.teacher_views)
 
     # State
 

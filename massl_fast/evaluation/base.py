@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class Settings(BaseModel):
     """Settings of a protocol. On the command line ``field_name`` is ``--field-name``, with the field's docstring as its help."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, coerce_numbers_to_str=True)
 
 
 def checked_settings(values: Mapping[str, Any], kind: type[Settings], written: Callable[[str], str]) -> Settings:

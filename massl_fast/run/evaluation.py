@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -12,13 +13,14 @@ from massl_fast.config import Config
 from massl_fast.data.loaders import open_together
 from massl_fast.data.sources import Source
 from massl_fast.distributed.world import World
-from massl_fast.evaluation.base import Figure, Protocol, checked_settings, flat
+from massl_fast.evaluation.base import Protocol, checked_settings, flat
 from massl_fast.evaluation.registry import protocol_named
 from massl_fast.evaluation.subject import Subject
 from massl_fast.length import Length
 from massl_fast.models.pair import StudentTeacher
 from massl_fast.models.precision import Precision
 from massl_fast.objectives.base import Metric
+from massl_fast.run.rank_measures import RANK_METRICS, RankMeasures
 
 NAMES_SHOWN = 5
 KNN = "knn"
@@ -35,8 +37,18 @@ class RunEvaluation:
         best: the best value of it so far; None before there is one.
     """
 
-    def __init__(self, config: Config, world: World, precision: Precision, length: Length, *, num_workers: int) -> None:
+    def __init__(
+        self,
+        config: Config,
+        world: World,
+        precision: Precision,
+        length: Length,
+        *,
+        num_workers: int,
+        rank_measures: RankMeasures | None = None,
+    ) -> None:
         evaluation = config.evaluation
+        self.world, self.rank_measures = world, rank_measures
         self.total_steps = length.total_steps
         self.every_steps = length.steps(evaluation.every_epochs)
         self.subject = Subject(
@@ -74,8 +86,9 @@ class RunEvaluation:
         return tuple(opened.get(("source", path, role)) for path, role in zip(self._labelled, ("train", "test")))
 
     def metrics(self) -> list[Metric]:
-        """What the report should draw: the figures of all protocols but k-NN, which has a place of its own there."""
-        return [
+        """What the report should draw: rank measures, and the figures of all protocols but k-NN, which has a place of its own there."""
+        of_ranks = list(RANK_METRICS) if self.rank_measures else []
+        return of_ranks + [
             Metric(f"{protocol.name}_{network}_{figure.key}", f"{protocol.title}, {network}: {figure.title}", figure.unit)
             for protocol in self.protocols
             if protocol.name != KNN
@@ -85,7 +98,7 @@ class RunEvaluation:
 
     def due(self, step: int) -> bool:
         """Whether to evaluate after ``step`` steps: every ``evaluation.every_epochs``, and at the end of the run."""
-        if not self.active:
+        if not self.active and not self.rank_measures:
             return False
         return step == self.total_steps or bool(self.every_steps and step % self.every_steps == 0)
 
@@ -97,6 +110,12 @@ class RunEvaluation:
     def of_both(self, pair: StudentTeacher) -> dict[str, float]:
         """Figures of teacher and student. A collective call."""
         found = self._evaluate({"teacher": pair.teacher, "student": pair.student})
+        self.figures |= found
+        return found
+
+    def readings(self) -> dict[str, float]:
+        """Rank measures of the last step, for every logged line; nothing where they are not asked for. A collective call."""
+        found = self.rank_measures.read(self.world) if self.rank_measures else {}
         self.figures |= found
         return found
 
@@ -132,26 +151,30 @@ class RunEvaluation:
 
     def is_best(self) -> bool:
         """Whether the named metric is better than ever before; notes it if so."""
-        value = self.figures.get(self.best_metric)
-        if value is None or (self.best is not None and (value <= self.best if self.higher_is_better else value >= self.best)):
+        value = self.figures.get(self.best_metric) if self.best_metric else None
+        if (
+            value is None
+            or math.isnan(value)
+            or (self.best is not None and (value <= self.best if self.higher_is_better else value >= self.best))
+        ):
             return False
         self.best = value
         return True
 
     def _best_by(self, key: str) -> tuple[str | None, bool]:
         """(key of the metric that names the best checkpoint, whether more of it is better)."""
-        if not self.protocols:
-            return None, True
-        choices: dict[str, Figure] = {
-            f"{protocol.name}_{network}_{figure.key}": figure
+        higher_is_better = {
+            f"{protocol.name}_{network}_{figure.key}": figure.higher_is_better
             for protocol in self.protocols
             for network in ("teacher", "student")
             for figure in protocol.figures()
-        }
-        key = key or f"{self.protocols[0].name}_teacher_{self.protocols[0].headline.key}"
-        if key not in choices:
-            raise ValueError(f"evaluation.best_metric is {key!r}, which no evaluation of this run finds. It can be {', '.join(choices)}.")
-        return key, choices[key].higher_is_better
+        } | ({metric.key: True for metric in RANK_METRICS} if self.rank_measures else {})
+        if not key:
+            key = f"{self.protocols[0].name}_teacher_{self.protocols[0].headline.key}" if self.protocols else ""
+        if key and key not in higher_is_better:
+            choices = f"It can be {', '.join(higher_is_better)}." if higher_is_better else "Set evaluation.train and evaluation.test."
+            raise ValueError(f"evaluation.best_metric is {key!r}, which no evaluation of this run finds. {choices}")
+        return key or None, higher_is_better.get(key, True)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps of it; a copy, as it is written while training goes on."""

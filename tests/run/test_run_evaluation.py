@@ -10,6 +10,7 @@ from massl_fast.distributed.world import join_world
 from massl_fast.length import length_of
 from massl_fast.models.precision import choose_precision
 from massl_fast.run.evaluation import RunEvaluation
+from massl_fast.run.outputs import CLOCK_KEYS
 from small_images import write_images
 
 
@@ -73,6 +74,27 @@ def test_the_best_checkpoint_is_by_the_named_metric(images):  # noqa: F811
     other = run_evaluation(images)
     other.restore(evaluation.state())
     assert other.best is None  # the best student is no measure of the teacher
+
+
+def test_what_is_evaluated_moves_no_number_of_the_training(images, tmp_path):  # noqa: F811
+    rows = []
+    more = ["--evaluation.protocols", "[knn, linear]", "--evaluation.rank_measures", "true", "--evaluation.best_metric", "lidar"]
+    more += ["--evaluation.settings.linear", "{epochs: 2, views: 0, rates: [0.1, 1], validation: 0.2}"]
+    for name, settings in (("plain", []), ("more", more)):
+        (tmp_path / name).mkdir()
+        always = ["--evaluation.every_epochs", "0.5", "--logging.every_steps", "1", "--train.steps", "3"]
+        assert train(tmp_path / name, images, *always, *settings) == 0
+        rows.append([json.loads(line) for line in (tmp_path / name / "run/metrics.jsonl").read_text().splitlines()])
+    plain, evaluated = rows
+    assert len(plain) == len(evaluated) == 4
+    for before, after in zip(plain, evaluated):
+        assert {key: after[key] for key in before if key not in CLOCK_KEYS} == {k: v for k, v in before.items() if k not in CLOCK_KEYS}
+    assert "linear_untrained_chosen_percent" in evaluated[0] and "rankme" not in evaluated[0]
+    assert 1 <= evaluated[1]["rankme"] <= 16 and 1 <= evaluated[1]["lidar"] <= 8 and "linear_student_best_percent" in evaluated[-1]
+    state = json.loads(next((tmp_path / "more/run/checkpoints").glob("step_*3/state.json")).read_text())
+    assert state["best_metric"] == "lidar" and state["best_value"] == max(row["lidar"] for row in evaluated[1:])
+    declared = (tmp_path / "more/run/metrics.schema.json").read_text()
+    assert "linear_teacher_best_percent" in declared and "rankme" in declared
 
 
 def test_the_state_of_older_checkpoints_is_read(images):  # noqa: F811
