@@ -83,8 +83,7 @@ def enter() -> None:
         _raise_loopback()
         return
     arguments = ["unshare", "--mount", "--net", "--pid", "--fork", "--mount-proc", "--kill-child", sys.executable, *sys.argv]
-    answer = subprocess.run(arguments, env=os.environ | {INSIDE: "1"})
-    sys.exit(answer.returncode)
+    os.execvpe(arguments[0], arguments, os.environ | {INSIDE: "1"})
 
 
 def _raise_loopback() -> None:
