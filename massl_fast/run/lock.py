@@ -228,7 +228,8 @@ def _started(process: int) -> int | None:
 
 def lives(holder: dict[str, Any]) -> bool:
     """Whether the holder can be seen alive from here; False also where that cannot be seen."""
-    return bool(_namespace()) and holder["namespace"] == _namespace() and _started(holder["process"]) == holder["process_started"]
+    started = _started(holder["process"])
+    return bool(_namespace()) and holder["namespace"] == _namespace() and started is not None and started == holder["process_started"]
 
 
 def why_ended(holder: dict[str, Any], here: dict[str, Any]) -> str | None:
