@@ -218,11 +218,11 @@ def network_size(shape: tuple[int, int], shorter: int, patch: int) -> tuple[int,
 
 
 def one_hot_on_grid(mask: np.ndarray, grid: tuple[int, int]) -> Tensor:
-    """The first mask on the patches by nearest neighbour, one channel per number: [1 + objects, h, w] float32.
+    """The first mask at the centres of the patches, one channel per number: [1 + objects, h, w] float32.
 
     An object that no patch's centre hits keeps an empty channel: numbers stay those of the mask.
     """
-    small = F.interpolate(torch.from_numpy(mask.astype(np.float32))[None, None], grid, mode="nearest")[0, 0].long()
+    small = F.interpolate(torch.from_numpy(mask.astype(np.float32))[None, None], grid, mode="nearest-exact")[0, 0].long()
     return F.one_hot(small, int(mask.max()) + 1).permute(2, 0, 1).float()
 
 

@@ -83,7 +83,10 @@ def test_sequences_without_truth_are_predicted_but_not_scored(tmp_path, checkpoi
 def test_an_object_that_no_patch_hits_keeps_its_number():
     mask = np.zeros((64, 96), np.uint8)
     mask[1:3, 1:3], mask[20:60, 20:60] = 1, 2
+    mask[40:, 64:] = 0
     one_hot = one_hot_on_grid(mask, (4, 6))
+    # Patches take the pixel at their centre: a corner would shift every object by half a patch.
+    assert one_hot[2].tolist() == [[float(mask[8 + 16 * r, 8 + 16 * c] == 2) for c in range(6)] for r in range(4)]
     assert one_hot.shape == (3, 4, 6) and not one_hot[1].any() and one_hot[2].any()
 
 

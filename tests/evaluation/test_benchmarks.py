@@ -1,0 +1,238 @@
+"""Every protocol on a small benchmark in its official layout: figures that colours decide, what is missing, what is refused, pictures."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from massl_fast.evaluation.attention import Attention, AttentionSettings
+from massl_fast.evaluation.backgrounds import Backgrounds, BackgroundsSettings, nine_of
+from massl_fast.evaluation.cluster import Cluster, ClusterSettings, scaling
+from massl_fast.evaluation.copies import Copies, CopiesSettings, whitened, whitening
+from massl_fast.evaluation.correspond import Correspond, CorrespondSettings, View
+from massl_fast.evaluation.layouts.objects import read_objects
+from massl_fast.evaluation.multilabel import Multilabel, MultilabelSettings, drawn_positives
+from massl_fast.evaluation.pictures import spread
+from massl_fast.evaluation.prompt import CEILING, Prompt, PromptSettings, interior
+from massl_fast.evaluation.registry import PROTOCOLS, protocol_named
+from massl_fast.evaluation.retrieval import Retrieval, RetrievalSettings
+from massl_fast.evaluation.segment import Segment, SegmentSettings
+from massl_fast.evaluation.similarity import Similarity, SimilaritySettings
+from massl_fast.models.backbone import build_backbone
+
+pytest.importorskip("sklearn")
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))
+
+import small_subjects as small  # noqa: E402
+
+
+def test_every_protocol_of_the_registry_can_be_imported_and_knows_its_name():
+    assert all(protocol_named(name).name == name for name in PROTOCOLS)
+
+
+def test_retrieval_leaves_broken_images_and_queries_without_positives_out(tmp_path):
+    root = small.write_landmarks(tmp_path / "rsmall")
+    result = Retrieval(RetrievalSettings(data=str(root), scales=(1.0, 0.5))).run(small.subject_of(pictures=True))
+    assert result.results["raw pixels"]["easy_map_percent"] > 75
+    assert result.unreadable == ("c2_3.jpg",) and result.published == []
+    assert {picture.name.split("_")[0] for picture in result.pictures} == {"retrieval"}
+    assert result.data["test"] == {"path": str(root), "queries": 3, "images": 12}
+
+
+def test_distractors_only_push_positives_down_and_queries_can_be_cut(tmp_path):
+    root = small.write_landmarks(tmp_path / "rsmall")
+    others = tmp_path / "others"
+    for i in range(5):
+        small.photo(others / f"jpg/{i}.jpg", small.COLOURS[i % 4], 200 + i)
+    (others / "others.txt").write_text("".join(f"{i}.jpg\n" for i in range(5)))
+    alone = Retrieval(RetrievalSettings(data=str(root))).run(small.subject_of())
+    among = Retrieval(RetrievalSettings(data=str(root), distractors=str(others), crop_queries=True)).run(small.subject_of())
+    assert among.results["raw pixels"]["medium_map_percent"] < alone.results["raw pixels"]["medium_map_percent"]
+    assert among.data["distractors"]["images"] == 5 and any("cut to their boxes" in text for text in among.departures)
+
+
+def test_copies_find_their_original_by_block_and_as_own_pairs(tmp_path):
+    root = small.write_copydays(tmp_path / "copydays")
+    result = Copies(CopiesSettings(data=str(root))).run(small.subject_of(pictures=True))
+    row = result.results["raw pixels"]
+    assert row["strong_map_percent"] == row["map_percent"] == row["recall_at_1_percent"] == pytest.approx(100)
+    assert row["jpegqual_5_map_percent"] == pytest.approx(100) and 0 < row["micro_ap_percent"] <= 100 + 1e-9
+    assert result.features == "cls+gem4" and len(result.pictures) > 0
+    shutil.copytree(root / "original", tmp_path / "own/mine")
+    shutil.copy(root / "strong/201001.jpg", tmp_path / "own/copy of green.jpg")
+    (tmp_path / "own/pairs.csv").write_text("copy of green.jpg,mine/201000.jpg\n" + "mine/202000.jpg,mine/202000.jpg\n")
+    protocol = Copies(CopiesSettings(data=str(tmp_path / "own")))
+    assert "strong_map_percent" not in [figure.key for figure in protocol.figures()]
+    assert protocol.run(small.subject_of()).results["raw pixels"]["recall_at_1_percent"] == pytest.approx(100)
+
+
+def test_whitening_makes_the_second_moment_one_and_keeps_noise_down():
+    rows = torch.nn.functional.normalize(
+        torch.randn(500, 6, generator=torch.Generator().manual_seed(0)) * torch.tensor([9, 5, 3, 2, 1, 1e-6])
+    )
+    mean, matrix = whitening(rows)
+    moment = matrix.T @ (rows.double().T @ rows.double() / len(rows)) @ matrix
+    torch.testing.assert_close(moment.diagonal()[1:], torch.ones(5, dtype=torch.float64))
+    assert moment[0, 0] < 1e-3  # below the floor
+    torch.testing.assert_close(whitened(rows, mean, matrix).norm(dim=1), torch.ones(500))
+
+
+def test_clusters_are_the_colours_whatever_the_order_of_the_test_folders(tmp_path):
+    train = small.write_classes(tmp_path / "train")
+    test = small.write_classes(tmp_path / "test", seed=500)
+    shutil.rmtree(test / "red")
+    result = Cluster(ClusterSettings(train=str(train), test=str(test), restarts=3, iterations=20)).run(small.subject_of(pictures=True))
+    assert result.results["raw pixels"]["ari_percent"] == pytest.approx(100)
+    assert result.results["raw pixels"]["purity_percent"] == pytest.approx(100)
+    assert len(result.more["clusters"]["teacher"]["objectives"]) == 3 and len(result.pictures) >= 1
+    over = Cluster(ClusterSettings(train=str(train), clusters=6, restarts=2, standardize=False)).run(small.subject_of())
+    assert any("6 clusters for 3 classes" in text for text in over.departures)
+    with pytest.raises(ValueError, match="cannot be put into 30 clusters"):
+        Cluster(ClusterSettings(train=str(train), clusters=30)).run(small.subject_of())
+
+
+def test_scaling_is_scikit_learns():
+    preprocessing = pytest.importorskip("sklearn.preprocessing")
+    rows = np.random.default_rng(0).normal(3, 2, (40, 5)).astype(np.float32)
+    rows[:, 2] = 7
+    expected = preprocessing.StandardScaler().fit(rows.astype(np.float64))
+    mean, scale = scaling(torch.from_numpy(rows))
+    np.testing.assert_allclose(mean, expected.mean_, atol=1e-12)
+    np.testing.assert_allclose(scale, expected.scale_, atol=1e-12)
+
+
+def test_classes_without_positives_are_left_out_and_named(tmp_path):
+    root = small.write_voc2007(tmp_path / "VOC2007")
+    result = Multilabel(MultilabelSettings(data=str(root), per_class=(1, 4), draws=2)).run(small.subject_of())
+    assert any("left out: cow" in note for note in result.notes)
+    row = result.results["raw pixels"]
+    assert row["map_area_percent"] == pytest.approx(100) and row["n4_percent"] == pytest.approx(100)
+    assert set(result.more["average_precision_percent"]["teacher"]) == {"cat", "dog"}
+    with pytest.raises(ValueError, match="must be positive"):
+        MultilabelSettings(data="x", per_class=(0,))
+
+
+def test_draws_take_each_class_and_depend_on_the_seed_alone():
+    labels = np.array([[1, -1], [1, -1], [-1, 1], [1, 1], [0, 1]])
+    one, again, other = (drawn_positives(labels, 2, seed, 0) for seed in (0, 0, 1))
+    assert one.tolist() == again.tolist() and len(one) == 4
+    assert (labels[one[:2], 0] == 1).all() and (labels[one[2:], 1] == 1).all()
+    assert len(drawn_positives(labels, 9, 0, 0)) == 6 and other.shape == (4,)
+
+
+def test_backgrounds_are_classified_by_a_head_of_the_users_own_classes(tmp_path):
+    root = small.write_backgrounds(tmp_path / "bg_challenge")
+    train = small.write_classes(tmp_path / "train", ("dog", "fish", "Wheeled Vehicle"))
+    result = Backgrounds(BackgroundsSettings(data=str(root), train=str(train), epochs=10, batch=8)).run(small.subject_of())
+    row = result.results["raw pixels"]
+    assert row["original_percent"] == 100 and row["background_gap_percent"] == 0
+    assert any("lacks" in note and "only_fg" in note for note in result.notes)
+    assert nine_of(("dog", "chair", "02_anything"), "x").tolist() == [0, -1, 2]
+    with pytest.raises(ValueError, match="neither the 1,000 of ImageNet"):
+        nine_of(("chair", "table"), "x")
+
+
+@pytest.mark.parametrize("by", ["object", "class"])
+def test_attention_is_compared_at_the_size_of_the_masks(tmp_path, by):
+    root = small.write_voc2012(tmp_path / "VOC2012", 2)
+    result = Attention(AttentionSettings(data=str(root), by=by)).run(small.subject_of(pictures=True))
+    row = result.results["teacher"]
+    assert 0 < row["jaccard_void_counted_percent"] <= row["jaccard_percent"] < 100
+    assert len(result.pictures) == 2 and result.data["test"]["images"] == 2
+
+
+def test_a_patch_finds_its_object_and_no_mask_beats_the_ceiling(tmp_path):
+    root = small.write_voc2012(tmp_path / "VOC2012", 2)
+    for prompts in ("all", "centre", "random"):
+        result = Prompt(PromptSettings(data=str(root), prompts=prompts)).run(small.subject_of(pictures=prompts == "all"))
+        ceiling = result.results[CEILING]["best_miou_percent"]
+        assert ceiling > 80 and result.results["raw pixels"]["best_miou_percent"] <= ceiling
+        assert result.results["teacher"]["best_miou_percent"] <= ceiling
+    with pytest.raises(ValueError, match="cosines"):
+        PromptSettings(data="x", thresholds=(2.0,))
+
+
+def test_the_most_interior_patch_is_the_farthest_from_the_edge():
+    patches = np.array([row * 5 + column for row in range(5) for column in range(5)])
+    assert patches[interior(patches, (5, 5)).argmax()] == 12
+
+
+def test_crowds_are_no_objects_and_objects_may_overlap(tmp_path):
+    kind, images = read_objects(small.write_coco(tmp_path), "val")
+    objects = images[0].read()
+    assert kind == "COCO" and objects.categories.tolist() == [1, 2]
+    labels = objects.category_map()
+    assert set(np.unique(labels)) == {-1, 0, 1, 2} and labels[0, 25] == 2
+    result = Similarity(SimilaritySettings(data=str(tmp_path))).run(small.subject_of())
+    assert 0 <= result.results["teacher"]["overlap"] <= 1
+    assert sum(result.more["histograms"]["teacher"]["intra"]) > 0
+    assert Prompt(PromptSettings(data=str(tmp_path), by="class")).run(small.subject_of()).data["test"]["objects"] == 6
+
+
+def test_similarities_tell_background_only_where_it_takes_part(tmp_path):
+    root = small.write_voc2012(tmp_path / "VOC2012", 2)
+    alone = Similarity(SimilaritySettings(data=str(root))).run(small.subject_of())
+    assert alone.results["teacher"]["overlap"] is None and any("no pairs" in note for note in alone.notes)
+    among = Similarity(SimilaritySettings(data=str(root), background=True)).run(small.subject_of())
+    assert among.results["raw pixels"]["overlap"] < 0.2
+
+
+def test_patches_of_another_colour_are_another_class(tmp_path):
+    root = small.write_voc2012(tmp_path / "VOC2012")
+    result = Segment(SegmentSettings(data=str(root), costs=(0.01, 1.0), k=(1, 3), iterations=50)).run(small.subject_of(pictures=True))
+    row = result.results["raw pixels"]
+    assert row["logistic_chosen_miou_percent"] > 80 and row["knn_chosen_miou_percent"] > 80
+    assert row["knn_chosen_miou_percent"] <= row["knn_best_miou_percent"]
+    assert result.more["heads"]["raw pixels"]["knn"]["best"].startswith("k = ") and result.pictures
+
+
+def test_views_are_the_same_every_time_and_their_corners_tell_the_place(tmp_path):
+    view = View(32, 3, 0)
+    image = Image.fromarray(np.tile(np.arange(200, dtype=np.uint8), (100, 1))).convert("RGB")
+    assert np.array_equal(view(image, 7), view(image, 7)) and not np.array_equal(view(image, 7), View(32, 3, 1)(image, 7))
+    top, left, bottom, right = view.corners(200, 100, 7)
+    assert 0 <= top < bottom <= 1 and 0 <= min(left, right) < max(left, right) <= 1
+    (_, mirrored, _) = view.drawn(200, 100, 7)
+    assert (left > right) == mirrored
+
+
+def test_correspondence_of_views_has_figures_and_of_classes_pictures(tmp_path):
+    train = small.write_classes(tmp_path / "train", count=4)
+    (train / "red/broken.jpg").write_bytes(b"nothing")
+    result = Correspond(CorrespondSettings(data=str(train))).run(small.subject_of(pictures=True))
+    row = result.results["teacher"]
+    assert 0 <= row["exact_percent"] <= row["near_percent"] <= 100 and len(result.pictures) == 3
+    assert result.unreadable == ("red/broken.jpg",)
+    with pytest.raises(ValueError, match="pictures only"):
+        Correspond(CorrespondSettings(data=str(train), pairs="class")).run(small.subject_of())
+    pairs = Correspond(CorrespondSettings(data=str(train), pairs="class")).run(small.subject_of(pictures=True))
+    assert pairs.pictures and pairs.results == {"teacher": {}}
+
+
+def test_a_convolutional_network_is_refused_where_patches_are_needed_and_pooled_elsewhere(tmp_path):
+    network = build_backbone("resnet10t", image_size=32)
+    subject = small.subject_of().of({"teacher": network})
+    root = small.write_voc2012(tmp_path / "VOC2012", 2)
+    kinds = (Attention, AttentionSettings), (Prompt, PromptSettings), (Similarity, SimilaritySettings), (Segment, SegmentSettings)
+    for protocol, settings in kinds:
+        with pytest.raises(ValueError, match="needs a vision transformer's patch tokens"):
+            protocol(settings(data=str(root))).run(subject)
+    copies = Copies(CopiesSettings(data=str(small.write_copydays(tmp_path / "copydays")))).run(subject)
+    assert copies.features == "pooled"
+
+
+def test_pictures_are_of_the_median_the_best_and_the_worst():
+    assert spread({"a": 0.1, "b": 0.9, "c": 0.5, "d": float("nan")}) == [("median", "c"), ("best", "b"), ("worst", "a")]
+    assert spread({"a": 0.1}) == [("median", "a")] and spread({}) == []
+
+
+def test_two_ranks_give_the_figures_of_one(tmp_path):
+    script = [sys.executable, str(HERE / "benchmarks_on_two_ranks.py"), str(tmp_path)]
+    answer = subprocess.run(script, capture_output=True, text=True, timeout=250)
+    assert answer.returncode == 0, answer.stdout + answer.stderr
