@@ -13,7 +13,7 @@ from massl_fast.kernels import checks
 from massl_fast.kernels.partition import partition_indices
 
 if find_spec("triton") is not None:
-    from massl_fast.kernels import fused
+    from massl_fast.kernels import consistency_kernel, fused
 else:
     fused = None  # type: ignore[assignment]  # a module or nothing
 
@@ -25,6 +25,8 @@ if fused is not None:
         "memory_cross_entropy": fused.memory_cross_entropy,
         "memory_readout": fused.memory_readout,
         "memory_readback": fused.memory_readback,
+        "partition_consistency": consistency_kernel.pass_one,
+        "partition_consistency_gradient": consistency_kernel.pass_two,
     }
 
 

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from massl_fast.kernels import checks, reference
-from massl_fast.kernels.backends import autocast, choose_backend, partition_of, split_scalar, wide_dtype
+from massl_fast.kernels.backends import TRITON, autocast, choose_backend, partition_of, split_scalar, wide_dtype
 from massl_fast.kernels.loss import count_pairs
 from massl_fast.kernels.operators import operator
 from massl_fast.kernels.streaming import CPU_TILE, GPU_TILE
@@ -62,7 +62,8 @@ def partition_consistency(
     """CARP's loss. Consistent Assignment of Views over Random Partitions (NeurIPS 2023), section 3, as its published code computes it.
 
     Arguments:
-        student: rows [V, N, D], of any length; float32, bfloat16, float16, which are computed with in float32, or float64.
+        student: rows [V, N, D], of any length; float32, bfloat16, float16, which are computed with in float32 (Triton: but for the
+            tile of gradients, which is rounded), or float64.
         teacher: rows [T, N, D] of the same dtype; teacher view j is the same crop as student view j; receives no gradient.
         prototypes: C [K, D] of the same dtype; they get a gradient where they require one.
         teacher_prototypes: C′ [K, D], as a rule another matrix (a moving average); receives no gradient.
@@ -88,11 +89,11 @@ def partition_consistency(
         z, _, keys, _ = tensors
         consistency, entropy = reference.partition_consistency(z, w, keys, teacher_keys, partition, block_size, clamp, sum_over_ranks)
         return PartitionConsistency(consistency + entropy, consistency.detach(), entropy.detach())
-    choose_backend(backend, keys, "partition_consistency")
+    backend = choose_backend(backend, keys, "partition_consistency")
     (V, N, _), T = z.shape, w.shape[0]
     blocks = keys.shape[0] // block_size
     order = (partition, seed, *split_scalar(step))
-    consistency, sums = torch.ops.massl_fast.partition_consistency(z, w, keys, teacher_keys, block_size, clamp, *order)
+    consistency, sums = torch.ops.massl_fast.partition_consistency(z, w, keys, teacher_keys, block_size, clamp, *order, backend)
     counted = torch.cat((sums, sums.new_full((1,), (V + T) * N)))  # the count travels with the sums
     if sum_over_ranks is not None:
         counted = sum_over_ranks(counted)
@@ -100,7 +101,7 @@ def partition_consistency(
     logarithm = mean.clamp(clamp, 1 - clamp).log()
     entropy = math.log(block_size) + (mean * logarithm).sum() / blocks
     slope = logarithm + ((mean >= clamp) & (mean <= 1 - clamp)).to(mean.dtype)  # u
-    loss = _Attach.apply(student, prototypes, consistency + entropy, slope, z, w, keys, teacher_keys, block_size, clamp, *order)
+    loss = _Attach.apply(student, prototypes, consistency + entropy, slope, z, w, keys, teacher_keys, block_size, clamp, *order, backend)
     return PartitionConsistency(loss, consistency, entropy)
 
 
@@ -109,9 +110,9 @@ class _Attach(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, prototypes: Tensor, loss: Tensor, *rest: Any) -> Tensor:
-        slope, z, w, keys, teacher_keys, block_size, clamp, partition, seed, step, step_tensor = rest
+        slope, z, w, keys, teacher_keys, block_size, clamp, partition, seed, step, step_tensor, backend = rest
         ctx.save_for_backward(slope, z, w, keys, teacher_keys, partition, step_tensor)
-        ctx.plain = block_size, clamp, seed, step
+        ctx.plain = block_size, clamp, seed, step, backend
         ctx.dtypes = student.dtype, prototypes.dtype
         return loss.clone()
 
@@ -119,14 +120,15 @@ class _Attach(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         slope, z, w, keys, teacher_keys, partition, step_tensor = ctx.saved_tensors
-        block_size, clamp, seed, step = ctx.plain
+        block_size, clamp, seed, step, backend = ctx.plain
         of_student, of_prototypes = torch.ops.massl_fast.partition_consistency_gradient(
-            upstream, slope, z, w, keys, teacher_keys, block_size, clamp, partition, seed, step, step_tensor, ctx.needs_input_grad[1]
-        )
+            upstream, slope, z, w, keys, teacher_keys, block_size, clamp, partition, seed, step, step_tensor, backend,
+            ctx.needs_input_grad[1],
+        )  # fmt: skip
         return (
             of_student.to(ctx.dtypes[0]) if ctx.needs_input_grad[0] else None,
             of_prototypes.to(ctx.dtypes[1]) if ctx.needs_input_grad[1] else None,
-            *[None] * 12,
+            *[None] * 13,
         )
 
 
@@ -144,6 +146,7 @@ def _partition_consistency(
     seed: int,
     step: int,
     step_tensor: Tensor | None,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
     """Pass one: the consistency, and the sums [K] of all probabilities; float32 (float64 for float64)."""
     (V, N, _), T = student.shape, teacher.shape[0]
@@ -152,6 +155,10 @@ def _partition_consistency(
     sums = prototypes.new_zeros(prototypes.shape[0], dtype=wide)
     total = prototypes.new_zeros((), dtype=wide)
     different = _different_views(V, T, student.device)
+    if backend == "triton":
+        products, sums = TRITON["partition_consistency"](student, teacher, prototypes, teacher_prototypes, order, block_size)
+        total = -products.clamp_(clamp, 1 - clamp).log_().masked_fill_(~different, 0).sum()
+        return total / (count_pairs(V, T) * N * (prototypes.shape[0] // block_size)), sums
     for tile in _tiles(student, teacher, prototypes, teacher_prototypes, order, block_size):
         s, t = tile.probabilities()
         products = torch.matmul(s, t.mT)  # [b, n, V, T]
@@ -182,6 +189,7 @@ def _partition_consistency_gradient(
     seed: int,
     step: int,
     step_tensor: Tensor | None,
+    backend: str,
     learned: bool,
 ) -> tuple[Tensor, Tensor]:
     """Pass two: gradients of student [V, N, D] and, where ``learned``, of prototypes [K, D] (else [0, D]), in the dtype of pass one."""
@@ -194,6 +202,10 @@ def _partition_consistency_gradient(
     different = _different_views(V, T, student.device)
     slope = slope * (upstream / (blocks * (V + T) * N))
     scale = upstream / (count_pairs(V, T) * N * blocks)
+    if backend == "triton":
+        return TRITON["partition_consistency_gradient"](
+            student, teacher, prototypes, teacher_prototypes, order, block_size, slope, scale, clamp, different, learned
+        )
     for tile in _tiles(student, teacher, prototypes, teacher_prototypes, order, block_size):
         s, t = tile.probabilities()
         products = torch.matmul(s, t.mT)
@@ -210,7 +222,7 @@ def _partition_consistency_gradient(
 @_partition_consistency_gradient.register_fake
 def _(
     upstream: Tensor, slope: Tensor, student: Tensor, teacher: Tensor, prototypes: Tensor, teacher_prototypes: Tensor,
-    block_size: int, clamp: float, partition: Tensor | None, seed: int, step: int, step_tensor: Tensor | None, learned: bool,
+    block_size: int, clamp: float, partition: Tensor | None, seed: int, step: int, step_tensor: Tensor | None, backend: str, learned: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     wide = wide_dtype(prototypes)
     count = prototypes.shape[0] if learned else 0

@@ -87,7 +87,7 @@ def memory_cross_entropy(
     readout, logsumexp = _read(student.view(-1, D), teacher.view(-1, D), memory, partition, block_size, *temps, Extensions(unit=True))
     statistics = memory.new_empty((4, (V + T) * N), dtype=torch.float32)
     gradient = memory.new_empty((V, N, D), dtype=torch.float32)
-    with _on(memory.device):
+    with on_device(memory.device):
         assemble_kernel[(N, V + T)](
             student, teacher, readout, logsumexp, *temps, statistics, gradient,
             V, T, N, memory.shape[0] // block_size, count_pairs(V, T),
@@ -186,7 +186,7 @@ def memory_readback(
     tiles, row_tiles = triton.cdiv(block_size, choice.block_rows), triton.cdiv(count, choice.block_entries)
     leaves_some_out = blocks * block_size < entries
     result = (memory.new_zeros if leaves_some_out else memory.new_empty)((splits, *shape), dtype=torch.float32)
-    with _on(memory.device):
+    with on_device(memory.device):
         back_kernel[(blocks * tiles, splits)](
             rows, memory, given, _or(order, memory), _or(bias, shift), _or(row_group, memory), _or(key_group, memory),
             shift, _or(factor, shift), factor_stride, _or(size, shift), temperature, result,
@@ -282,7 +282,7 @@ def launch(
     pivots = torch.empty_like(totals)
     on_device = isinstance(student_temp, Tensor)
     compiled = []
-    with _on(memory.device):
+    with on_device(memory.device):
         variants = pivot_variants(memory.dtype, student_temp, teacher_temp) if extensions.unit else (False,)
         for constant_pivot in variants:
             kernel = read_kernel[(programs,)](
@@ -431,6 +431,11 @@ def _cached_limits(index: int) -> tuple[tuple[int, int], int, int, str]:
     return (found.major, found.minor), found.shared_memory_per_block_optin, found.multi_processor_count, found.name
 
 
-def _on(device: torch.device) -> contextlib.AbstractContextManager:
+def shared_limit(device: torch.device) -> int:
+    """Shared memory that a program on ``device`` can have, in bytes."""
+    return _device_limits(device.index)[1]
+
+
+def on_device(device: torch.device) -> contextlib.AbstractContextManager:
     """Triton launches on the current device; make it the tensors' own."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

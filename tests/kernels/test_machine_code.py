@@ -11,7 +11,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from massl_fast import cli
-from massl_fast.kernels import disassembly, fused_kernels, machine_code, partition_kernel, ring_kernel, throughput
+from massl_fast.kernels import consistency_kernel, disassembly, fused_kernels, machine_code, partition_kernel, ring_kernel, throughput
 from massl_fast.kernels.configurations import neighbours
 
 ALL = "MASSL_FAST_TEST_ALL_CONFIGURATIONS"
@@ -207,8 +207,39 @@ def test_inspect_of_an_unknown_architecture(capsys):
     assert "sm_70" in (message := capsys.readouterr().err) and "sm_80" in message
 
 
-# What the run-time makes of an argument that is 1: a constant, on which tensor methods fail. The interpreter does not do that.
 FLOAT, HALF, INT32, INT64, FLAG = "*fp32", "*bf16", "*i32", "*i64", "*i8"
+CONSISTENCY = {
+    "statistics": (consistency_kernel.statistics_kernel, 4, {"HAS_SLOPE": True}, (64, {"sm_80": 32, "sm_90": 64})),
+    "row gradient": (consistency_kernel.row_gradient_kernel, 8, {"SPLITS": 16}, (32, {"sm_80": 32, "sm_90": 32})),
+    "entry gradient": (consistency_kernel.entry_gradient_kernel, 8, {}, (32, {"sm_80": 32, "sm_90": 32})),
+}
+
+
+NOT_IN_EVERY_RUN = pytest.mark.skipif(os.environ.get(ALL) != "1", reason=f"One architecture will do; {ALL}=1 asks for the other.")
+
+
+@pytest.mark.parametrize("arch", ["sm_90", pytest.param("sm_80", marks=NOT_IN_EVERY_RUN)])
+@pytest.mark.parametrize("name", list(CONSISTENCY))
+def test_the_kernels_of_partition_consistency_keep_their_registers(name, arch):
+    """Ten views of 256 columns in bfloat16, as published."""
+    kernel, warps, constants, (rows, entries) = CONSISTENCY[name]
+    constants = constants | dict(V=8, T=2, IMAGES=rows // 8, WIDTH=256, PADDED_WIDTH=256, ROWS=rows, TEACHER_ROWS=16)
+    constants |= dict(ENTRIES=entries[arch], PRECISION="tf32", STAGES=2)
+    rows_and_entries = ("student_ptr", "teacher_ptr", "keys_ptr", "teacher_keys_ptr")
+    pointers = {
+        a: HALF if a in rows_and_entries else INT32 if a == "partition_ptr" else FLOAT for a in kernel.arg_names if a.endswith("_ptr")
+    }
+    signature = dict.fromkeys(kernel.arg_names, "i32") | pointers | dict.fromkeys(constants, "constexpr")
+    attributes = {(kernel.arg_names.index(argument),): [["tt.divisibility", 16]] for argument in (*pointers, "block_size")}
+    target, options = GPUTarget("cuda", int(arch[3:]), 32), dict(num_warps=warps, num_stages=2, enable_fp_fusion=True)
+    compiled = triton.compile(ASTSource(kernel, signature, constants, attributes), target=target, options=options)
+    usage, code = machine_code._disassemble(compiled.asm["cubin"])
+    loop = disassembly.inner_loop(code)
+    assert "STACK:0" in usage and not disassembly.overwritten(loop) and any(one.opcode == "LDGSTS" for one in loop)
+    assert compiled.metadata.shared <= machine_code.ARCHITECTURES[arch].shared_bytes
+
+
+# What the run-time makes of an argument that is 1: a constant, on which tensor methods fail. The interpreter does not do that.
 ASSEMBLE = dict.fromkeys(("student_ptr", "teacher_ptr"), HALF) | dict.fromkeys(
     ("readout_ptr", "logsumexp_ptr", "statistics_ptr", "gradient_ptr"), FLOAT
 )

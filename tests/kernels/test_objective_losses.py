@@ -373,7 +373,7 @@ def test_opcheck():
     for temps in ((0.1, None, 0.05, None), (0.0, torch.tensor(0.1), 0.0, torch.tensor(0.05))):
         given = (one, z, weight, sums, w, w, teacher_sums, keys, teacher_keys, bias, *temps, "streaming")
         torch.library.opcheck(torch.ops.massl_fast.prototype_gradient.default, given)
-    order = (16, 2**-23, None, 0, 0, torch.tensor(3))
+    order = (16, 2**-23, None, 0, 0, torch.tensor(3), "streaming")
     torch.library.opcheck(torch.ops.massl_fast.partition_consistency.default, (z, w, keys, teacher_keys, *order))
     for learned in (False, True):
         given = (one, slope, z, w, keys, teacher_keys, *order, learned)
