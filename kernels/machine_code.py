@@ -5,8 +5,6 @@ come from the compiler's own tools that Triton carries: registers and stack from
 Triton's last intermediate code.
 """
 
-import argparse
-import json
 import re
 import subprocess
 import tempfile
@@ -231,31 +229,8 @@ def _disassemble(cubin: bytes) -> tuple[str, str]:
     return usage, code
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--arch", choices=list(ARCHITECTURES), default="sm_90", help="architecture to compile for (default: sm_90)")
-    parser.add_argument("--model", action="store_true", help="clocks per unit of the inner loop instead, and the share that follows")
-    parser.add_argument("--json", action="store_true", help="print one JSON array of rows")
-
-
-def run(args: argparse.Namespace) -> int:
-    """Print the resources of every shipped configuration, or the model of its speed; 0 if each keeps its registers, else 1."""
-    if args.model:
-        return _print_model(args.arch, args.json)
-    rows = [resources(variant, args.arch) for variant in shipped(args.arch)]
-    if args.json:
-        print(json.dumps([asdict(row) for row in rows], indent=1))
-    else:
-        print(f"{args.arch}, Triton {triton.__version__}")
-        print(f"{'configuration':62} {'regs':>4} {'spill':>5} {'shared':>7} {'mma':>4} {'async':>5} {'buffers':>7} {'occupancy':>9}")
-        for row in rows:
-            print(
-                f"{row.configuration:62} {row.registers:4} {row.spill_bytes:5} {row.shared_bytes:7} "
-                f"{row.tensor_core_instructions:4} {row.async_copy_instructions:5} {row.pipeline_buffers:7} {row.occupancy_percent:8}%"
-            )
-    return int(any(row.spill_bytes for row in rows))
-
-
-def _print_model(arch: str, as_json: bool) -> int:
+def modelled(arch: str) -> list[dict[str, Any]]:
+    """A model of every shipped configuration's speed: clocks per unit of the inner loop, and the share of the nominal rate that follows."""
     throughput.check_architecture(arch)
     rows = []
     for variant in shipped(arch):
@@ -264,14 +239,4 @@ def _print_model(arch: str, as_json: bool) -> int:
         operations = 4 * choice.block_rows * choice.block_entries * variant.width  # two products of a tile
         found = throughput.clocks(code, arch, operations, choice.warps, choice.programs)
         rows.append({"arch": arch, "configuration": variant.name, "programs": choice.programs, "model": True} | asdict(found))
-    if as_json:
-        print(json.dumps(rows, indent=1))
-        return 0
-    print(f"{arch}, Triton {triton.__version__}: a model, not a measurement. Clocks of one multiprocessor per turn of the inner loop,")
-    print("each unit at its peak; share of the nominal rate where products and the rest take turns, and where the busiest never waits.")
-    units = ("tensor_cores", "transcendental", "issue", "shared_memory", "second_cache")
-    print(f"{'configuration':62}" + "".join(f"{unit.replace('_', ' '):>15}" for unit in units) + f"{'share':>14}")
-    for row in rows:
-        share = f"{row['share_in_turns_percent']:.0f} to {row['share_overlapped_percent']:.0f}%"
-        print(f"{row['configuration']:62}" + "".join(f"{row[unit]:15.0f}" for unit in units) + f"{share:>14}")
-    return 0
+    return rows

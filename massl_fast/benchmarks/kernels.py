@@ -1,4 +1,4 @@
-"""``massl-fast bench kernels``: loss and gradient, read-out, enqueue and partition, each beside its peers.
+"""Loss and gradient, read-out, enqueue and partition, each beside its peers.
 
 Correctness comes first: every variant's error against float64 stands beside its time, and a backend of ours that errs more than twice as
 much as the reference of the same precision gets no time and ends the run with exit code 1. Then all variants of a case run in turn, a
@@ -17,7 +17,6 @@ import argparse
 import ctypes
 import functools
 import gc
-import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -33,7 +32,7 @@ from torch import Tensor
 from massl_fast import kernels
 from massl_fast.benchmarks import records
 from massl_fast.benchmarks.intervals import spread_percent
-from massl_fast.hardware import chosen_device, device_slug, processor_name
+from massl_fast.hardware import device_slug
 from massl_fast.kernels import reference
 from massl_fast.kernels.backends import triton_obstacle
 from massl_fast.kernels.loss import assemble, count_pairs
@@ -474,49 +473,6 @@ def _status(key: str) -> int:
 # The command
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    operations = ["loss", "readout", "enqueue", "partition"]
-    parser.add_argument("--cases", nargs="+", default=operations, choices=operations, help="what to measure (default: all)")
-    parser.add_argument(
-        "--variants", nargs="+", default=[], help="words of the names of variants to measure, baselines always (default: all)"
-    )
-    parser.add_argument("--student-views", type=int, default=12, help="V (default: 12)")
-    parser.add_argument("--teacher-views", type=int, default=2, help="T (default: 2)")
-    parser.add_argument("--images", nargs="+", type=int, default=[], help="N (default: 64 and 512 on a GPU, else 64)")
-    parser.add_argument("--entries", nargs="+", type=int, default=[], help="K (default: 65536 and 131072 on a GPU, else 65536)")
-    parser.add_argument("--block", type=int, default=16384, help="entries of a block (default: 16384)")
-    parser.add_argument("--width", type=int, default=256, help="D (default: 256)")
-    parser.add_argument("--dtype", default="", choices=["", *DTYPES], help="of rows and memory (default: bfloat16 on a GPU, else float32)")
-    parser.add_argument("--rounds", type=int, default=0, help="calls of each variant (default: 30 on a GPU, else 9)")
-    parser.add_argument("--compile", action="store_true", help="the reference under torch.compile on a CPU, too (a GPU always has it)")
-    parser.add_argument("--quick", action="store_true", help="N = 8, K = 8192, block 2048, 5 rounds: does it run")
-    parser.add_argument("--device", default="", help="device (default: the GPU, else the CPU)")
-    parser.add_argument("--output", default="", help=f"file to append records to (default: {RESULTS}/DEVICE/kernels.jsonl; none: nowhere)")
-
-
-def run(args: argparse.Namespace, rows_of_all: list[dict] | None = None) -> int:
-    device = chosen_device(args.device)
-    cases, rounds = chosen_cases(args, device), args.rounds or (5 if args.quick else 30 if device.type == "cuda" else 9)
-    output = Path(args.output) if args.output else RESULTS / _slug(device) / "kernels.jsonl"
-    if args.output != "none":
-        records.check_writable(output)
-    compiled = args.compile or device.type == "cuda"
-    check_names(cases, args.variants, compiled, device)
-    print(f"{processor_name() if device.type == 'cpu' else torch.cuda.get_device_name(device)}, torch {torch.__version__}", end=", ")
-    print(f"{torch.get_num_threads()} threads, {rounds} rounds, load {os.getloadavg()[0]:.1f}")
-    wrong = 0
-    for case in cases:
-        rows, mistakes = measure(case, args.variants, rounds, compiled, device)
-        wrong += len(mistakes)
-        if rows_of_all is not None:
-            rows_of_all += rows
-        if args.output != "none" and rows:
-            records.append(output, rows)
-    if wrong:
-        print(f"{wrong} results are wrong; they have no time.")
-    return int(wrong > 0)
-
-
 def check_names(cases: Sequence[Case], wanted: Sequence[str], compiled: bool, device: torch.device) -> None:
     """Raise ValueError where a word of ``--variants`` is in no variant's name."""
     known: dict[str, str] = {}
@@ -559,7 +515,8 @@ def chosen_cases(args: argparse.Namespace, device: torch.device) -> list[Case]:
     return cases
 
 
-def _slug(device: torch.device) -> str:
+def slug(device: torch.device) -> str:
+    """The folder of a device's records."""
     return device_slug() if device.type == "cuda" else "cpu"
 
 

@@ -1,4 +1,4 @@
-"""``massl-fast bench objectives``: the losses of DINO, iBOT, CARP, MoCo-v3 and the Sinkhorn-Knopp bias beside the published way.
+"""The losses of DINO, iBOT, CARP, MoCo-v3 and the Sinkhorn-Knopp bias beside the published way.
 
 The published way holds the logits: plain PyTorch, written after the losses' published code (a log-softmax per pair in DINO, all patches in
 iBOT, a product per pair in CARP). "reference" is the same mathematics with every logit made once and masked rows alone, the stricter
@@ -11,13 +11,12 @@ without it.
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import functools
 import gc
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
@@ -29,8 +28,7 @@ from torch import Tensor
 from massl_fast import kernels
 from massl_fast.benchmarks import records
 from massl_fast.benchmarks.intervals import spread_percent
-from massl_fast.benchmarks.kernels import COPIES, COPY, DTYPES, MATRIX, RESULTS, _slug, _status, machine_calls, time_variants
-from massl_fast.hardware import chosen_device
+from massl_fast.benchmarks.kernels import COPIES, COPY, DTYPES, MATRIX, _status, machine_calls, time_variants
 from massl_fast.kernels.backends import triton_obstacle
 
 PUBLISHED, REFERENCE = "published way", "reference"
@@ -334,42 +332,7 @@ def _bytes(results: tuple[Tensor, ...]) -> int:
     return sum(r.untyped_storage().nbytes() for r in results)
 
 
-# The command
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    names = [case.loss for case in CASES]
-    parser.add_argument("--losses", nargs="+", default=names, choices=names, help="which losses (default: all)")
-    parser.add_argument("--images", type=int, default=0, help="N of dino and carp (default: 16 and 32)")
-    parser.add_argument("--dtype", default="float32", choices=list(DTYPES), help="of rows and prototypes (default: float32)")
-    parser.add_argument("--rounds", type=int, default=0, help="calls of each way (default: 30 on a GPU, else 5)")
-    parser.add_argument("--quick", action="store_true", help="small shapes, 3 rounds: does it run")
-    parser.add_argument("--device", default="", help="device (default: the GPU, else the CPU)")
-    parser.add_argument(
-        "--output", default="", help=f"file to append records to (default: {RESULTS}/DEVICE/objectives.jsonl; none: nowhere)"
-    )
-
-
-def run(args: argparse.Namespace) -> int:
-    device = chosen_device(args.device)
-    if args.rounds < 0 or args.images < 0:
-        raise ValueError(f"--rounds and --images take no negative number; found {args.rounds} and {args.images}.")
-    rounds = args.rounds or (3 if args.quick else 30 if device.type == "cuda" else 5)
-    output = args.output or str(RESULTS / _slug(device) / "objectives.jsonl")
-    if output != "none":
-        records.check_writable(output)
-    wrong = 0
-    for case in (c for c in CASES if c.loss in args.losses):
-        changes = dict(QUICK.get(case.loss, {})) if args.quick else {}
-        if args.images and case.N and case.loss != "ibot":
-            changes["N"] = args.images
-        rows, mistakes = measure(replace(case, **changes, dtype=args.dtype), rounds, device)
-        wrong += len(mistakes)
-        if output != "none" and rows:
-            records.append(output, rows)
-    if wrong:
-        print(f"{wrong} results are wrong; they have no time.")
-    return int(wrong > 0)
+# A case
 
 
 def measure(case: Case, rounds: int, device: torch.device) -> tuple[list[dict], dict[str, str]]:

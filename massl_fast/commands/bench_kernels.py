@@ -3,22 +3,52 @@
 from __future__ import annotations
 
 import argparse
-import json
-from typing import Any
+import os
+
+import torch
 
 from massl_fast.benchmarks import kernels
-from massl_fast.commands.arguments import prints_json, sentences_aside
+from massl_fast.benchmarks.kernels import DTYPES, RESULTS, check_names, chosen_cases, slug
+from massl_fast.commands.arguments import keeping, prints_json
+from massl_fast.hardware import chosen_device, processor_name
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    kernels.add_arguments(parser)
+    operations = ["loss", "readout", "enqueue", "partition"]
+    parser.add_argument("--cases", nargs="+", default=operations, choices=operations, help="what to measure (default: all)")
+    parser.add_argument(
+        "--variants", nargs="+", default=[], help="words of the names of variants to measure, baselines always (default: all)"
+    )
+    parser.add_argument("--student-views", type=int, default=12, help="V (default: 12)")
+    parser.add_argument("--teacher-views", type=int, default=2, help="T (default: 2)")
+    parser.add_argument("--images", nargs="+", type=int, default=[], help="N (default: 64 and 512 on a GPU, else 64)")
+    parser.add_argument("--entries", nargs="+", type=int, default=[], help="K (default: 65536 and 131072 on a GPU, else 65536)")
+    parser.add_argument("--block", type=int, default=16384, help="entries of a block (default: 16384)")
+    parser.add_argument("--width", type=int, default=256, help="D (default: 256)")
+    parser.add_argument("--dtype", default="", choices=["", *DTYPES], help="of rows and memory (default: bfloat16 on a GPU, else float32)")
+    parser.add_argument("--rounds", type=int, default=0, help="calls of each variant (default: 30 on a GPU, else 9)")
+    parser.add_argument("--compile", action="store_true", help="the reference under torch.compile on a CPU, too (a GPU always has it)")
+    parser.add_argument("--quick", action="store_true", help="N = 8, K = 8192, block 2048, 5 rounds: does it run")
+    parser.add_argument("--device", default="", help="device (default: the GPU, else the CPU)")
+    parser.add_argument("--output", default="", help=f"file to append records to (default: {RESULTS}/DEVICE/kernels.jsonl; none: nowhere)")
     prints_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    rows: list[dict[str, Any]] = []
-    with sentences_aside(args):
-        code = kernels.run(args, rows)
-    if args.json:
-        print(json.dumps(rows))
-    return code
+    device = chosen_device(args.device)
+    cases, rounds = chosen_cases(args, device), args.rounds or (5 if args.quick else 30 if device.type == "cuda" else 9)
+    args.output = "" if args.output == "none" else args.output or str(RESULTS / slug(device) / "kernels.jsonl")
+    compiled = args.compile or device.type == "cuda"
+    wrong = 0
+    with keeping(args) as keep:
+        check_names(cases, args.variants, compiled, device)
+        print(f"{processor_name() if device.type == 'cpu' else torch.cuda.get_device_name(device)}, torch {torch.__version__}", end=", ")
+        print(f"{torch.get_num_threads()} threads, {rounds} rounds, load {os.getloadavg()[0]:.1f}")
+        for case in cases:
+            rows, mistakes = kernels.measure(case, args.variants, rounds, compiled, device)
+            wrong += len(mistakes)
+            for row in rows:
+                keep(row)
+        if wrong:
+            print(f"{wrong} results are wrong; they have no time.")
+    return int(wrong > 0)
