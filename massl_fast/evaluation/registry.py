@@ -25,6 +25,7 @@ PROTOCOLS: Registry[tuple[str | type[Protocol], str]] = Registry(
         "segment": ("massl_fast.evaluation.segment:Segment", "segmentation on frozen patches (VOC2012, ADE20K, Cityscapes)"),
         "backgrounds": ("massl_fast.evaluation.backgrounds:Backgrounds", "accuracy with exchanged backgrounds (ImageNet-9)"),
         "correspond": ("massl_fast.evaluation.correspond:Correspond", "patches of two views that find each other"),
+        "transfer": ("massl_fast.evaluation.transfer:Transfer", "k-NN on other data sets than the network was trained on"),
         "video": ("massl_fast.evaluation.video:Video", "video object segmentation by label propagation (DAVIS)"),
         "linear": ("massl_fast.evaluation.linear:Linear", "linear probe: heads of a sweep of learning rates, trained at once"),
         "logistic": ("massl_fast.evaluation.logistic:Logistic", "logistic regression, whole sets, low shot and long tails"),

@@ -162,7 +162,7 @@ class Video(Protocol):
         one_hot = one_hot_on_grid(first, grid)
         features = {name: _frame_tokens(subject, name, resized, patch) for name in subject.networks}
         if subject.raw_pixels:
-            features[RAW_PIXELS] = patch_colours(resized / 255, patch).to(subject.device)
+            features[RAW_PIXELS] = patch_colours(normalised(subject, resized), patch)
         settings = PropagationSettings(self.settings.context, self.settings.radius, self.settings.neighbours)
         masks = {}
         for name, tokens in features.items():
