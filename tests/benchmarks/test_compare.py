@@ -158,6 +158,13 @@ def test_the_command_exits_by_its_verdict(files, capsys):
     assert "Only in" in told and "K 2" in told
 
 
+def test_json_stands_alone_on_stdout(files, capsys):
+    assert main(["bench", "compare", files("a.jsonl", row([1.0] * 9)), files("b.jsonl", row([1.2] * 9)), "--json"]) == 1
+    captured = capsys.readouterr()
+    (found,) = json.loads(captured.out)
+    assert found["verdict"] == WORSE and found["figure"] == "time" and "1 figures compared" in captured.err
+
+
 def test_figures_are_chosen_by_words(files, capsys):
     both = [files(name, row([time] * 9), row([9.0] * 9, name="time ratio")) for name, time in (("a.jsonl", 1.0), ("b.jsonl", 2.0))]
     assert main(["bench", "compare", *both]) == 1
