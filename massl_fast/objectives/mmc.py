@@ -172,3 +172,6 @@ class MmcObjective(Objective):
             f"The contrasts of mmc see the keys of one micro-batch: with {length.accumulation} micro-batches a step is not that "
             f"of {length.global_batch} images at once."
         ]
+
+    def drawn_per_rank(self) -> list[str]:
+        return ["negatives of patches", "alien patches"]

@@ -48,12 +48,14 @@ def test_two_processes_train_as_one(workplace, name):
         Trainer(settings_of(name, workplace, train={"stop_at_step": 20, "steps": 21}), World(0, 1, 0, CPU)).run()
     expected = rows(workplace / name)
     assert len(expected) == 20
-    # moco_v3's batch norms see the images of their own process on CPUs, carp's too: another step than one process takes
-    local_norms = name in ("carp", "moco_v3")
-    for strategy in ("ddp", "fsdp2"):
-        for found, row in zip(rows(workplace / f"{name}-{strategy}"), expected, strict=True):
-            tolerance = 0.2 if local_norms else 1e-5
-            assert found["loss"] == pytest.approx(row["loss"], rel=tolerance), f"{strategy}, step {row['step']}"
+    replicated, sharded = (rows(workplace / f"{name}-{strategy}") for strategy in ("ddp", "fsdp2"))
+    for one, other in zip(replicated, sharded, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-5), f"fsdp2, step {one['step']}"
+    # On CPUs the batch norms of carp and moco_v3 see the images of their own process, as do mmc's negatives and alien patches anywhere:
+    # two processes take another step than one.
+    if name not in ("carp", "mmc", "moco_v3"):
+        for found, row in zip(replicated, expected, strict=True):
+            assert found["loss"] == pytest.approx(row["loss"], rel=1e-5), f"ddp, step {row['step']}"
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
