@@ -280,7 +280,7 @@ def launch(
     values = memory.new_empty((slots, choice.block_rows, value_width), dtype=torch.float32)
     totals = memory.new_empty((slots, choice.block_rows), dtype=torch.float32)
     pivots = torch.empty_like(totals)
-    on_device = isinstance(student_temp, Tensor)
+    read_on_device = isinstance(student_temp, Tensor)
     compiled = []
     with on_device(memory.device):
         variants = pivot_variants(memory.dtype, student_temp, teacher_temp) if extensions.unit else (False,)
@@ -295,7 +295,7 @@ def launch(
                 PARTS=choice.parts, GATHERED=partition is not None, OTHER_VALUES=extensions.values is not None,
                 HAS_BIAS=extensions.bias is not None, HAS_GROUPS=extensions.row_group is not None, EITHER_PIVOT=len(variants) == 2,
                 BLOCK_ROWS=choice.block_rows, BLOCK_ENTRIES=choice.block_entries,
-                EVEN_BLOCK=block_size % choice.block_entries == 0, CONSTANT_PIVOT=constant_pivot, TEMPS_ON_DEVICE=on_device,
+                EVEN_BLOCK=block_size % choice.block_entries == 0, CONSTANT_PIVOT=constant_pivot, TEMPS_ON_DEVICE=read_on_device,
                 HEADROOM=headroom(memory.dtype), PRECISION=PRECISION, STAGES=choice.stages,
                 MASK_STORES=choice.mask_stores, LOAD_KEYS=choice.load_keys,
                 num_warps=choice.warps, num_stages=choice.stages, enable_fp_fusion=True,
@@ -308,7 +308,7 @@ def launch(
             student.shape[0], student_tiles, blocks, tiles, share, extra,
             WIDTH=value_width, PER_BLOCK=extensions.per_block, COLUMNS=columns, BLOCKS=COMBINED_PARTIALS // slots, SLOTS=slots,
             BLOCK_ROWS=choice.block_rows,
-            CONSTANT_PIVOT=variants[0], TEMPS_ON_DEVICE=on_device, num_warps=2, enable_fp_fusion=True,
+            CONSTANT_PIVOT=variants[0], TEMPS_ON_DEVICE=read_on_device, num_warps=2, enable_fp_fusion=True,
         )  # fmt: skip
     return compiled
 

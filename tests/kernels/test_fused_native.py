@@ -6,9 +6,19 @@ import sys
 
 import pytest
 import torch
-from test_loss_backends import case, loss_and_gradient
+from test_loss_backends import case, loss_and_gradient, unit_rows
+from test_readout import case as readout_case
+from test_readout import defined_readback, defined_readout, without
 
-from massl_fast.kernels import available_backends, enqueue_, memory_cross_entropy, memory_readout, partition_indices
+from massl_fast.kernels import (
+    available_backends,
+    enqueue_,
+    memory_cross_entropy,
+    memory_readback,
+    memory_readout,
+    partition_consistency,
+    partition_indices,
+)
 
 DEVICE = "cuda"
 if not torch.cuda.is_available():
@@ -64,6 +74,51 @@ def test_error_is_at_most_twice_that_of_the_reference_in_the_same_precision(shap
         floors = [of_sums * size] * 4 + [of_gradient * true_gradient.abs().max().item()]
         for name, ours, theirs, floor in zip((*truth._fields, "gradient"), errors["triton"], errors["reference"], floors):
             assert ours <= 2 * theirs + floor, f"{name} at {numbers}: error {ours:.3e}, of the reference {theirs:.3e}, floor {floor:.3e}"
+
+
+def check_passes(ours, theirs, true, dtype):
+    """At most twice the error of the reference in the same precision; TF32 drops the last 13 bits of float32."""
+    floor = 2**-9 if dtype == torch.float32 else 8 * torch.finfo(torch.float32).eps
+    for found, reference, truth in zip(ours, theirs, true):
+        error, allowed = (found - truth).abs().max(), 2 * (reference - truth).abs().max()
+        assert error <= allowed + floor * truth.abs().max(), f"error {error:.3e}, allowed {allowed:.3e}"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", [(300, 256, 5000, 256, 1000), (77, 40, 700, 23, 333), (1000, 256, 8192, 256, 8192)], ids=str)
+@pytest.mark.parametrize("left_out", [(), ("values", "key_bias"), ("row_group", "key_group")], ids=str)
+def test_both_passes_of_the_losses(shape, left_out, dtype):
+    arguments = {k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in without(readout_case(*shape), *left_out).items()}
+    arguments = {k: v.to(dtype) if k in ("rows", "memory", "values") else v for k, v in arguments.items()}
+    true = defined_readout(**arguments)
+    passes = [memory_readout(**arguments, per_block=True, backend=backend) for backend in ("triton", "reference")]
+    check_passes(*passes, true, dtype)
+    back = without(arguments, "values") | dict(logsumexp=true[1], row_weight=torch.linspace(-1, 1, shape[0], device=DEVICE))
+    for values in (None, arguments["rows"], torch.randn(shape[0], shape[3], device=DEVICE)):
+        more = {} if values is None else {"row_values": values}
+        found = [(memory_readback(**back, **more, backend=backend),) for backend in ("triton", "triton", "reference")]
+        assert torch.equal(found[0][0], found[1][0])
+        check_passes(found[0], found[2], (defined_readback(**back, **more),), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", [(8, 2, 64, 256, 4096, 512), (3, 2, 7, 40, 300, 70)], ids=str)
+def test_partition_consistency(shape, dtype):
+    views, teachers, images, width, entries, block_size = shape
+    rows = [8 * unit_rows(v, images, width, seed=v).to(DEVICE, dtype) for v in (views, teachers)]
+    keys = [unit_rows(entries, width, seed=seed).to(DEVICE, dtype) for seed in (5, 6)]
+
+    def figures(backend, dtype):
+        z, w, c, d = (t.to(dtype) for t in (*rows, *keys))
+        z, c = z.clone().requires_grad_(), c.clone().requires_grad_()
+        loss = partition_consistency(z, w, c, d, block_size=block_size, seed=1, backend=backend).loss
+        return [loss.detach(), *torch.autograd.grad(loss, (z, c))]
+
+    truth, theirs, ours = figures("reference", torch.float64), figures("reference", dtype), figures("triton", dtype)
+    assert all(torch.equal(one, other) for one, other in zip(ours, figures("triton", dtype)))
+    # The tile of G is rounded to bfloat16, or to TF32; TF32 logits of length 8 err by 2**-8.
+    for found, reference, true, floor in zip(ours, theirs, truth, (2**-7 if dtype == torch.float32 else 1e-5, 2**-6, 2**-6)):
+        assert (found - true).abs().max() <= 2 * (reference - true).abs().max() + floor * true.abs().max()
 
 
 def test_results_repeat_bit_for_bit():
