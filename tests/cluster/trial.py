@@ -185,8 +185,8 @@ def term_one_host(trial: Trial) -> str:
     return _signalled(trial, "term-one-host", "one_host", "--signal=TERM")
 
 
-def warned_torchrun(trial: Trial) -> str:
-    return _signalled(trial, "warned-torchrun", "torchrun", "--batch", "--signal=USR1")
+def term_torchrun(trial: Trial) -> str:
+    return _signalled(trial, "term-torchrun", "torchrun", "--signal=TERM")
 
 
 def _signalled(trial: Trial, name: str, template: str, *how: str) -> str:
@@ -210,7 +210,7 @@ def time_limit(trial: Trial) -> str:
 
 
 def time_limit_torchrun(trial: Trial) -> str:
-    return trial.equal(trial.start("limit-torchrun", "torchrun", "--time=2", "--signal=B:USR1@20", SLOW_STEP_SECONDS="3"))
+    return trial.equal(trial.start("limit-torchrun", "torchrun", "--time=2", "--signal=TERM@20", SLOW_STEP_SECONDS="3"))
 
 
 def preempted_without_grace(trial: Trial) -> str:
@@ -328,7 +328,7 @@ SCENARIOS = {
     "TERM to every process, one_host": term_one_host,
     "USR1 to every process": usr1,
     "TERM while ranks import": term_while_importing,
-    "warning, torchrun": warned_torchrun,
+    "TERM to every process, torchrun": term_torchrun,
     "time limit": time_limit,
     "time limit, torchrun": time_limit_torchrun,
     "preemption without grace": preempted_without_grace,
