@@ -1,0 +1,65 @@
+"""The pages name what there is, and their links lead somewhere."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from massl_fast.config import Config, recipe_names
+from massl_fast.engine.phases import PHASES
+from massl_fast.evaluation.registry import PROTOCOLS
+from massl_fast.objectives import OBJECTIVES
+from massl_fast.run.outputs import CLOCK_KEYS, DECLARATIONS
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("bench/*.md")])
+OPTIONS = re.compile(r"--((?:{})\.[a-z_]+)".format("|".join(Config.model_fields)))
+
+
+def text(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_to_files(page):
+    targets = [target.partition("#")[0] for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8"))]
+    assert not [target for target in targets if target and "://" not in target and not (page.parent / target).exists()]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_options_in_pages_exist(page):
+    sections = {name: field.annotation for name, field in Config.model_fields.items()}
+    for option in OPTIONS.findall(page.read_text(encoding="utf-8")):
+        section, key = option.split(".")
+        assert section == "objective" or key in sections[section].model_fields, f"--{option}"
+
+
+def test_every_objective_evaluation_and_recipe_has_its_place():
+    for name in (name for name, where in OBJECTIVES.items() if isinstance(where, str)):  # others are plugins of other tests
+        assert f"| `{name}` |" in text("README.md") and text("docs/objectives.md").count(f"| `{name}`") >= 3, name
+    for name in (name for name, (where, _) in PROTOCOLS.items() if isinstance(where, str)):
+        assert f"`{name}`" in text("README.md") and f"| `{name}` |" in text("docs/evaluation.md"), name
+    named = text("README.md") + text("docs/objectives.md")
+    for name in recipe_names():
+        assert f"`{name}`" in named or name.removesuffix("_cifar10") in OBJECTIVES, name
+
+
+def test_architecture_names_rooms_files_keys_and_phases():
+    page = text("docs/architecture.md")
+    rooms = [path.parent.name for path in (ROOT / "massl_fast").glob("*/__init__.py")]
+    assert not [room for room in rooms if f"      {room}/" not in page and f"· {room}/" not in page and f"{room}/*" not in page]
+    assert not [path.name for path in (ROOT / "kernels").glob("*.py") if path.name not in page]
+    assert not [key for key in (*CLOCK_KEYS, *PHASES, DECLARATIONS) if f"`{key}`" not in page]
+
+
+def test_the_path_of_one_image_takes_at_most_thirteen_files_and_all_are_there():
+    table = text("docs/architecture.md").partition("## The path of one image")[2].partition("## ")[0]
+    files = re.findall(r"^\| `([a-z0-9_/]+\.py)` \|", table, re.MULTILINE)
+    assert 0 < len(files) <= 13
+    assert not [file for file in files if not (ROOT / file).is_file() and not (ROOT / "massl_fast" / file).is_file()]
+
+
+def test_the_citation_has_the_version_of_the_distribution():
+    assert f'version="{yaml.safe_load(text("CITATION.cff"))["version"]}"' in text("setup.py")
+    assert f"## {yaml.safe_load(text('CITATION.cff'))['version']}\n" in text("CHANGELOG.md")
