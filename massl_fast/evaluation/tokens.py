@@ -116,6 +116,7 @@ def tokens_of(subject: Subject, images: SizedImages, *, colours: bool = True) ->
             found = {name: patch_tokens(network, batch, patch) for name, network in subject.networks.items()}
             if colours and subject.raw_pixels:
                 found[RAW_PIXELS] = patch_colours(batch, patch)
+        demand_finite(found)
         for row, position in enumerate(positions):
             yield position, {name: tokens[row] for name, tokens in found.items()}
 

@@ -16,6 +16,7 @@ from pydantic import Field
 from torch import Tensor
 
 from massl_fast.evaluation.base import Figure, Protocol, Result, Settings
+from massl_fast.evaluation.extra import needs
 from massl_fast.evaluation.images import AsItIs, SizedImages, files_below, in_order
 from massl_fast.evaluation.layouts.davis import Sequence, read_sequences
 from massl_fast.evaluation.layouts.masks import read_mask, write_mask
@@ -23,7 +24,7 @@ from massl_fast.evaluation.metrics.video import davis_scores, region_and_boundar
 from massl_fast.evaluation.pictures import Picture, painted, row_of, spread
 from massl_fast.evaluation.propagation import PropagationSettings, hard_labels, propagate
 from massl_fast.evaluation.subject import RAW_PIXELS, Subject
-from massl_fast.evaluation.tokens import evaluated, normalised, patch_colours, patch_side, patch_tokens
+from massl_fast.evaluation.tokens import demand_finite, evaluated, normalised, patch_colours, patch_side, patch_tokens
 
 SHORTER_SIDE = 480
 LONGER_MULTIPLE = 64
@@ -72,6 +73,7 @@ class Video(Protocol):
 
     def prepare(self, subject: Subject) -> list[str]:
         patch_side(subject)
+        needs("scipy.spatial", "the boundary measure of DAVIS")
         sequences = read_sequences(Path(self.settings.data), self.settings.split)
         short = [sequence.name for sequence in sequences if len(sequence.frames) < 3]
         if len(short) == len(sequences):
@@ -164,6 +166,7 @@ class Video(Protocol):
         if subject.raw_pixels:
             features[RAW_PIXELS] = patch_colours(normalised(subject, resized), patch)
         settings = PropagationSettings(self.settings.context, self.settings.radius, self.settings.neighbours)
+        demand_finite(features)
         masks = {}
         for name, tokens in features.items():
             soft = propagate(tokens, one_hot.to(subject.device), settings)

@@ -107,3 +107,12 @@ def test_evaluation_leaves_mode_autocast_and_random_state_as_they_were(photos):
 def test_overflowed_features_are_told_with_their_network():
     with pytest.raises(ValueError, match=r"of teacher are not finite for 1 of 2 images.*--precision fp32"):
         demand_finite({"teacher": torch.tensor([[1.0, torch.inf], [0, 0]])})
+
+
+def test_tokens_that_overflow_in_half_precision_end_in_a_sentence(photos):
+    net = network()
+    with torch.no_grad():
+        net.norm.weight.fill_(1e38)
+        net.norm.bias.fill_(3e38)
+    with pytest.raises(ValueError, match="not finite"):
+        list(tokens_of(subject_of(net), SizedImages(photos, LongerSide(40))))
