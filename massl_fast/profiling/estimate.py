@@ -177,7 +177,7 @@ def kernel_workspace(named: dict[str, Any], backend: str, device_type: str) -> i
     partition = entries * 8 * 6 if named.get("partition") is None else 0
     if device_type == "cpu" and flash.OPERATOR is not None:
         parts = min(torch.get_num_threads(), flash.MOST_PARTS)
-        tile = min(block_size, parts * flash.CHUNK) * width * 8 + 2 * parts * tile_rows * (width + 1) * 4
+        tile = min(block_size, max(flash.CHUNK, parts * flash.PART)) * width * 8 + 2 * parts * tile_rows * (width + 1) * 4
     return max(tile + tile_rows * width * 8 + 3 * results, partition)
 
 

@@ -65,6 +65,7 @@ def test_any_division_into_rows_chunks_and_parts_gives_the_same_result(threads, 
     monkeypatch.setattr(flash, "MOST_ROWS", 32)
     monkeypatch.setattr(flash, "QUERIES", 16)
     monkeypatch.setattr(flash, "CHUNK", 7)
+    monkeypatch.setattr(flash, "PART", 3)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     torch.testing.assert_close(passes(*given, 97), expected, rtol=1e-5, atol=1e-5)
 
