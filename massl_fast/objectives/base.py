@@ -13,6 +13,7 @@ Shapes: V student views, T teacher views (the first T crops), N images of a micr
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -177,3 +178,14 @@ class Objective(nn.Module, ABC):
         """The buffers that every rank must hold equal and that checkpoints keep."""
         persistent = self.state_dict(keep_vars=True)
         return [persistent[name] for name, _ in self.named_buffers() if name in persistent]
+
+
+def patch_side(config: Config) -> int:
+    """Side of a patch in pixels, from ``model.model_args`` or else from timm's name of the transformer."""
+    named = re.search(r"patch(\d+)", config.model.architecture)
+    return config.model.model_args.get("patch_size", int(named[1]) if named else 16)
+
+
+def patches_of(config: Config) -> int:
+    """Patches of a global crop."""
+    return (config.crops.global_size // patch_side(config)) ** 2

@@ -15,7 +15,7 @@ from massl_fast.length import Length, linear
 from massl_fast.models.backbone import Masks
 from massl_fast.models.flops import linear_flops
 from massl_fast.models.heads import PatchPrototypeHead
-from massl_fast.objectives.base import At, Curve, Inputs, Metric, Outcome
+from massl_fast.objectives.base import At, Curve, Inputs, Metric, Outcome, patches_of
 from massl_fast.objectives.dino import LAST_LAYER, DinoObjective
 from massl_fast.objectives.draws import block_masks, chosen_rows, names_of_crops
 
@@ -142,14 +142,12 @@ class IbotObjective(DinoObjective):
 
     def loss_flops(self, views: int) -> float:
         """DINO's, and eight products per masked row."""
-        side = self.config.crops.global_size // 16
-        masked = self.settings.masked_share * sum(self.settings.mask_ratio) / 2 * self.teacher_views * side * side
+        masked = self.settings.masked_share * sum(self.settings.mask_ratio) / 2 * self.teacher_views * patches_of(self.config)
         return super().loss_flops(views) + 16.0 * self.config.model.embedding_dim * masked * self.settings.prototypes
 
     def head_flops(self, student: nn.Module, teacher: nn.Module, views: int) -> float:
         """Masked patches through the student's head, all patches of the global crops through the teacher's."""
-        side = self.config.crops.global_size // 16
-        patches = self.teacher_views * side * side
+        patches = self.teacher_views * patches_of(self.config)
         masked = self.settings.masked_share * sum(self.settings.mask_ratio) / 2 * patches
         return 3 * (views + masked) * linear_flops(student) + (self.teacher_views + patches) * linear_flops(teacher)
 

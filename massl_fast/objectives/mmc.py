@@ -16,9 +16,10 @@ from massl_fast.config.objectives import MmcSettings
 from massl_fast.kernels import available_backends, contrast
 from massl_fast.length import Length
 from massl_fast.models.backbone import Masks
+from massl_fast.models.flops import linear_flops
 from massl_fast.models.heads import ClassPatchPixelHead
 from massl_fast.models.precision import Precision
-from massl_fast.objectives.base import At, Inputs, Metric, Objective, Outcome
+from massl_fast.objectives.base import At, Inputs, Metric, Objective, Outcome, patch_side, patches_of
 from massl_fast.objectives.draws import names_of_crops, small_blocks, uniforms
 
 
@@ -53,7 +54,7 @@ class MmcObjective(Objective):
 
     def heads(self, feature_dim: int) -> tuple[nn.Module, nn.Module]:
         model = self.config.model
-        side = model.model_args.get("patch_size", 16)
+        side = patch_side(self.config)
         student, teacher = (
             ClassPatchPixelHead(
                 feature_dim,
@@ -150,9 +151,16 @@ class MmcObjective(Objective):
     def loss_flops(self, views: int) -> float:
         """Two products of each patch with the patches of its view on this rank, and of each class token with those of all ranks."""
         train, width = self.config.train, self.config.model.embedding_dim
-        patches = (self.config.crops.global_size // self.config.model.model_args.get("patch_size", 16)) ** 2
+        patches = patches_of(self.config)
         images = train.micro_batch or train.global_batch
         return 4.0 * width * views * (patches * images * patches + train.global_batch)
+
+    def head_flops(self, student: nn.Module, teacher: nn.Module, views: int) -> float:
+        """Class tokens through one perceptron, all patches of both views through the others, on both sides."""
+        patches = views * patches_of(self.config)
+        student_flops, teacher_flops = (linear_flops(head) - linear_flops(head.class_mlp) for head in (student, teacher))
+        of_classes = linear_flops(student.class_mlp)
+        return 3 * (views * of_classes + patches * student_flops) + self.teacher_views * of_classes + patches * teacher_flops
 
     @property
     def backend(self) -> str:
