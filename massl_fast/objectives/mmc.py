@@ -157,10 +157,10 @@ class MmcObjective(Objective):
 
     def head_flops(self, student: nn.Module, teacher: nn.Module, views: int) -> float:
         """Class tokens through one perceptron, all patches of both views through the others, on both sides."""
-        patches = views * patches_of(self.config)
-        student_flops, teacher_flops = (linear_flops(head) - linear_flops(head.class_mlp) for head in (student, teacher))
-        of_classes = linear_flops(student.class_mlp)
-        return 3 * (views * of_classes + patches * student_flops) + self.teacher_views * of_classes + patches * teacher_flops
+        assert isinstance(student, ClassPatchPixelHead) and isinstance(teacher, ClassPatchPixelHead)
+        patches, of_classes = views * patches_of(self.config), linear_flops(student.class_mlp)
+        of_student, of_teacher = (linear_flops(head) - of_classes for head in (student, teacher))
+        return 3 * (views * of_classes + patches * of_student) + self.teacher_views * of_classes + patches * of_teacher
 
     @property
     def backend(self) -> str:
