@@ -16,21 +16,25 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
+import timm
 import torch
 from pydantic.fields import FieldInfo
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from massl_fast.data.crops import IMAGENET_MEAN, IMAGENET_STD
 from massl_fast.evaluation.base import Protocol, Result, Settings, checked_settings
 from massl_fast.evaluation.registry import PROTOCOLS, protocol_named
 from massl_fast.evaluation.store import DTYPES, FeatureStore
 from massl_fast.evaluation.subject import Subject
 from massl_fast.hardware import chosen_device, versions
+from massl_fast.models.backbone import build_backbone
 from massl_fast.models.published import add_network_arguments, load_backbone, network_options, rebuild
 from massl_fast.models.recipes import RECIPES
 from massl_fast.plugins import load_plugins
 
+TIMM = "timm:"
 UNTRAINED = "untrained"
 UNTRAINED_SEED = 0
 NAMES_SHOWN = 5
@@ -149,7 +153,7 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         nargs="+",
         metavar="PATH",
-        help="a checkpoint folder, a run's folder, or a published .pth file; several are shown side by side",
+        help="a checkpoint folder, a run's folder, a published .pth file, or timm:NAME (random weights); several are shown side by side",
     )
     parser.add_argument(
         "--which", choices=("teacher", "student", "both"), default="both", help="networks of the checkpoint (default: both)"
@@ -254,8 +258,10 @@ def step_of(checkpoint: Path) -> int | None:
 def networks_of(checkpoint: Path, which: str, **options: Any) -> tuple[dict[str, nn.Module], dict[str, Any]]:
     """({name: network}, what is known of the checkpoint). Of "both", a student that the checkpoint lacks is noted and left out.
 
-    ``options`` go to ``load_backbone``.
+    ``options`` go to ``load_backbone``. ``timm:NAME`` is a network of timm with random weights, which stands for the teacher.
     """
+    if str(checkpoint).startswith(TIMM):
+        return _random_network(str(checkpoint).removeprefix(TIMM), options.get("image_size"), options.get("model_args"))
     first = "student" if which == "student" else "teacher"
     network, info = load_backbone(checkpoint, which=first, **options)
     networks = {first: network}
@@ -271,6 +277,16 @@ def networks_of(checkpoint: Path, which: str, **options: Any) -> tuple[dict[str,
             else:
                 info["notes"] = [*info["notes"], f"Student and teacher of {checkpoint} are the same network; it is shown once."]
     return networks, info
+
+
+def _random_network(arch: str, size: int | None, model_args: dict[str, Any] | None) -> tuple[dict[str, nn.Module], dict[str, Any]]:
+    size = size or (timm.get_pretrained_cfg_value(arch, "input_size")[-1] if timm.is_model(arch) else 224)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(UNTRAINED_SEED + 1)
+        network = build_backbone(arch, image_size=size, model_args=model_args).eval()
+    note = f"{arch} has random weights here. Weights in a file are taken with --checkpoint FILE --arch {arch}."
+    known = {"architecture": arch, "image_size": size, "mean": IMAGENET_MEAN, "std": IMAGENET_STD, "notes": [note]}
+    return {"teacher": network}, known
 
 
 def untrained(network: nn.Module) -> nn.Module:

@@ -134,6 +134,16 @@ class TestCheckpoints:
         assert "k-NN accuracy, %: resnet18 at 32 px\n" in out and "│ teacher " in out and "│ student " not in out
         assert f"{path} holds one network only; it stands for the teacher." in out and "it is shown once." in out
 
+    def test_any_network_of_timm_is_evaluated_by_its_name(self, data, capsys):
+        arguments = ["eval", "knn", "--train", data[0], "--test", data[1], "--k", "3", "--image-size", "32", "--json", "--checkpoint"]
+        assert main([*arguments, "timm:resnet10t"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert (
+            list(found["results"]) == ["teacher", "untrained", "raw pixels"] and found["features"] == "pooled" and found["image_size"] == 32
+        )
+        assert any("random weights here" in note for note in found["notes"])
+        assert main([*arguments, "timm:resnet1o"]) == 2 and "timm has no architecture named 'resnet1o'" in capsys.readouterr().err
+
     def test_a_missing_student_is_noted(self, tmp_path):
         path = self.write(tmp_path / "c", {"teacher": self.network(1)})
         networks, info = command.networks_of(path, "both")
