@@ -176,8 +176,9 @@ class CarpSettings(ObjectiveSettings):
     """Outputs of the last layer, K."""
     block_size: int = Field(512, ge=2, lt=2**31)
     """Prototypes of a block; the last K modulo block_size of each partition sit out a step."""
-    backend: Literal["auto", "reference", "streaming"] = "auto"
-    """Implementation of the loss; reference keeps all logits."""
+    backend: Literal["auto", "reference", "streaming", "triton"] = "auto"
+    """Implementation of the loss. auto: streaming, in float32 on every device; triton takes TF32 products where PyTorch may, and no GPU has
+    confirmed it; reference keeps all logits."""
 
     def check(self, config: Config) -> None:
         if self.block_size > self.prototypes:

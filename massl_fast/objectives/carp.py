@@ -84,7 +84,7 @@ class CarpObjective(Objective):
             seed=self.partition_seed,
             step=at.step,
             sum_over_ranks=at.world.sum if at.world.size > 1 else None,
-            backend=self.settings.backend,
+            backend=self.backend,
         )
         unit = torch.nn.functional.normalize(w.detach(), dim=-1)
         metrics = {

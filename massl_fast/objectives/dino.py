@@ -154,6 +154,10 @@ class DinoObjective(Objective):
             f"{settings.student_temperature}: a teacher as soft as its student does not sharpen, and training tends to the uniform "
             f"assignment.": settings.teacher_temperature >= settings.student_temperature,
         }
+        problems[
+            f"Sinkhorn-Knopp sees one micro-batch of all ranks: with {length.accumulation} micro-batches a step is not that of "
+            f"{length.global_batch} images at once."
+        ] = bool(self.sinkhorn_rounds) and length.accumulation > 1
         return [sentence for sentence, holds in problems.items() if holds]
 
     def _dtype_of(self, tensor: Tensor) -> torch.dtype:

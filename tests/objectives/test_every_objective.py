@@ -66,7 +66,7 @@ def test_accumulated_micro_batches_train_as_one(name):
     torch.testing.assert_close(whole, accumulated, rtol=1e-8, atol=1e-8)
 
 
-@pytest.mark.parametrize("name", ["carp", "mmc", "moco_v3"])
+@pytest.mark.parametrize("name", ["carp", "mmc", "moco_v3", "dino-sinkhorn"])
 def test_batch_terms_under_accumulation_get_a_sentence(name):
     step = small_step(settings_of(name))
     accumulated = Length(20, 4, 8, accumulation=2, micro_batch=4)
