@@ -32,7 +32,7 @@ _SMALL = {  # 99 KiB of shared memory: compute capability 8.6, 8.9, 12.0 and wha
         32: Configuration(128, 64, 1, 4, 3, programs=2),
         64: Configuration(128, 64, 1, 8, 4),
         128: Configuration(128, 32, 1, 8, 4),
-        256: Configuration(64, 32, 2, 4, 3),
+        256: Configuration(64, 32, 2, 4, 3, mask_stores=True),
         512: Configuration(32, 16, 4, 8, 3),
     },
     4: {

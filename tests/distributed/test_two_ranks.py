@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -120,10 +121,15 @@ def test_a_sharded_run_leaves_checkpoints_that_one_cpu_reads(workplace):
 
 
 def test_a_signal_to_one_rank_stops_both_after_the_same_step_and_nothing_is_lost(workplace, outcomes):
+    ends = []
     for rank, sender in zip(outcomes, ("a signal to another rank", "SIGUSR1")):
         kind, sentence = rank["signal"]
-        assert kind == "Interrupted 75" and sentence.startswith(f"Ended by {sender} after step 4.")
+        ended = re.match(rf"Ended by {sender} after step (\d)\.", sentence)
+        assert kind == "Interrupted 75" and ended, sentence
+        ends.append(ended[1])
         assert rank["after the signal"] == ["finished", ""]
+    # The signal came before the fourth step; another thread takes it, perhaps after that step's vote.
+    assert ends[0] == ends[1] and ends[0] in ("4", "5")
     assert rows(workplace / "signal") == rows(workplace / "ddp")[:6]
 
 

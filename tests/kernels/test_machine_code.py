@@ -251,7 +251,7 @@ COMBINE = dict.fromkeys(("values_ptr", "totals_ptr", "pivots_ptr", "readout_ptr"
 TEMPS = {"student_temp": "fp32", "teacher_temp": "fp32"}
 DEVICE_TEMPS = dict.fromkeys(TEMPS, FLOAT)
 WIDTHS = {"WIDTH": 24, "PADDED_WIDTH": 32}
-PARTIALS = {"WIDTH": 24, "COLUMNS": 32, "BLOCKS": 4, "SLOTS": 8, "BLOCK_ROWS": 16}
+PARTIALS = {"PER_BLOCK": False, "WIDTH": 24, "COLUMNS": 32, "BLOCKS": 4, "SLOTS": 8, "BLOCK_ROWS": 16}
 WRITE = {"memory_ptr": HALF, "pointer_ptr": INT64, "rows_ptr": HALF, "enabled_ptr": FLAG}
 SMALL_KERNELS = {
     "assemble": (fused_kernels.assemble_kernel, ASSEMBLE | TEMPS, WIDTHS | {"TEACHERS": 2, "TEMPS_ON_DEVICE": False}),

@@ -118,7 +118,7 @@ def test_what_the_host_has_not_free_is_not_begun(command, monkeypatch, tmp_path,
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--recipe", "vit_smal"], "There is no recipe 'vit_smal'. Did you mean vit_small_in1k?"),
+        (["--recipe", "vit_small_in1"], "There is no recipe 'vit_small_in1'. Did you mean vit_small_in1k?"),
         (["--train.bacth", "3"], "There is no setting train.bacth."),
         (["--train.global_batch", "-4"], "train.global_batch is -4"),
         (["--train.global_batch"], "--train.global_batch has no value."),

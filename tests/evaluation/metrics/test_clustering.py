@@ -45,11 +45,11 @@ def test_no_images_are_refused():
 
 
 def test_a_missing_library_is_named_with_its_installation(monkeypatch):
-    from massl_fast.evaluation import extra
+    from massl_fast import extras
 
     def missing(name):
         raise ImportError(f"No module named {name!r}")
 
-    monkeypatch.setattr(extra.importlib, "import_module", missing)
+    monkeypatch.setattr(extras.importlib, "import_module", missing)
     with pytest.raises(ValueError, match=r"scikit-learn does not import .* pip install 'massl-fast\[eval\]'"):
         clustering.clustering_scores(np.arange(3), np.arange(3))
