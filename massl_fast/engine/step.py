@@ -173,7 +173,9 @@ class TrainStep:
             norms = norms / self.scaler.scale
         flags = norms.isfinite()
         if settings.frozen:
-            flags = flags.new_ones(len(self.parameters)).index_copy(0, torch.tensor(moving, device=flags.device), flags)
+            # By views alone: numbers from the host would make it wait, and could not be recorded.
+            of_moving = dict(zip(moving, flags.unbind()))
+            flags = torch.stack([of_moving.get(index, flags.new_ones(())) for index in range(len(self.parameters))])
         sound = torch.cat([sound, flags])
         norms, verdict = self._agree(norms, sound, stopping)
         self.stop_votes = verdict.stop_votes

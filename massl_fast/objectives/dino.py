@@ -112,9 +112,7 @@ class DinoObjective(Objective):
         """centre ← m·centre + (1 − m)·mean(w)·C′ᵀ over all ranks; the mean embedding travels, not K logits."""
         mean = at.world.mean(torch.stack([each["mean"] for each in carried]).mean(0))
         if not self.sinkhorn_rounds:
-            momentum = self.settings.center_momentum
-            moved = momentum * self.center + (1 - momentum) * (carried[-1]["prototypes"].to(mean.dtype) @ mean)
-            self.center.copy_(torch.where(finite, moved, self.center))
+            move_center_(self.center, self.settings.center_momentum, mean, carried[-1]["prototypes"], finite)
         return {"embedding_spread": 1 - mean.square().sum()}
 
     def readings(self, step: int, length: Length) -> dict[str, float]:
@@ -162,3 +160,9 @@ class DinoObjective(Objective):
 
     def _dtype_of(self, tensor: Tensor) -> torch.dtype:
         return tensor.dtype if tensor.dtype == torch.float64 else self.dtype
+
+
+def move_center_(center: Tensor, momentum: float, mean: Tensor, prototypes: Tensor, finite: Tensor) -> None:
+    """centre [K] ← momentum · centre + (1 − momentum) · prototypes [K, D] · mean [D] (DINO, equation 4), where ``finite`` is true."""
+    moved = momentum * center + (1 - momentum) * (prototypes.to(mean.dtype) @ mean)
+    center.copy_(torch.where(finite, moved, center))

@@ -16,7 +16,7 @@ from massl_fast.models.backbone import Masks
 from massl_fast.models.flops import linear_flops
 from massl_fast.models.heads import PatchPrototypeHead
 from massl_fast.objectives.base import At, Curve, Inputs, Metric, Outcome, patches_of
-from massl_fast.objectives.dino import LAST_LAYER, DinoObjective
+from massl_fast.objectives.dino import LAST_LAYER, DinoObjective, move_center_
 from massl_fast.objectives.draws import block_masks, chosen_rows, names_of_crops
 
 
@@ -119,9 +119,7 @@ class IbotObjective(DinoObjective):
 
     def commit_(self, carried: Sequence[dict[str, Tensor]], finite: Tensor, at: At) -> dict[str, Tensor]:
         mean = at.world.mean(torch.stack([each["patch_mean"] for each in carried]).mean(0))
-        momentum = self.settings.patch_center_momentum
-        moved = momentum * self.patch_center + (1 - momentum) * (carried[-1]["patch_prototypes"].to(mean.dtype) @ mean)
-        self.patch_center.copy_(torch.where(finite, moved, self.patch_center))
+        move_center_(self.patch_center, self.settings.patch_center_momentum, mean, carried[-1]["patch_prototypes"], finite)
         return super().commit_(carried, finite, at)
 
     def readings(self, step: int, length: Length) -> dict[str, float]:
