@@ -36,6 +36,8 @@ setup(
         "pyyaml>=6.0",
         "rich>=13.7",
         "jinja2>=3.1",
+        # Scripts for the completion of shells.
+        "shtab>=1.8",
         # Intervals of benchmark figures; processes of loaders.
         "scipy>=1.11",
         "psutil>=5.9",
@@ -47,6 +49,8 @@ setup(
             "pytest-timeout>=2.3",
             "hypothesis>=6.100",
             "ruff>=0.6",
+            "codespell>=2.4",
+            "mkdocs-material>=9.5",
             "mypy>=1.18",
             "setuptools>=77",
         ],
@@ -54,6 +58,7 @@ setup(
         "dali-cuda12": [f"nvidia-dali-cuda120>=1.52; {LINUX}"],
         "dali-cuda13": [f"nvidia-dali-cuda130>=1.52; {LINUX}"],
         "report": ["matplotlib>=3.8"],
+        "docs": ["mkdocs-material>=9.5"],
         "tensorboard": ["tensorboard>=2.17"],
         "wandb": ["wandb>=0.17"],
         "eval": ["scikit-learn>=1.4", "scipy>=1.11", "pycocotools>=2.0.7"],

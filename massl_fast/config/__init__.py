@@ -23,6 +23,7 @@ from massl_fast.config.sections import (
 )
 from massl_fast.config.text import (
     chosen_objective,
+    describe_section,
     describe_settings,
     load_config,
     parse_overrides,
@@ -53,6 +54,7 @@ __all__ = [
     "TeacherSection",
     "TrainSection",
     "chosen_objective",
+    "describe_section",
     "describe_settings",
     "load_config",
     "parse_overrides",

@@ -257,12 +257,30 @@ def describe_settings(objective: str = DEFAULT_OBJECTIVE) -> str:
         lines.append(f"\n{section}:")
         if section == "objective":
             lines += _objectives_but(objective)
-        for name, setting in model.model_fields.items():
-            default = setting.get_default(call_default_factory=True)
-            shown = "none" if isinstance(default, Section) else repr(list(default) if isinstance(default, tuple) else default)
-            lines.append(f"  --{section}.{name} ({_kind(setting.annotation)}, default {shown})")
-            lines += textwrap.wrap(setting.description or "", width=114, initial_indent=6 * " ", subsequent_indent=6 * " ")
+        lines += _described(section, model)
     return "\n".join(lines)
+
+
+def describe_section(name: str) -> str:
+    """The settings of one section, or of the objective of that name. Raises ValueError with the choices where there is neither."""
+    models = _models(name if name in SETTINGS else DEFAULT_OBJECTIVE)
+    section = "objective" if name in SETTINGS else name
+    if section not in models:
+        raise ValueError(
+            f"There is no section of settings '{shortened(name)}'. Sections: {', '.join(models)}; objectives: {', '.join(SETTINGS)}."
+        )
+    chosen = [] if section != "objective" else _objectives_but(name if name in SETTINGS else DEFAULT_OBJECTIVE)
+    return "\n".join([f"{section}:", *chosen, *_described(section, models[section])])
+
+
+def _described(section: str, model: type[Section]) -> list[str]:
+    lines = []
+    for name, setting in model.model_fields.items():
+        default = setting.get_default(call_default_factory=True)
+        shown = "none" if isinstance(default, Section) else repr(list(default) if isinstance(default, tuple) else default)
+        lines.append(f"  --{section}.{name} ({_kind(setting.annotation)}, default {shown})")
+        lines += textwrap.wrap(setting.description or "", width=114, initial_indent=6 * " ", subsequent_indent=6 * " ")
+    return lines
 
 
 def _objectives_but(shown: str) -> list[str]:

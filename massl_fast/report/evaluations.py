@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from massl_fast.report.figures import STAND_INS, Curve, curve_figure, drawing, is_number, plain
+from massl_fast.report.figures import STAND_INS, Curve, curve_figure, drawing, plain
 from massl_fast.report.html import Drawing, render
+from massl_fast.run.reading import is_number
 
 COLOURS = ("--blue", "--orange", "--green", "--violet", "--muted")
 FOLDER = "evaluation"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -40,6 +39,8 @@ class Curve:
     """A CSS variable of the page: --blue, --orange, --green, --violet, --muted."""
     markers: bool = False
     """Mark every point (few points); otherwise a line, and a band from smallest to largest where points were joined."""
+    line: str = "-"
+    """Solid -, dashed -- or dotted :, as matplotlib writes it."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ def _draw(axes, curve: Curve) -> None:
     steps, means, low, high = binned(np.asarray(curve.steps, dtype=float), np.asarray(curve.values, dtype=float))
     alone = len(steps) == 1
     marker = "o" if curve.markers or alone else None
-    axes.plot(steps, means, color=colour, linewidth=1.6, marker=marker, markersize=4, label=curve.label, zorder=3)
+    axes.plot(steps, means, curve.line, color=colour, linewidth=1.6, marker=marker, markersize=4, label=curve.label, zorder=3)
     if not np.array_equal(low, high):
         axes.fill_between(steps, low, high, color=colour, alpha=0.18, linewidth=0, zorder=2)
 
@@ -163,7 +164,3 @@ def _inline(svg: str) -> str:
     svg = re.sub(r"font-family: [^;\"]*;?", "", svg)
     referred = set(re.findall(r'(?:url\(#|href="#)([^)"]+)', svg))
     return re.sub(r' id="([^"]+)"', lambda m: m.group(0) if m.group(1) in referred else "", svg)
-
-
-def is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -18,12 +18,11 @@ from torch import Tensor, nn
 
 from massl_fast.data.sources import Source
 from massl_fast.report.evaluations import FOLDER, blocks_of, results_in
-from massl_fast.report.figures import Curve, Level, curve_figure, is_number
+from massl_fast.report.figures import Curve, Level, curve_figure
 from massl_fast.report.html import Drawing, flat, render
 from massl_fast.report.pictures import Pictures, pictures_of_run
-from massl_fast.report.run_folder import Declared, RunFolder, read_run
+from massl_fast.run.reading import HEADLINE_K, Declared, RunFolder, is_number, read_run
 
-HEADLINE_K = 20
 NETWORKS = {"teacher": "--blue", "student": "--orange"}
 COLOURS = ("--blue", "--orange", "--green", "--violet", "--muted")
 # Key, title, note, logarithmic: settings of the step, drawn apart from what the step found.
@@ -106,10 +105,10 @@ def _headline(run: RunFolder) -> list[tuple[str, str, str]]:
     """Tiles: name, value, note."""
     tiles = []
     knn = run.knn()
-    if teacher := knn.get("teacher"):
-        k = _headline_k(teacher)
-        value = teacher[k][1][-1]
-        note = f"teacher, k = {k}, step {_count(teacher[k][0][-1])}"
+    if headline := run.headline_knn("teacher"):
+        k, steps, values = headline
+        value = values[-1]
+        note = f"teacher, k = {k}, step {_count(steps[-1])}"
         if untrained := knn.get("untrained", {}).get(k):
             note = f"untrained {untrained[1][0]:.1f} %, {value - untrained[1][0]:+.1f} points · {note}"
         tiles.append(("k-NN accuracy", f"{value:.1f} %", note))

@@ -16,8 +16,8 @@ from massl_fast.evaluation.features import SMALL_IMAGE, Features, LabelledImages
 from massl_fast.evaluation.knn import nearest_neighbours
 from massl_fast.models.attention import class_token_attention
 from massl_fast.models.published import load_backbone
-from massl_fast.report.run_folder import RunFolder
 from massl_fast.run.checkpoint import CheckpointFolder
+from massl_fast.run.reading import RunFolder
 
 NUM_QUERIES = 12
 NUM_NEIGHBOURS = 8

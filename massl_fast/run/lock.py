@@ -232,6 +232,22 @@ def lives(holder: dict[str, Any]) -> bool:
     return bool(_namespace()) and holder["namespace"] == _namespace() and started is not None and started == holder["process_started"]
 
 
+def sign_of_life(folder: Path) -> tuple[bool, float] | None:
+    """(whether the run that holds ``folder`` lives, when its lock was last touched, in seconds since 1970); None where nobody holds it.
+
+    For onlookers: nothing is waited for or written. Of a holder on another host, whose clock may differ from this one's by less than the
+    silence, the age of the last beat decides.
+    """
+    try:
+        found, touched = (folder / NAME).read_text(), (folder / NAME).stat().st_mtime
+    except OSError:
+        return None
+    holder = _parsed(found)
+    if holder["namespace"] and holder["namespace"] == _namespace():
+        return lives(holder), touched
+    return time.time() - touched < SILENT_SECONDS, touched
+
+
 def why_ended(holder: dict[str, Any], here: dict[str, Any]) -> str | None:
     """How it can be known from here that the holder has ended, or None where it cannot."""
     if here["namespace"] and holder["namespace"] == here["namespace"] and not lives(holder):

@@ -13,8 +13,8 @@ from massl_fast.data.sources import open_source
 from massl_fast.report import pictures
 from massl_fast.report.page import page_of, write_report
 from massl_fast.report.pictures import NeighbourSheet, Pictures, collect_pictures, one_of_each_class
-from massl_fast.report.run_folder import read_run
 from massl_fast.run.checkpoint import CheckpointFolder
+from massl_fast.run.reading import read_run
 
 NONE = Pictures(attention_note="No attention here.", neighbours_note="No neighbours here.")
 VIT = dict(img_size=16, patch_size=8, embed_dim=24, depth=1, num_heads=3, num_classes=0)

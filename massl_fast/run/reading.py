@@ -1,4 +1,4 @@
-"""What a run folder holds, read for the report: whole, cut off at any moment, or from another version."""
+"""What a run folder holds, read for reports and tables: whole, cut off at any moment, or from another version."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import yaml
 
-from massl_fast.report.figures import is_number
 from massl_fast.run.checkpoint import CheckpointFolder, read_state
+from massl_fast.run.outputs import DECLARATIONS
 
-DECLARATIONS = "metrics.schema.json"
+HEADLINE_K = 20
 KNN_KEY = re.compile(r"knn_(untrained|teacher|student)_k(\d+)_percent")
 
 
@@ -69,9 +69,34 @@ class RunFolder:
                     found.setdefault(match[1], {})[int(match[2])] = (steps, values)
         return found
 
+    def headline_knn(self, network: str) -> tuple[int, list[float], list[float]] | None:
+        """(k, steps, percentages) of a network at k = 20, or at the smallest k where 20 was not evaluated; None without k-NN."""
+        by_k = self.knn().get(network)
+        if not by_k:
+            return None
+        k = HEADLINE_K if HEADLINE_K in by_k else min(by_k)
+        return k, *by_k[k]
+
     @property
     def last_step(self) -> int:
         return int(self.rows[-1]["step"]) if self.rows else 0
+
+    @property
+    def total_steps(self) -> int | None:
+        """How long the run is; None where neither its settings nor a checkpoint say."""
+        steps, epochs = (self.setting("train", name) for name in ("steps", "epochs"))
+        if is_number(steps) and steps:
+            return int(steps)
+        steps_per_epoch = self.checkpoint_state().get("steps_per_epoch")
+        return max(1, round(epochs * steps_per_epoch)) if is_number(epochs) and is_number(steps_per_epoch) else None
+
+    def checkpoint_state(self) -> dict[str, Any]:
+        """``state.json`` of the last checkpoint; empty where there is none or it is damaged."""
+        try:
+            checkpoint = CheckpointFolder(self.path / "checkpoints").last()
+            return read_state(checkpoint) if checkpoint else {}
+        except ValueError:
+            return {}
 
 
 def read_run(path: Path | str) -> RunFolder:
@@ -82,9 +107,7 @@ def read_run(path: Path | str) -> RunFolder:
     """
     path = Path(path)
     if not path.is_dir():
-        raise ValueError(
-            f"There is no folder {path}. A report is made of the folder that `massl-fast train` writes, for example runs/demo."
-        )
+        raise ValueError(f"There is no folder {path}. Name the folder that `massl-fast train` writes, for example runs/demo.")
     if not (path / "config.yaml").is_file() and not (path / "metrics.jsonl").is_file():
         raise ValueError(
             f"{path} is not a run folder: it holds neither config.yaml nor metrics.jsonl. Name a folder written by `massl-fast train`."
@@ -110,18 +133,11 @@ def read_run(path: Path | str) -> RunFolder:
 
 
 def _stopped(run: RunFolder) -> str:
-    stop, steps, epochs = (run.setting("train", name) for name in ("stop_at_step", "steps", "epochs"))
+    stop, steps = run.setting("train", "stop_at_step"), run.total_steps
     if not is_number(stop) or not 0 < stop <= run.last_step:
         return ""
     # A run that is killed in its last step has logged it and has no checkpoint of it.
-    checkpoint = CheckpointFolder(run.path / "checkpoints").last()
-    state = read_state(checkpoint) if checkpoint else {}
-    if state.get("step") != run.last_step:
-        return ""
-    steps_per_epoch = state.get("steps_per_epoch")
-    if not steps and is_number(epochs) and is_number(steps_per_epoch):
-        steps = max(1, round(epochs * steps_per_epoch))
-    if not is_number(steps) or run.last_step >= steps:
+    if run.checkpoint_state().get("step") != run.last_step or steps is None or run.last_step >= steps:
         return ""
     return f"stopped at step {run.last_step} of {steps}, as asked"
 
@@ -205,3 +221,7 @@ def _before_declarations(run: RunFolder) -> list[Declared]:
         Declared("memory_spread", "memory", **spread),
         Declared("memory_age_steps", "Age of the oldest memory entry", "steps", f"The memory holds {size} embeddings." if size else ""),
     ]
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -3,8 +3,8 @@ import json
 import pytest
 import torch
 
-from massl_fast.report.run_folder import read_run
 from massl_fast.run.checkpoint import CheckpointFolder
+from massl_fast.run.reading import read_run
 
 
 def write(folder, rows=(), tail="", config="train: {epochs: 2}\n", summary=None):
