@@ -19,8 +19,8 @@ from torch import Tensor
 
 INITIAL_DEVIATION = 0.01
 LARS_COEFFICIENT = 0.001
-COLUMNS_AT_ONCE = 1536
-"""Outputs (heads × classes) of one product on a CPU: beyond this the weights leave its cache."""
+COLUMNS_AT_ONCE = 4608
+"""Outputs (heads × classes) of one product on a CPU. Fewer keep weights in its cache and cost calls; this is even for 45 heads."""
 ALIGNMENT = 8
 """Features are filled up to a multiple of this, with the column of ones that makes the bias."""
 VALUES_AT_ONCE = 2**20
@@ -71,6 +71,7 @@ class Heads:
         self._rate = torch.tensor(sweep.rates, dtype=dtype, device=device)
         self._decay = torch.tensor(sweep.decays or [0.0] * len(sweep), dtype=dtype, device=device)
         self._lars = torch.tensor(sweep.lars or [False] * len(sweep), device=device)
+        self._room: dict[tuple[str, torch.dtype], Tensor] = {}
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -94,44 +95,54 @@ class Heads:
         """
         heads, at_once = len(self), self._heads_at_once()
         losses = torch.empty(heads, dtype=self.weight.dtype, device=self.weight.device)
-        low = features.to(products) if products is not None else features
+        low = features if products is None else features.to(products)
         rows = torch.arange(len(labels), device=labels.device)
         for first in range(0, heads, at_once):
             part = slice(first, min(first + at_once, heads))
-            weight, velocity = self.weight[part], self.velocity[part]
-            flat = weight.flatten(0, 1)
-            logits = (flat.to(low.dtype) @ low.T).to(weight.dtype).unflatten(0, (-1, self.classes))
-            slope = torch.softmax(logits, dim=1)
+            flat = self.weight[part].flatten(0, 1)
+            scores = torch.mm(self._as(low.dtype, "weight", flat), low.T, out=self._space("scores", (len(flat), len(low)), low.dtype))
+            scores = self._as(flat.dtype, "probabilities", scores)
+            slope = scores.unflatten(0, (-1, self.classes))
+            torch.softmax(slope, dim=1, out=slope)
             true = slope[:, labels, rows]
             losses[part] = -true.clamp(min=torch.finfo(true.dtype).tiny).log().mean(1)
             slope[:, labels, rows] = true - 1
-            self._update(part, weight, velocity, slope.flatten(0, 1), low, schedule, momentum)
+            self._update(part, self._as(low.dtype, "slopes", scores), low, schedule, momentum)
         return losses
 
-    def _update(
-        self, part: slice, weight: Tensor, velocity: Tensor, slope: Tensor, features: Tensor, schedule: float, momentum: float
-    ) -> None:
+    def _update(self, part: slice, slope: Tensor, features: Tensor, schedule: float, momentum: float) -> None:
         """SGD with momentum as ``torch.optim.SGD`` has it; LARS after You et al. 2017, weight decay and trust ratio sparing biases."""
+        weight, velocity = self.weight[part], self.velocity[part]
         decay, lars, rate = self._decay[part], self._lars[part], schedule * self._rate[part]
-        scale = 1 / len(features)
-        if not lars.any():
-            if features.dtype == velocity.dtype:  # the momentum costs nothing inside the product
-                velocity.flatten(0, 1).addmm_(slope, features, beta=momentum, alpha=scale)
-            else:
-                product = slope.to(features.dtype) @ features
-                velocity.mul_(momentum).flatten(0, 1).add_(product, alpha=scale)
-            if decay.any():
-                velocity.addcmul_(weight, decay[:, None, None])
+        moved, scale = velocity.flatten(0, 1), 1 / len(features)
+        if not lars.any() and features.dtype == velocity.dtype:  # the momentum costs nothing inside the product
+            moved.addmm_(slope, features, beta=momentum, alpha=scale)
         else:
-            gradient = (scale * (slope.to(features.dtype) @ features).to(weight.dtype)).view_as(weight)
-            spared = torch.ones_like(gradient[:1, :1])
-            spared[..., self.features :] = 0
-            decayed = gradient + decay[:, None, None] * torch.where(lars[:, None, None], spared, 1) * weight
-            sizes = (weight * spared).flatten(1).norm(dim=1), (decayed * spared).flatten(1).norm(dim=1)
-            ratio = torch.where((sizes[0] > 0) & (sizes[1] > 0), LARS_COEFFICIENT * sizes[0] / sizes[1], 1.0)
-            ratio = torch.where(lars[:, None, None] & (spared > 0), ratio[:, None, None], 1.0)
-            velocity.mul_(momentum).add_(ratio * decayed)
+            product = torch.mm(slope, features, out=self._space("product", moved.shape, features.dtype))
+            gradient = self._as(moved.dtype, "gradient", product).mul_(scale).view_as(weight)
+            if lars.any():
+                spared = torch.ones_like(gradient[:1, :1])
+                spared[..., self.features :] = 0
+                gradient += decay[:, None, None] * torch.where(lars[:, None, None], spared, 1) * weight
+                sizes = (weight * spared).flatten(1).norm(dim=1), (gradient * spared).flatten(1).norm(dim=1)
+                ratio = torch.where((sizes[0] > 0) & (sizes[1] > 0), LARS_COEFFICIENT * sizes[0] / sizes[1], 1.0)
+                gradient *= torch.where(lars[:, None, None] & (spared > 0), ratio[:, None, None], 1.0)
+            torch.add(gradient, velocity, alpha=momentum, out=velocity)
+        if decay.any() and not lars.any():
+            velocity.addcmul_(weight, decay[:, None, None])
         torch.addcmul(weight, velocity, -rate[:, None, None], out=weight)
+
+    def _space(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Memory for an intermediate of a step, kept for the next one: fresh pages cost a tenth of a step on a CPU."""
+        count = math.prod(shape)
+        kept = self._room.get((name, dtype))
+        if kept is None or len(kept) < count:
+            kept = self._room[name, dtype] = torch.empty(count, dtype=dtype, device=self.weight.device)
+        return kept[:count].view(*shape)
+
+    def _as(self, dtype: torch.dtype, name: str, values: Tensor) -> Tensor:
+        """``values`` in another type, in memory that is kept; themselves where they have it."""
+        return values if values.dtype == dtype else self._space(name, values.shape, dtype).copy_(values)
 
     @torch.no_grad()
     def logits(self, features: Tensor) -> Tensor:
@@ -260,7 +271,10 @@ def fit_logistic(
     tolerance: float = 1e-5,
     most_iterations: int = 1000,
 ) -> LogisticFit:
-    """Logistic regressions for all training sets and penalties together, by L-BFGS with a backtracking line search.
+    """Logistic regressions of all training sets together, for one penalty after the other, by L-BFGS with a backtracking line search.
+
+    The strongest penalty comes first, and each next one starts where the line through the two minima before it, over log λ, leads to.
+    Value, gradient and the pairs of L-BFGS are known for the next penalty without a pass over the features: only λ/2 · ‖W‖² changes.
 
     Every regression takes steps of its own length; one that has converged leaves the products. Sums of losses and inner products are
     float64, products are of the features' type. Features are rotated to their principal axes, as many as there are images at most: the
@@ -274,124 +288,148 @@ def fit_logistic(
         loss: multinomial, mean over images of the cross entropy; one_vs_rest, mean over images of the sum over classes of
             log(1 + exp(-y z)), y = ±1.
         tolerance: largest norm of a class's gradient at which a regression is done.
+        most_iterations: of one regression.
     """
     width = features[0].shape[1]
     most = min(width, max(len(rows) for rows in features))
-    axes, rotated, variances = zip(*(_principal(rows, most) for rows in features))
-    problems = _Problems(rotated, labels, classes, loss, penalties)
-    count = len(problems.penalties)
     # Sets of few images have fewer axes; theirs are filled up, and nothing ever moves along the rest.
-    size = classes * rotated[0].shape[1]
-    point = torch.zeros(count, size, dtype=features[0].dtype, device=features[0].device)
-    inverse = _inverse_curvature(torch.stack(variances), problems.penalties, classes, loss).to(point.dtype)
-    active = torch.arange(count, device=point.device)
-    # At 0 the penalties of a set agree.
-    first = active[:: len(penalties)]
-    value, slope = (part.repeat_interleave(len(penalties), dim=0) for part in problems.evaluate(point[first], first))
-    iterations = torch.zeros(count, dtype=torch.int64, device=point.device)
-    best_value, best_gradient = value.clone(), _largest(slope, classes)
-    active, value, slope, history = _without(best_gradient > tolerance, active, value, slope, [])
-    solution = point.clone()
-    point = point[active]
-    while len(active) and int(iterations.max()) < most_iterations:
-        direction = _direction(slope, history, inverse[active])
-        descent = _dot(direction, slope)
+    axes, rotated, variances = zip(*(_principal(rows, most) for rows in features))
+    problems = _Problems(rotated, labels, classes, loss)
+    shape = (len(features), len(penalties))
+    point = torch.zeros(len(features), classes * most, dtype=features[0].dtype, device=features[0].device)
+    solution = torch.empty(*shape, classes, width, dtype=point.dtype, device=point.device)
+    found = [torch.empty(shape, dtype=kind) for kind in (torch.float64, torch.float64, torch.int64)]
+    state = _State(point, *problems.evaluate(point, torch.arange(len(features))), [])
+    minima: list[tuple[float, Tensor]] = []
+    for place in sorted(range(len(penalties)), key=lambda place: -penalties[place]):
+        penalty = penalties[place]
+        inverse = _inverse_curvature(torch.stack(variances), penalty, classes, loss).to(point.dtype)
+        state = _under_next_penalty(state, penalty - problems.penalty, inverse)
+        problems.penalty = penalty
+        if len(minima) > 1 and minima[0][0] > minima[1][0]:
+            (older, before), (last, _) = minima
+            state = _extrapolated(problems, state, before, math.log(penalty / last) / math.log(last / older), inverse)
+        state, iterations = _minimum(problems, state, inverse, tolerance, most_iterations)
+        minima = [*minima[-1:], (penalty, state.point)]
+        solution[:, place] = torch.stack([w.view(classes, -1) @ to.T for w, to in zip(state.point, axes)])
+        for table, values in zip(found, (state.value, _largest(state.slope, classes), iterations)):
+            table[:, place] = values
+    objective, gradient, iterations = found
+    return LogisticFit(solution, objective, gradient, iterations, converged=gradient <= tolerance)
+
+
+@dataclass(frozen=True)
+class _State:
+    """Where S regressions are: points [S, C·R], values [S] float64, gradients [S, C·R], the last pairs of steps and changes."""
+
+    point: Tensor
+    value: Tensor
+    slope: Tensor
+    history: list[Pair]
+
+
+def _minimum(problems: _Problems, state: _State, inverse: Tensor, tolerance: float, most_iterations: int) -> tuple[_State, Tensor]:
+    """(the minima of the current penalty, or as far as arithmetic and ``most_iterations`` allow, iterations [S] int64)."""
+    iterations = torch.zeros(len(state.value), dtype=torch.int64)
+    going = _largest(state.slope, problems.classes) > tolerance
+    while bool(going.any()):
+        direction = _direction(state.slope, state.history, inverse)
+        descent = _dot(direction, state.slope)
         uphill = descent >= 0
         if uphill.any():  # rounding has spoilt the curvature; the gradient itself always leads down
-            direction[uphill], descent[uphill] = -slope[uphill], -_dot(slope[uphill], slope[uphill])
-        step = torch.ones_like(value)
-        new_point, new_value, new_slope, moved = _line_search(problems, active, point, value, slope, direction, descent, step)
-        iterations[active] += 1
-        history = [*history[-(HISTORY - 1) :], _pair(new_point - point, new_slope - slope, inverse[active])]
-        point, value, slope = new_point, new_value, new_slope
-        solution[active], best_value[active], best_gradient[active] = point, value, _largest(slope, classes)
-        going = moved & (best_gradient[active] > tolerance)
-        point = point[going]
-        active, value, slope, history = _without(going, active, value, slope, history)
-    shape = (len(features), len(penalties))
-    return LogisticFit(
-        weight=torch.stack([w @ to.T for w, to in zip(solution.view(*shape, classes, -1), axes)]).reshape(*shape, classes, width),
-        objective=best_value.view(shape).cpu(),
-        gradient=best_gradient.view(shape).cpu(),
-        iterations=iterations.view(shape).cpu(),
-        converged=(best_gradient <= tolerance).view(shape).cpu(),
+            direction[uphill], descent[uphill] = -state.slope[uphill], -_dot(state.slope[uphill], state.slope[uphill])
+        point, value, slope, moved = _line_search(problems, going.nonzero()[:, 0], state, direction, descent)
+        iterations += going.cpu()
+        pair = _pair(point - state.point, slope - state.slope, inverse)
+        state = _State(point, value, slope, [*state.history[-(HISTORY - 1) :], pair])
+        going = going & moved & (_largest(slope, problems.classes) > tolerance) & (iterations < most_iterations).to(going.device)
+    return state, iterations
+
+
+def _under_next_penalty(state: _State, change: float, inverse: Tensor) -> _State:
+    """The same points under a penalty that is larger by ``change``: λ/2 · ‖W‖² adds λ · W to gradients and λ · s to changes of them."""
+    return _State(
+        state.point,
+        state.value + 0.5 * change * _dot(state.point, state.point),
+        state.slope + change * state.point,
+        [_pair(step, difference + change * step, inverse) for step, difference, _, _ in state.history],
     )
 
 
-class _Problems:
-    """Value and gradient of S · L regressions; regression s · L + l has training set s and penalty l."""
+def _extrapolated(problems: _Problems, state: _State, before: Tensor, factor: float, inverse: Tensor) -> _State:
+    """Further along the line from the minima ``before`` to the points of ``state``, for the regressions that this leads down."""
+    trial = state.point + factor * (state.point - before)
+    value, slope = problems.evaluate(trial, torch.arange(len(trial), device=trial.device))
+    better = value < state.value
+    point, slope = (torch.where(better[:, None], new, old) for new, old in ((trial, state.point), (slope, state.slope)))
+    pair = _pair(point - state.point, slope - state.slope, inverse)
+    return _State(point, torch.where(better, value, state.value), slope, [*state.history[-(HISTORY - 1) :], pair])
 
-    def __init__(self, features: Sequence[Tensor], labels: Sequence[Tensor], classes: int, loss: str, penalties: Sequence[float]) -> None:
+
+class _Problems:
+    """Value and gradient of S regressions under one penalty.
+
+    Attributes:
+        penalty: λ of mean loss + λ/2 · ‖W‖²; 0 until it is set.
+    """
+
+    def __init__(self, features: Sequence[Tensor], labels: Sequence[Tensor], classes: int, loss: str) -> None:
         assert loss in ("multinomial", "one_vs_rest")
         self.features, self.labels, self.classes, self.loss = features, labels, classes, loss
-        self.per_set = len(penalties)
-        self.penalties = torch.tensor(list(penalties) * len(features), dtype=torch.float64, device=features[0].device)
+        self.penalty = 0.0
 
     def evaluate(self, point: Tensor, problems: Tensor) -> tuple[Tensor, Tensor]:
         """Values [P] float64 and gradients [P, C·D] of the regressions ``problems`` [P] at ``point`` [P, C·D]."""
-        penalty = self.penalties[problems]
-        value = 0.5 * penalty * _dot(point, point)
-        slope = point * penalty[:, None].to(point.dtype)
-        sets = torch.div(problems, self.per_set, rounding_mode="floor").tolist()
-        for number in dict.fromkeys(sets):
-            rows = [row for row, of in enumerate(sets) if of == number]
-            part = slice(rows[0], rows[-1] + 1)  # regressions of a set lie together
-            self._add_losses(number, point[part], value[part], slope[part])
+        value = 0.5 * self.penalty * _dot(point, point)
+        slope = point * self.penalty
+        for row, number in enumerate(problems.tolist()):
+            self._add_losses(number, point[row], value[row], slope[row])
         return value, slope
 
     def _add_losses(self, number: int, point: Tensor, value: Tensor, slope: Tensor) -> None:
-        features, labels, count = self.features[number], self.labels[number], len(point)
-        weight = point.view(count * self.classes, -1)
-        gradient = slope.view(count * self.classes, -1)
-        rows = _rows_at_once(count * self.classes, features.device)
+        features, labels = self.features[number], self.labels[number]
+        weight, gradient = point.view(self.classes, -1), slope.view(self.classes, -1)
+        rows = _rows_at_once(self.classes, features.device)
         for some, truth in zip(features.split(rows), labels.split(rows)):
-            logits = (weight @ some.T).view(count, self.classes, len(some))
+            logits = weight @ some.T
             images = torch.arange(len(some), device=some.device)
+            true = logits[truth, images]
             if self.loss == "multinomial":
-                true = logits[:, truth, images].clone()
-                top = logits.amax(1, keepdim=True)
-                sums = logits.sub_(top).exp_().sum(1, keepdim=True)
-                value += (sums.log().squeeze(1) + top.squeeze(1) - true).sum(1, dtype=torch.float64) / len(features)
+                top = logits.amax(0)
+                sums = logits.sub_(top).exp_().sum(0)
+                value += (sums.log() + top - true).sum(dtype=torch.float64) / len(features)
                 outer = logits.div_(sums)
             else:
                 # log(1 + exp(-y z)) = softplus(z) - z for y = 1, softplus(z) for y = -1.
-                true = logits[:, truth, images]
-                value += (F.softplus(logits).sum(1) - true).sum(1, dtype=torch.float64) / len(features)
+                value += (F.softplus(logits).sum(0) - true).sum(dtype=torch.float64) / len(features)
                 outer = logits.sigmoid_()
-            outer[:, truth, images] -= 1
-            gradient.addmm_(outer.view(count * self.classes, -1), some, alpha=1 / len(features))
+            outer[truth, images] -= 1
+            gradient.addmm_(outer, some, alpha=1 / len(features))
 
 
 def _line_search(
-    problems: _Problems,
-    active: Tensor,
-    point: Tensor,
-    value: Tensor,
-    slope: Tensor,
-    direction: Tensor,
-    descent: Tensor,
-    step: Tensor,
+    problems: _Problems, waiting: Tensor, state: _State, direction: Tensor, descent: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(points, values, gradients, which regressions have moved) after sufficient decrease, each by a step of its own."""
-    rounding = 4 * torch.finfo(point.dtype).eps * value.abs()
-    new_point, new_value, new_slope = point.clone(), value.clone(), slope.clone()
-    moved = torch.zeros_like(active, dtype=torch.bool)
-    waiting = torch.arange(len(active), device=active.device)
+    """(points, values, gradients, which regressions have moved [S] bool) after sufficient decrease of the regressions ``waiting``, each by
+    a step of its own.
+    """
+    rounding = 4 * torch.finfo(state.point.dtype).eps * state.value.abs()
+    point, value, slope, step = state.point.clone(), state.value.clone(), state.slope.clone(), torch.ones_like(state.value)
+    moved = torch.zeros_like(value, dtype=torch.bool)
     for _ in range(MOST_HALVINGS):
-        trial = point[waiting] + step[waiting, None].to(point.dtype) * direction[waiting]
-        found, gradient = problems.evaluate(trial, active[waiting])
-        enough = found <= value[waiting] + ARMIJO * step[waiting] * descent[waiting] + rounding[waiting]
+        trial = state.point[waiting] + step[waiting, None].to(point.dtype) * direction[waiting]
+        found, gradient = problems.evaluate(trial, waiting)
+        enough = found <= state.value[waiting] + ARMIJO * step[waiting] * descent[waiting] + rounding[waiting]
         done = waiting[enough]
-        new_point[done], new_value[done], new_slope[done], moved[done] = trial[enough], found[enough], gradient[enough], True
+        point[done], value[done], slope[done], moved[done] = trial[enough], found[enough], gradient[enough], True
         if bool(enough.all()):
             break
         # The minimum of the parabola through what is known, kept within sensible bounds.
-        left = ~enough
-        waiting, found = waiting[left], found[left]
-        curvature = found - value[waiting] - step[waiting] * descent[waiting]
+        waiting, found = waiting[~enough], found[~enough]
+        curvature = found - state.value[waiting] - step[waiting] * descent[waiting]
         best = -descent[waiting] * step[waiting] ** 2 / (2 * curvature)
         step[waiting] = torch.where(best.isfinite(), best, 0.5 * step[waiting]).clamp(0.1 * step[waiting], 0.5 * step[waiting])
-    return new_point, new_value, new_slope, moved
+    return point, value, slope, moved
 
 
 Pair = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -440,22 +478,15 @@ def _principal(features: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
     return axes, features @ axes, F.pad(values.clamp(min=0) / count, (0, missing))
 
 
-def _inverse_curvature(variances: Tensor, penalties: Tensor, classes: int, loss: str) -> Tensor:
-    """[S · L, C · R], of the features' axes: 1 / (mean squares · slope of the softmax or sigmoid at 0 + λ)."""
+def _inverse_curvature(variances: Tensor, penalty: float, classes: int, loss: str) -> Tensor:
+    """[S, C · R], of the features' axes: 1 / (mean squares [S, R] · slope of the softmax or sigmoid at 0 + λ)."""
     sharpness = (1 - 1 / classes) / classes if loss == "multinomial" else 0.25
-    curvature = (sharpness * variances)[:, None, :] + penalties.view(len(variances), -1, 1)
-    return (1 / curvature).flatten(0, 1).repeat(1, classes)
+    return (1 / (sharpness * variances + penalty)).repeat(1, classes)
 
 
 def _largest(slope: Tensor, classes: int) -> Tensor:
     """The largest norm of a class's gradient [P] float64."""
     return slope.unflatten(1, (classes, -1)).double().norm(dim=2).amax(1)
-
-
-def _without(kept: Tensor, active: Tensor, value: Tensor, slope: Tensor, history: list[Pair]) -> tuple[Tensor, Tensor, Tensor, list[Pair]]:
-    if bool(kept.all()):
-        return active, value, slope, history
-    return active[kept], value[kept], slope[kept], [tuple(part[kept] for part in pair) for pair in history]
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:

@@ -1,0 +1,181 @@
+"""What evaluation costs beside the plain way: heads of a sweep, logistic regressions, extraction of features.
+
+    python bench/evaluation.py heads
+    python bench/evaluation.py regressions
+    python bench/evaluation.py extraction --images FOLDER_OF_CLASS_FOLDERS
+
+Both sides take turns in one process; a figure is the median of the turns, in seconds of wall-clock time. The plain ways are what users
+write: a loop over ``nn.Linear`` and ``torch.optim.SGD``, scikit-learn penalty by penalty, torchvision's ImageFolder and a timm network.
+Run it on an idle machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from massl_fast.data.crops import IMAGENET_MEAN, IMAGENET_STD
+from massl_fast.data.loaders import open_data
+from massl_fast.evaluation.features import extract_features
+from massl_fast.evaluation.heads import Sweep, fit_logistic, train_heads
+from massl_fast.evaluation.linear import PUBLISHED_RATES
+
+WIDTH = 384
+PENALTIES = tuple(10 ** (-6 + 5 * i / 9) for i in range(10))
+MOST_EXCESS = 1e-4
+
+
+def in_turns(ways: dict[str, Callable[[], object]], turns: int) -> dict[str, float]:
+    """Median seconds of each way."""
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(turns):
+        for name, way in ways.items():
+            started = time.perf_counter()
+            way()
+            seconds[name].append(time.perf_counter() - started)
+    return {name: statistics.median(found) for name, found in seconds.items()}
+
+
+def labelled_rows(count: int, classes: int, decay: float, spread: float) -> tuple[Tensor, Tensor]:
+    """Unit rows [n, 384] around a centre per class, whose k-th principal axis has the scale k^-decay, and labels [n]."""
+    generator = torch.Generator().manual_seed(0)
+    scale = torch.arange(1, WIDTH + 1) ** -decay
+    axes = torch.linalg.qr(torch.randn(WIDTH, WIDTH, generator=generator))[0]
+    centres = torch.randn(classes, WIDTH, generator=generator) * scale
+    labels = torch.randint(classes, (count,), generator=generator)
+    rows = (centres[labels] + spread * torch.randn(count, WIDTH, generator=generator) * scale) @ axes
+    return F.normalize(rows, dim=1), labels
+
+
+def separate_heads(rows: Tensor, labels: Tensor, rates: tuple[float, ...], classes: int, batch: int) -> None:
+    """One epoch of the loop that iBOT and DINOv2 have: a module and an optimizer per head."""
+    heads = [nn.Linear(WIDTH, classes) for _ in rates]
+    optimizers = [torch.optim.SGD(head.parameters(), lr=rate, momentum=0.9) for head, rate in zip(heads, rates)]
+    for some in torch.randperm(len(labels)).split(batch):
+        batch_rows, batch_labels = rows[some], labels[some]
+        for head, optimizer in zip(heads, optimizers):
+            loss = F.cross_entropy(head(batch_rows), batch_labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+
+def heads(turns: int) -> None:
+    rows, labels = labelled_rows(10_000, 100, 0.0, 2.0)
+    rows *= WIDTH**0.5  # as large as features after a norm
+    for batch in (128, 1024):
+        rates = tuple(rate * batch / 256 for rate in PUBLISHED_RATES)
+
+        def together(products: torch.dtype | None, batch: int = batch, rates: tuple[float, ...] = rates) -> object:
+            return train_heads(lambda _: rows, labels, Sweep(rates), classes=100, epochs=1, batch_size=batch, products=products)
+
+        ways = {
+            "separate": lambda batch=batch, rates=rates: separate_heads(rows, labels, rates, 100, batch),
+            "together, fp32": lambda together=together: together(None),
+            "together, bf16 products": lambda together=together: together(torch.bfloat16),
+        }
+        found = in_turns(ways, turns)
+        print(f"45 heads, 10,000 rows of 384 features, 100 classes, one epoch, batch {batch}:")
+        for name, seconds in found.items():
+            print(f"    {name:24} {seconds:6.2f} s   {found['separate'] / seconds:4.1f} ×")
+
+
+def objective(weight: Tensor, rows: Tensor, labels: Tensor, penalty: float) -> float:
+    weight = weight.double()
+    return (F.cross_entropy(rows.double() @ weight.T, labels) + penalty / 2 * weight.square().sum()).item()
+
+
+def regressions(turns: int) -> None:
+    """Both sides at the loosest tolerance at which every objective is within 1e-4 of its minimum."""
+    from sklearn.linear_model import LogisticRegression
+
+    warnings.simplefilter("ignore")
+    for count, classes, decay, spread in ((3_000, 30, 0.0, 2.0), (3_000, 30, 0.7, 1.5), (10_000, 100, 0.7, 1.5)):
+        rows, labels = labelled_rows(count, classes, decay, spread)
+
+        def ours(tolerance: float, rows: Tensor = rows, labels: Tensor = labels, classes: int = classes) -> Tensor:
+            return fit_logistic([rows], [labels], PENALTIES, classes=classes, tolerance=tolerance).weight[0]
+
+        def theirs(tolerance: float, rows: Tensor = rows, labels: Tensor = labels) -> list[Tensor]:
+            found = []
+            for penalty in PENALTIES:
+                model = LogisticRegression(C=1 / (penalty * len(rows)), fit_intercept=False, tol=tolerance, max_iter=1000)
+                found.append(torch.from_numpy(model.fit(rows.numpy(), labels.numpy()).coef_))
+            return found
+
+        least = [objective(weight, rows, labels, penalty) for weight, penalty in zip(ours(1e-6), PENALTIES)]
+        print(f"10 penalties from 1e-6 to 1e-1, {count} rows of 384 features, {classes} classes, axes of scale k^-{decay:g}:")
+        ways, excesses = {}, {}
+        for name, way in (("fit_logistic", ours), ("scikit-learn, one by one", theirs)):
+            for tolerance in (1e-3, 1e-4, 3e-5, 1e-5, 3e-6, 1e-6):
+                weights = way(tolerance)
+                excess = max(objective(weight, rows, labels, p) - best for weight, p, best in zip(weights, PENALTIES, least))
+                if excess <= MOST_EXCESS:
+                    break
+            ways[name] = lambda way=way, tolerance=tolerance: way(tolerance)
+            excesses[name] = f"largest excess {excess:.1e} at tolerance {tolerance:g}"
+        found = in_turns(ways, turns)
+        for name, seconds in found.items():
+            print(f"    {name:24} {seconds:6.2f} s   {seconds / found['fit_logistic']:4.1f} ×   {excesses[name]}")
+
+
+def plain_extraction(images: str, network: nn.Module, workers: int, batch: int) -> Tensor:
+    """The loop that users write."""
+    from torchvision import transforms
+    from torchvision.datasets import ImageFolder
+
+    steps = [transforms.Resize(256, transforms.InterpolationMode.BICUBIC), transforms.CenterCrop(224), transforms.ToTensor()]
+    steps.append(transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD))
+    loader = torch.utils.data.DataLoader(ImageFolder(images, transforms.Compose(steps)), batch, num_workers=workers)
+    with torch.no_grad():
+        return torch.cat([network(batch_images) for batch_images, _ in loader])
+
+
+def extraction(turns: int, images: str, architecture: str) -> None:
+    network = timm.create_model(architecture, num_classes=0).eval()
+    source = open_data(images, "--images", "train")
+    for workers in (0, 2):
+        ways = {
+            "timm and torchvision": lambda workers=workers: plain_extraction(images, network, workers, 64),
+            "extract_features": lambda workers=workers: extract_features(
+                network,
+                source,
+                image_size=224,
+                device="cpu",
+                mean=IMAGENET_MEAN,
+                std=IMAGENET_STD,
+                batch_size=64,
+                num_workers=workers,
+            ),
+        }
+        found = in_turns(ways, turns)
+        print(f"{len(source)} images of {images}, {architecture}, {workers} workers:")
+        for name, seconds in found.items():
+            print(f"    {name:24} {seconds:6.2f} s   {len(source) / seconds:6.1f} images/s")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("heads", "regressions", "extraction"))
+    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--images", help="a folder of class folders")
+    parser.add_argument("--architecture", default="vit_tiny_patch16_224")
+    args = parser.parse_args()
+    if args.what == "heads":
+        heads(args.turns)
+    elif args.what == "regressions":
+        regressions(args.turns)
+    else:
+        extraction(args.turns, args.images, args.architecture)
+
+
+if __name__ == "__main__":
+    main()
