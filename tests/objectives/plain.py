@@ -50,6 +50,16 @@ def moco_loss(query: Tensor, key: Tensor, temperature: float) -> Tensor:
     return sum(2 * temperature * F.cross_entropy(query[a] @ key[1 - a].T / temperature, target) for a in range(2))
 
 
+def patch_contrast_loss(x: Tensor, y: Tensor, taken: Tensor, patches: int, temperature: float) -> Tensor:
+    """x, y [2, N·P, D], ``taken`` bool [2, N·P]; MMC: each patch against its own key and those of other images' patches, mean over taken."""
+    x, y = F.normalize(x, dim=-1), F.normalize(y, dim=-1)
+    image = torch.arange(x.shape[1]) // patches
+    others_of_image = (image[:, None] == image) & ~torch.eye(len(image), dtype=torch.bool)
+    logits = (x @ y.mT / temperature).masked_fill(others_of_image, -math.inf)
+    rows = torch.stack([F.cross_entropy(each, torch.arange(len(image)), reduction="none") for each in logits])
+    return (rows * taken).sum() / taken.sum()
+
+
 class PlainStep:
     """AdamW, each parameter clipped by its own norm, and a moving average by name; ``loss_of(student, teacher, crops) -> loss``."""
 

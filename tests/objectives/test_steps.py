@@ -8,7 +8,7 @@ import torch
 from massl_fast.kernels import partition_indices
 from massl_fast.objectives.base import At
 from massl_fast.objectives.draws import block_masks, chosen_rows
-from plain import PlainStep, carp_loss, dino_loss, moco_loss, pairs, sinkhorn_targets
+from plain import PlainStep, carp_loss, dino_loss, moco_loss, pairs, patch_contrast_loss, sinkhorn_targets
 from small import crops_of, settings_of, small_step, step_settings
 
 STEPS, IMAGES = 5, 6
@@ -152,6 +152,43 @@ def test_ibot():
         torch.testing.assert_close(step.objective.patch_center, patch_center, rtol=1e-8, atol=1e-9)
     assert mask.any() and not mask.all()
     demand_equal(step, student, teacher)
+
+
+def patches_of(images, side):
+    """Pixels of each patch, [n, P, 3·side²] in the order channel, row, column."""
+    count, channels, height, width = images.shape
+    cut = images.view(count, channels, height // side, side, width // side, side)
+    return cut.permute(0, 2, 4, 1, 3, 5).reshape(count, -1, channels * side * side)
+
+
+def test_mmc():
+    config = settings_of("mmc")
+    step = small_step(config, torch.float64)
+    student, teacher, plain = plain_side(step)
+    for number in range(STEPS):
+        crops = crops_of(config, IMAGES, number, torch.float64)
+        settings = step_settings(number)
+        result = step([crops], settings, number)
+        at = At(number, settings.own, IMAGES, 0, (), step.world, 4)
+        inputs = step.objective.student_inputs(crops, at)
+        hidden = inputs.masks.extra["corrupted"]
+        seen, whole, others = (patches_of(torch.cat(part), 4) for part in (inputs.crops, crops, [crop.roll(1, 0) for crop in crops]))
+        alien = (seen == others).all(-1)
+        assert torch.equal(hidden, (seen != whole).any(-1)) and hidden.any() and not hidden.all()
+        assert alien.any() and not alien[~hidden].any() and not alien.all()
+        classes, patches = tokens_of(student, inputs.crops)
+        with torch.no_grad():
+            class_keys, patch_keys = tokens_of(teacher, crops)
+            class_keys, patch_keys = teacher.head.class_mlp(class_keys), teacher.head.patch_mlp(patch_keys)
+        pixels = student.head.decoder(patches)
+        query, key = (rows.view(2, IMAGES, -1) for rows in (student.head.class_mlp(classes), class_keys))
+        x, y = (rows.view(2, IMAGES * 16, -1) for rows in (student.head.patch_mlp(patches), patch_keys))
+        loss = moco_loss(query, key, 0.2) + patch_contrast_loss(x, y, hidden.view(2, -1), 16, 0.2)
+        loss = loss + ((pixels - whole).abs().mean(-1) * hidden).sum() / hidden.sum()
+        plain(loss, settings.learning_rate, settings.weight_decay, settings.teacher_momentum)
+        torch.testing.assert_close(result.loss, loss.detach(), rtol=1e-10, atol=1e-10)
+    demand_equal(step, student, teacher)
+    assert not any(name.startswith("head.decoder") for name, _ in step.pair.teacher.named_parameters())
 
 
 def test_masks_are_blocks_of_the_published_sizes():
