@@ -41,7 +41,7 @@ def command(folder: Path, recipe: Path, images: Path) -> list[str]:
 
 def last_step(folder: Path) -> int:
     path = folder / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.is_file() else []
+    lines = path.read_text().split("\n")[:-1] if path.is_file() else []  # the last may be half written
     return json.loads(lines[-1])["step"] if lines else -1
 
 

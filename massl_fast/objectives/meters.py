@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 METER_ROWS = 32
-"""Rows whose assignments are laid out in full; more would cost memory of size rows × K."""
+"""Rows whose assignments or similarities are laid out in full; more would cost memory of size rows × K."""
 
 
 @torch.no_grad()
@@ -22,3 +23,18 @@ def assignment_meters(rows: Tensor, keys: Tensor, temperature: float | Tensor, b
     entropy = -(assignments * logarithms).sum(-1).mean()
     of_the_mean = torch.special.entr(assignments.mean(0)).sum()
     return {"teacher_entropy_nats": entropy, "assignment_information_nats": of_the_mean - entropy}
+
+
+@torch.no_grad()
+def positive_rank(query: Tensor, keys: Tensor, own: Tensor) -> Tensor:
+    """Percentage of other keys that are nearer to a query than its own, mean over the first rows; equal ones count by half.
+
+    ``query`` [R, D], ``keys`` [M, D], ``own`` int64 [R], each query's key. 0: all queries know their image; 50: none does, be it because
+    all keys are alike or because they tell something else. Spread does not see a collapse behind batch norms: rows that were alike are 0
+    there, rows on a line have a mean of 0.
+    """
+    query, keys = (F.normalize(rows.float(), dim=-1) for rows in (query[:METER_ROWS], keys))
+    similarity = query @ keys.T
+    mine = similarity.gather(1, own[:METER_ROWS, None])
+    nearer = (similarity > mine).sum(1) + ((similarity == mine).sum(1) - 1) / 2
+    return 100 * (nearer / max(1, len(keys) - 1)).mean()

@@ -21,6 +21,7 @@ from massl_fast.models.heads import ClassPatchPixelHead
 from massl_fast.models.precision import Precision
 from massl_fast.objectives.base import At, Inputs, Metric, Objective, Outcome, patch_side, patches_of
 from massl_fast.objectives.draws import names_of_crops, small_blocks, uniforms
+from massl_fast.objectives.meters import positive_rank
 
 
 class MmcObjective(Objective):
@@ -33,6 +34,13 @@ class MmcObjective(Objective):
         Metric("pixel_loss", "Reconstruction", note="Mean absolute difference of corrupted pixels, after normalisation."),
         Metric("class_similarity", "Cosine of class token and own key", figure="Similarity"),
         Metric("patch_similarity", "Cosine of patch and own key", figure="Similarity"),
+        Metric(
+            "positive_rank_percent",
+            "Keys nearer to a class token than its own",
+            "%",
+            note="Mean over the first tokens of a rank. Near 50 they tell nothing of their image: the representation has collapsed.",
+            console="rank",
+        ),
         Metric(
             "embedding_spread", "Spread of the teacher's class tokens", note="Near 0 the representation has collapsed.", figure="Similarity"
         ),
@@ -143,6 +151,7 @@ class MmcObjective(Objective):
             "pixel_loss": pixel_loss.detach(),
             "class_similarity": (classes[0].similarity + classes[1].similarity) / 2,
             "patch_similarity": (patches[0].similarity + patches[1].similarity) / 2,
+            "positive_rank_percent": positive_rank(query[0], keys[1], own),
             "embedding_spread": 1 - unit.mean(0).square().sum(),
             "corrupted_percent": 100 * corrupted.to(wide).mean(),
         }

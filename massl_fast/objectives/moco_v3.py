@@ -12,6 +12,7 @@ from massl_fast.length import Length
 from massl_fast.models.heads import ContrastHead
 from massl_fast.models.precision import Precision
 from massl_fast.objectives.base import At, Metric, Objective, Outcome
+from massl_fast.objectives.meters import positive_rank
 
 
 class MocoV3Objective(Objective):
@@ -21,6 +22,13 @@ class MocoV3Objective(Objective):
     METRICS = (
         Metric("contrast_entropy_nats", "Entropy over keys", "nats", console="entropy"),
         Metric("positive_similarity", "Cosine of query and own key", figure="Similarity"),
+        Metric(
+            "positive_rank_percent",
+            "Keys nearer to a query than its own",
+            "%",
+            note="Mean over the first queries of a rank. Near 50 queries tell nothing of their image: the representation has collapsed.",
+            console="rank",
+        ),
         Metric(
             "embedding_spread",
             "Spread of the keys",
@@ -71,6 +79,7 @@ class MocoV3Objective(Objective):
         metrics = {
             "contrast_entropy_nats": (found[0].entropy + found[1].entropy) / 2,
             "positive_similarity": (found[0].similarity + found[1].similarity) / 2,
+            "positive_rank_percent": positive_rank(query[0], keys[1], own),
             "embedding_spread": 1 - unit.mean(0).square().sum(),
         }
         return Outcome(loss, metrics, {})

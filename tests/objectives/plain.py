@@ -51,7 +51,7 @@ def moco_loss(query: Tensor, key: Tensor, temperature: float) -> Tensor:
 
 
 def patch_contrast_loss(x: Tensor, y: Tensor, taken: Tensor, patches: int, temperature: float) -> Tensor:
-    """x, y [2, N·P, D], ``taken`` bool [2, N·P]; MMC: each patch against its own key and those of other images' patches, mean over taken."""
+    """x, y [2, N·P, D], ``taken`` bool [2, N·P]; MMC: each patch against its own key and other images' patches, mean over taken."""
     x, y = F.normalize(x, dim=-1), F.normalize(y, dim=-1)
     image = torch.arange(x.shape[1]) // patches
     others_of_image = (image[:, None] == image) & ~torch.eye(len(image), dtype=torch.bool)
