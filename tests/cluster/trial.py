@@ -276,7 +276,7 @@ def dead_node(trial: Trial) -> str:
 
 
 def two_jobs_on_one_folder(trial: Trial) -> str:
-    job = trial.start("shared", "two_hosts", SLOW_STEP_SECONDS="2.5")
+    job = trial.start("shared", "two_hosts", SLOW_STEP_SECONDS="4")
     job.reached(2)
     others = []
     for name, settings in (("second", ()), ("third", ("--run.resume", "never", "--run.seed", "3"))):
