@@ -2,7 +2,7 @@
 
 Prints a table, a line a scenario: what its rows of metrics.jsonl are against those of an undisturbed run (equal but for the clock's keys),
 or the sentence that it ended with. Exits with 1 where a promise is broken, with 2 where Slurm is not there. Two gloo ranks on the CPU, a
-quarter of an hour in all. ``--list`` names the scenarios.
+three quarters of an hour in all on a busy machine. ``--list`` names the scenarios.
 """
 
 from __future__ import annotations
