@@ -1,7 +1,7 @@
 """Run the templates of docs/slurm in a real Slurm on loopback and disturb them: ``python tests/cluster/trial.py [SCENARIO ...]``.
 
 Prints a table, a line a scenario: what its rows of metrics.jsonl are against those of an undisturbed run (equal but for the clock's keys),
-or the sentence that it ended with. Exits with 1 where a promise is broken, with 2 where Slurm is not there. Two gloo ranks on the CPU, a
+or the sentence that it ended with. Exits with 1 where a promise is broken, with 2 where Slurm is not there. Two gloo ranks on the CPU;
 three quarters of an hour in all on a busy machine. ``--list`` names the scenarios.
 """
 
