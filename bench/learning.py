@@ -1,17 +1,18 @@
-"""What training teaches a network in equal processor minutes, on real images: runs, records, and the page made of them.
+"""What training teaches a network in equal processor minutes, on real images: runs, records, and the tables made of them.
 
-    python bench/learning.py split --train 'path/cifar10/train-{000..003}.tar' --out SPLIT     hold 5,000 training images out
-    python bench/learning.py run search --minutes 3.5 --train 'SPLIT/fit-{000..003}.tar' --test 'SPLIT/held_out-{000..003}.tar'
-    python bench/learning.py run side_by_side --minutes 3 --seeds 0 1 --train 'path/cifar10/train-{000..003}.tar' --test path/cifar10/test-000.tar
-    python bench/learning.py run tables …                                                       the paper's tables 11, 12, 13
-    python bench/learning.py neighbours --checkpoint RUN --train DATA --test DATA --out FILE    nearest neighbours on real photos
-    python bench/learning.py page                                                               docs/learning.md from the records
+    T=path/cifar10                                                                             40,000 training images in 4 tars, 10,000 test
+    python bench/learning.py split --train "$T/train-{000..003}.tar" --out runs/split          hold 5,000 training images out
+    python bench/learning.py run search --minutes 2.5 --train 'runs/split/fit-{000..003}.tar' --test 'runs/split/held_out-{000..003}.tar'
+    python bench/learning.py run side_by_side --minutes 3 --seeds 0 1 --train "$T/train-{000..003}.tar" --test $T/test-000.tar
+    python bench/learning.py run tables …                                                      the paper's tables 11, 12, 13 in trend
+    python bench/learning.py keep runs/cifar10_cpu knn.json linear.json                        a run of massl-fast train, and its results
+    python bench/learning.py page                                                              docs/learning.md from the records
 
 ``learning.yaml`` beside this file says what each suite runs. A run is as many steps as fit into its processor minutes: loading and step are
 timed alone first, in processor time, which other work on the machine hardly changes. After it k-NN (k = 20) and a linear probe judge the
 teacher. A case that has a record is skipped, so a suite that was cut off goes on where it was.
 
-``lightly_dino`` is DINO of the library lightly (``pip install lightly``): its loss, head, momentum update and documented order of calls, on
+``lightly_dino`` is DINO of the library lightly (``pip install lightly``): its loss, head, moving average and documented order of calls, on
 our crops, with the optimizer settings of our DINO, one pass per view.
 """
 
@@ -21,6 +22,7 @@ import argparse
 import copy
 import itertools
 import json
+import math
 import re
 import shutil
 import sys
@@ -36,6 +38,7 @@ import yaml
 from torch import nn
 
 from massl_fast.benchmarks import records
+from massl_fast.benchmarks.chapters import latest
 from massl_fast.config import Config, load_config
 from massl_fast.data.loaders import loader_without_run, open_data
 from massl_fast.data.sources import expand_braces
@@ -52,14 +55,22 @@ from massl_fast.models.backbone import Encoder
 from massl_fast.models.precision import choose_precision
 from massl_fast.objectives.massl import unit_row_spread
 from massl_fast.profiling.synthetic import synthetic_run
+from massl_fast.report.figures import Curve, Level, curve_figure
+
+sys.path.insert(0, str(Path(__file__).parent))
+from make_docs import alone, same, table, taken
 
 HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+PAGE, PLOTS = ROOT / "docs" / "learning.md", ROOT / "docs" / "learning"
 RESULTS = HERE / "results" / "cpu" / "learning"
 HELD_OUT = 5000
 WARM_UP_SHARE = 0.05
 """Of a run's steps, in which the learning rate rises: runs of other lengths keep their shape."""
 LOGGED_LINES = 30
 TIMED_STEPS = 6
+CURVES = ("step", "loss", "embedding_spread", "knn_untrained_k20_percent", "knn_teacher_k20_percent", "knn_student_k20_percent")
+COLOURS = ("--blue", "--orange", "--green", "--violet", "--muted")
 LINEAR = {"views": "0", "epochs": 20, "head_batch": 256, "rates": [0.003, 0.01, 0.03, 0.1, 0.3, 1, 3]}
 """A probe on cached centre crops that takes seconds; the same for all."""
 
@@ -67,11 +78,10 @@ LINEAR = {"views": "0", "epochs": 20, "head_batch": 256, "rates": [0.003, 0.01, 
 def main() -> int:
     args = parser().parse_args()
     try:
-        args.function(args)
+        return args.function(args) or 0
     except ValueError as error:
         print(f"learning.py: {error}", file=sys.stderr)
         return 2
-    return 0
 
 
 def parser() -> argparse.ArgumentParser:
@@ -94,6 +104,15 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--runs", type=Path, default=Path("runs/learning"), help="where run folders go (default: %(default)s)")
     one.add_argument("--output", type=Path, help="file of records (default: bench/results/cpu/learning/SUITE.jsonl)")
     one.set_defaults(function=run_suite)
+    one = commands.add_parser("keep", help="record a run of massl-fast train")
+    one.add_argument("run_folder", type=Path, metavar="RUN")
+    one.add_argument("results", type=Path, nargs="+", metavar="FILE", help="what massl-fast eval --json printed")
+    one.add_argument("--minutes", type=float, required=True, help="processor minutes of the whole run, as the shell's time reports them")
+    one.add_argument("--output", type=Path, default=RESULTS / "runs.jsonl", help="file of records (default: %(default)s)")
+    one.set_defaults(function=keep)
+    one = commands.add_parser("page", help="write tables and curves into docs/learning.md")
+    one.add_argument("--check", action="store_true", help="write nothing; exit code 1 where something differs")
+    one.set_defaults(function=lambda args: page(args.check))
     return found
 
 
@@ -260,7 +279,8 @@ def precision_of(config: Config, world: World):
 def seconds_per_step(config: Config, world: World) -> float:
     """Processor seconds of one step of ours, with its share of loading."""
     run = synthetic_run(config, world, precision_of(config, world), device_batch=config.train.global_batch)
-    return least_seconds(run.step) + least_seconds(lambda batches=crops_of(config, world): next(batches))
+    batches = crops_of(config, world)
+    return least_seconds(run.step) + least_seconds(lambda: next(batches))
 
 
 def lightly_seconds_per_step(config: Config, world: World) -> float:
@@ -362,6 +382,121 @@ def train_with_lightly(config: Config, world: World, length: Length) -> tuple[nn
         if (step + 1) % config.logging.every_steps == 0 or step + 1 == length.total_steps:
             rows.append({"step": step + 1, "loss": loss, "embedding_spread": unit_row_spread(embedded).item()})
     return Encoder(side.teacher, nn.Identity()), rows, []
+
+
+# Records and page
+
+
+def keep(args: argparse.Namespace) -> None:
+    """A record of a run folder and of evaluations of its end."""
+    rows = [json.loads(line) for line in (args.run_folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    config = yaml.safe_load((args.run_folder / "config.yaml").read_text(encoding="utf-8"))
+    results = [json.loads(path.read_text(encoding="utf-8")) for path in args.results]
+    figures = {
+        f"{result['protocol']} {network} {figure['key']}": records.figure(found[figure["key"]], figure["unit"], "higher")
+        for result in results
+        for network, found in result["results"].items()
+        for figure in result["figures"]
+        if found.get(figure["key"]) is not None
+    }
+    figures["processor minutes"] = records.figure(args.minutes, "min")
+    curve = {key: [row.get(key) for row in rows] for key in CURVES}
+    case = {"suite": "runs", "name": args.run_folder.name, "seed": config["run"]["seed"]}
+    details = {"curve": curve, "steps": rows[-1]["step"], "epochs": rows[-1]["epoch"], "departures": [r["departures"] for r in results]}
+    records.append(args.output, [records.record("learning", case, figures, details)])
+
+
+def page(check: bool) -> int:
+    """docs/learning.md with its tables and curves made anew; with ``check`` 1 where that changes something, and nothing is written."""
+    found = dict(files_of_page())
+    stale = [path for path, text in found.items() if not path.is_file() or not same(path, text)]
+    for path in stale:
+        print(f"{'stale' if check else 'written'}: {path.relative_to(ROOT)}")
+        if not check:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(found[path], encoding="utf-8")
+    return int(check and bool(stale))
+
+
+def files_of_page() -> Iterator[tuple[Path, str]]:
+    """(path, text) of the page and of its drawings, from the records."""
+    text = PAGE.read_text(encoding="utf-8")
+    for suite in ("search", "side_by_side", "tables", "failures", "runs"):
+        path = RESULTS / f"{suite}.jsonl"
+        rows = latest(records.read(path)) if path.is_file() else []
+        parts = [taken(rows), table(*of_suite(rows, suite))] if rows else ["Not run."]
+        for name, svg in drawings(rows, suite):
+            yield PLOTS / f"{name}.svg", alone(svg)
+            parts.append(f"![{name}](learning/{name}.svg)")
+        text = with_block(text, suite, "\n\n".join(parts))
+    yield PAGE, text
+
+
+def of_suite(rows: list[dict[str, Any]], suite: str) -> tuple[list[str], list[list[str]]]:
+    """(head, lines) of a suite's table: a line per case, means over seeds and, of several seeds, ± half the distance of the extremes."""
+    if suite == "runs":
+        names = list(dict.fromkeys(key for row in rows for key in row["figures"]))
+        return ["run", *names], [[row["case"]["name"], *(shown(row["figures"].get(name)) for name in names)] for row in rows]
+    cases: dict[tuple[str, float], list[dict[str, Any]]] = {}
+    for row in rows:
+        cases.setdefault((row["case"]["name"], row["case"]["minutes"]), []).append(row)
+    names = ["knn", "untrained knn", "linear", "untrained linear"]
+    names += ["embedding spread", "images per processor second", "epochs", "processor minutes"]
+    head = ["case", "seeds", *(f"{name}, %" if "knn" in name or "linear" in name else name for name in names)]
+    lines = []
+    for (name, _), group in cases.items():
+        figures = [[row["figures"][key]["median"] for row in group] for key in names]
+        lines.append([name, str(len(group)), *(mean_of(values) for values in figures)])
+    return head, lines
+
+
+def mean_of(values: list[float]) -> str:
+    """A mean to three digits, and half the distance of the extremes where there are several."""
+    half = f" ± {(max(values) - min(values)) / 2:.2g}" if len(values) > 1 else ""
+    return f"{sum(values) / len(values):.3g}{half}"
+
+
+def shown(figure: dict[str, Any] | None) -> str:
+    return "–" if figure is None else f"{figure['median']:.4g}"
+
+
+def drawings(rows: list[dict[str, Any]], suite: str) -> Iterator[tuple[str, str]]:
+    """(name, SVG): k-NN over a kept run; spread of the embeddings over the runs of a suite, of the first seed."""
+    if suite == "runs":
+        for row in rows:
+            curve = row["details"]["curve"]
+            curves = [
+                Curve(network, curve["step"], [number(value) for value in curve[f"knn_{network}_k20_percent"]], colour, markers=True)
+                for network, colour in (("teacher", "--blue"), ("student", "--orange"))
+            ]
+            start = [value for value in curve["knn_untrained_k20_percent"] if value is not None]
+            yield f"{row['case']['name']}-knn", curve_figure(curves, unit="%", levels=[Level("untrained", value) for value in start])
+    elif suite == "side_by_side":
+        first = [row for row in rows if row["case"]["seed"] == rows[0]["case"]["seed"]]
+        on_vit = [row["case"]["name"].startswith("vit_") for row in first]
+        for name, wanted in (("spread-network", False), ("spread-vit", True)):
+            members = [row for row, vit in zip(first, on_vit) if vit is wanted]
+            if members:
+                yield name, curve_figure([spread_of(row, colour) for row, colour in zip(members, COLOURS)], unit="spread", from_zero=True)
+
+
+def spread_of(row: dict[str, Any], colour: str) -> Curve:
+    """The spread of the embeddings over percents of a run: in the same minutes runs have different numbers of steps."""
+    curve, steps = row["details"]["curve"], row["details"]["steps"]
+    return Curve(row["case"]["name"], [100 * step / steps for step in curve["step"]], curve["embedding_spread"], colour)
+
+
+def number(value: float | None) -> float:
+    return math.nan if value is None else value
+
+
+def with_block(text: str, name: str, block: str) -> str:
+    """``text`` with what stands between the marks of that name replaced."""
+    begin, end = f"<!-- {name}: made by bench/learning.py page -->", f"<!-- /{name} -->"
+    text, count = re.subn(f"{re.escape(begin)}.*?{re.escape(end)}", lambda _: f"{begin}\n\n{block}\n\n{end}", text, flags=re.DOTALL)
+    if count != 1:
+        raise ValueError(f"{PAGE.name} holds the marks {begin} … {end} {count} times; they show, once, where the records go.")
+    return text
 
 
 if __name__ == "__main__":

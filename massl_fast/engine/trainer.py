@@ -32,7 +32,7 @@ from massl_fast.engine.schedules import Schedules, StepSettings
 from massl_fast.engine.state import demand_equal, restore, tensors_of
 from massl_fast.engine.step import StepResult
 from massl_fast.hardware import peak_flops, versions
-from massl_fast.length import divided, length_of
+from massl_fast.length import Length, divided, length_of
 from massl_fast.models.precision import choose_precision
 from massl_fast.run.checkpoint import CheckpointFolder, read_state
 from massl_fast.run.evaluation import RunEvaluation
@@ -45,6 +45,8 @@ from massl_fast.run.same_run import demand_same_run
 from massl_fast.run.saving import BackgroundSaver
 
 STORE_SECONDS = 10
+COLLAPSED_SPREAD = 0.005
+"""Runs of docs/demo.md and docs/learning.md that learned stayed above 0.1, those that collapsed fell below 0.001."""
 
 
 class Trainer:
@@ -55,6 +57,7 @@ class Trainer:
         self.folder = Path(config.run.folder)
         self.step = 0
         self.last_row: dict[str, Any] = {}
+        self.told_of_collapse = False
         self.strategy, self.strategy_reason = choose_strategy(config.parallel.strategy, world.size)
         self.stop = StopRequest(world)
         self.heartbeat = None
@@ -152,6 +155,7 @@ class Trainer:
         for sentence in [*lines, *self.source.notes, *self.loader.notes, *self.build_notes, *self.evaluation.notes]:
             self.telemetry.say(sentence)
         warnings = [slow_teacher(self.config.teacher.momentum, self.length.total_steps)]
+        warnings += [endless_warmup(self.config.optimizer.warmup_epochs, self.length)]
         warnings += self.objective.warnings(self.length, len(self.source)) + self.checkpoints.passed_over()
         for sentence in warnings:
             self._warn(sentence)
@@ -208,6 +212,10 @@ class Trainer:
         self._stop_if_diverged()
         used = {key: getattr(settings, key) for key in ("learning_rate", "weight_decay", "teacher_momentum")} | settings.own
         row = learning_row(self.step, self.length, means | self.objective.readings(self.step, self.length), used)
+        if not self.told_of_collapse:
+            sentence = collapse(row.get("embedding_spread"), self.step, self.length, self.objective.REMEDY)
+            self.told_of_collapse = sentence is not None
+            self._warn(sentence)
         if self.train_step.scaler.enabled:
             row["loss_scale"] = self.train_step.scaler.scale.item()
         row |= self.evaluation.readings()
@@ -446,4 +454,28 @@ def slow_teacher(momentum: float, total_steps: int) -> str | None:
     return (
         f"teacher.momentum {momentum} averages over about {remembered:.0f} steps, a large part of this run's {total_steps}: the teacher "
         f"will hardly move. Small batches and short runs want a lower momentum."
+    )
+
+
+def endless_warmup(warmup_epochs: float, length: Length) -> str | None:
+    """A sentence where the learning rate rises for half of the run or longer."""
+    steps = length.steps(warmup_epochs)
+    if steps <= length.total_steps / 2:
+        return None
+    return (
+        f"optimizer.warmup_epochs {warmup_epochs:g} are {steps} of this run's {length.total_steps} steps: the learning rate still rises "
+        f"when half of the run is over. Choose a shorter warm-up or a longer run."
+    )
+
+
+def collapse(spread: float | None, step: int, length: Length, remedy: str) -> str | None:
+    """A sentence where all embeddings have become one, from a tenth of the run on; ``spread`` is ``embedding_spread``.
+
+    Before, weights as they were drawn may lie this close together; of the recorded runs (docs/learning.md) none came back from there later.
+    """
+    if spread is None or spread >= COLLAPSED_SPREAD or step < length.total_steps / 10:
+        return None
+    return (
+        f"All images look alike at step {step}: embedding_spread is {spread:.2g} of 1, and runs that get there learn nothing more. End it "
+        f"and start again with {remedy}."
     )

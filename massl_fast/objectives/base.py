@@ -101,6 +101,8 @@ class Objective(nn.Module, ABC):
     """Declarations of every key that ``forward``, ``commit_``, ``readings`` and ``schedules`` may give."""
     REMEMBERS: ClassVar[str] = ""
     """What its buffers are called in sentences, such as "memory"; empty where nothing is remembered."""
+    REMEDY: ClassVar[str] = "a lower optimizer.learning_rate, a longer optimizer.warmup_epochs, or a network with batch norms"
+    """What helps when all embeddings have become one, for a sentence."""
     needs_patches: ClassVar[bool] = False
     """Whether heads are given patch tokens of the global crops beside pooled features."""
 

@@ -39,6 +39,10 @@ class MasslObjective(Objective):
         Metric("teacher_temperature", "Temperature of the teacher's softmax"),
     )
     REMEMBERS = "memory"
+    REMEDY = (
+        "objective.partition stochastic, an objective.teacher_temperature_start further below objective.student_temperature, a lower "
+        "optimizer.learning_rate, or a network with batch norms"
+    )
 
     memory: Tensor
     pointer: Tensor
@@ -165,7 +169,7 @@ class MasslObjective(Objective):
         )
 
     def warnings(self, length: Length, num_images: int) -> list[str]:
-        size, block, batch = self.memory.shape[0], self.block_size, length.global_batch
+        size, block, batch, settings = self.memory.shape[0], self.block_size, length.global_batch, self.config.objective
         remainder = size % block
         problems = {
             f"objective.memory_size {size} exceeds the {num_images} training images: the memory will hold several embeddings "
@@ -175,6 +179,18 @@ class MasslObjective(Objective):
             f"entries ({100 * remainder / size:.1f}%) sit out each step.": remainder > 0,
             f"one block holds the whole memory (objective.block_size {block}): nothing is random about it, and it is the random "
             f"blocks that keep the representation from collapsing.": block == size,
+            "objective.partition is blockwise: contiguous blocks collapse (paper, table 13; docs/demo.md). Choose stochastic to train.": (
+                settings.partition == "blockwise"
+            ),
+            f"objective.teacher_temperature {settings.teacher_temperature} is not below objective.student_temperature "
+            f"{settings.student_temperature}: such a teacher asks the student for smaller differences between images, and in the end there "
+            f"are none. Choose a lower one; half of the student's or less gets short runs off the ground.": (
+                settings.teacher_temperature >= settings.student_temperature
+            ),
+            f"the memory of {size} entries takes {size / batch:.0f} of this run's {length.total_steps} steps to fill with embeddings; "
+            f"before, it holds random directions. Choose a smaller objective.memory_size, or train longer.": (
+                size / batch > length.total_steps / 4
+            ),
         }
         return [sentence for sentence, holds in problems.items() if holds]
 
