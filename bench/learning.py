@@ -107,6 +107,7 @@ def parser() -> argparse.ArgumentParser:
     one = commands.add_parser("keep", help="record a run of massl-fast train")
     one.add_argument("run_folder", type=Path, metavar="RUN")
     one.add_argument("results", type=Path, nargs="+", metavar="FILE", help="what massl-fast eval --json printed")
+    one.add_argument("--name", default="", help="what the record is called (default: the folder's name)")
     one.add_argument("--minutes", type=float, required=True, help="processor minutes of the whole run, as the shell's time reports them")
     one.add_argument("--output", type=Path, default=RESULTS / "runs.jsonl", help="file of records (default: %(default)s)")
     one.set_defaults(function=keep)
@@ -401,7 +402,7 @@ def keep(args: argparse.Namespace) -> None:
     }
     figures["processor minutes"] = records.figure(args.minutes, "min")
     curve = {key: [row.get(key) for row in rows] for key in CURVES}
-    case = {"suite": "runs", "name": args.run_folder.name, "seed": config["run"]["seed"]}
+    case = {"suite": "runs", "name": args.name or args.run_folder.resolve().name, "seed": config["run"]["seed"]}
     details = {"curve": curve, "steps": rows[-1]["step"], "epochs": rows[-1]["epoch"], "departures": [r["departures"] for r in results]}
     records.append(args.output, [records.record("learning", case, figures, details)])
 
