@@ -436,8 +436,7 @@ def files_of_page() -> Iterator[tuple[Path, str]]:
 def of_suite(rows: list[dict[str, Any]], suite: str) -> tuple[list[str], list[list[str]]]:
     """(head, lines) of a suite's table: a line per case, means over seeds and, of several seeds, ± half the distance of the extremes."""
     if suite == "runs":
-        names = list(dict.fromkeys(key for row in rows for key in row["figures"]))
-        return ["run", *names], [[row["case"]["name"], *(shown(row["figures"].get(name)) for name in names)] for row in rows]
+        return by_network(rows)
     cases: dict[tuple[str, float], list[dict[str, Any]]] = {}
     for row in rows:
         cases.setdefault((row["case"]["name"], row["case"]["minutes"]), []).append(row)
@@ -451,20 +450,30 @@ def of_suite(rows: list[dict[str, Any]], suite: str) -> tuple[list[str], list[li
     return head, lines
 
 
+def by_network(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """(head, lines) of kept runs: a line per network, a column per figure that was found for any."""
+    found: dict[tuple[str, str], dict[str, str]] = {}
+    for row in rows:
+        for key, figure in row["figures"].items():
+            protocol, *network, name = key.split()
+            if network:
+                title = f"{protocol} {name.removesuffix('_percent').replace('_', ' ')}, %"
+                found.setdefault((row["case"]["name"], " ".join(network)), {})[title] = f"{figure['median']:.1f}"
+    titles = list(dict.fromkeys(title for line in found.values() for title in line))
+    lines = [[*names, *(line.get(title, "–") for title in titles)] for names, line in found.items()]
+    return ["run", "features of", *titles], lines
+
+
 def mean_of(values: list[float]) -> str:
     """A mean to three digits, and half the distance of the extremes where there are several."""
     half = f" ± {(max(values) - min(values)) / 2:.2g}" if len(values) > 1 else ""
     return f"{sum(values) / len(values):.3g}{half}"
 
 
-def shown(figure: dict[str, Any] | None) -> str:
-    return "–" if figure is None else f"{figure['median']:.4g}"
-
-
 def drawings(rows: list[dict[str, Any]], suite: str) -> Iterator[tuple[str, str]]:
     """(name, SVG): k-NN over a kept run; spread of the embeddings over the runs of a suite, of the first seed."""
     if suite == "runs":
-        for row in rows:
+        for row in rows[:1]:  # further records are the same run on other images
             curve = row["details"]["curve"]
             curves = [
                 Curve(network, curve["step"], [number(value) for value in curve[f"knn_{network}_k20_percent"]], colour, markers=True)
@@ -482,9 +491,9 @@ def drawings(rows: list[dict[str, Any]], suite: str) -> Iterator[tuple[str, str]
 
 
 def spread_of(row: dict[str, Any], colour: str) -> Curve:
-    """The spread of the embeddings over percents of a run: in the same minutes runs have different numbers of steps."""
-    curve, steps = row["details"]["curve"], row["details"]["steps"]
-    return Curve(row["case"]["name"], [100 * step / steps for step in curve["step"]], curve["embedding_spread"], colour)
+    """The spread of the embeddings; in the same minutes runs have different numbers of steps."""
+    curve = row["details"]["curve"]
+    return Curve(row["case"]["name"], curve["step"], curve["embedding_spread"], colour)
 
 
 def number(value: float | None) -> float:
