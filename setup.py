@@ -62,7 +62,7 @@ setup(
         "tensorboard": ["tensorboard>=2.17"],
         "wandb": ["wandb>=0.17"],
         # bench/learning.py: the outside library's DINO.
-        "learning": ["lightly>=1.5", "matplotlib>=3.8"],
+        "learning": ["lightly>=1.6", "matplotlib>=3.8"],
         "eval": ["scikit-learn>=1.4", "scipy>=1.11", "pycocotools>=2.0.7"],
     },
     entry_points={"console_scripts": ["massl-fast = massl_fast.cli:main"]},
