@@ -1,7 +1,8 @@
-"""Correctness, then every benchmark and profile, in under 8 minutes on one GPU: ``python bench/all_on_gpu.py [--to FOLDER]``.
+"""The first eight minutes on a GPU: ``python bench/all_on_gpu.py [--to FOLDER] [--device cpu]``.
 
-The same as ``massl-fast bench everything``, also where the package is not installed: then a folder of links stands in for the
-installation, in which ``kernels/`` is ``massl_fast.kernels``, and every process that is started finds it.
+Native tests, then every benchmark and profile, as ``massl-fast bench everything``, also where the package is not installed: then a folder
+of links stands in for the installation, in which ``kernels/`` is ``massl_fast.kernels``, and every process that is started finds it. What
+lacks a package is named and stops nothing else; packages in a folder named by PYTHONPATH count as installed.
 """
 
 import importlib.util

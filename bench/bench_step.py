@@ -4,14 +4,15 @@
     python bench/bench_step.py --cases vit_small --batch 64 512   ViT-S/16 on a GPU
     python bench/bench_step.py --cases vit_small --largest        the largest batch that fits, of each side
     python bench/bench_step.py --cases vit_mini --ablation        what each part of the design is worth
+    python bench/bench_step.py --one-by-one                       each side beside the first alone, and recorded as soon as it is known
     pytest bench/bench_step.py --benchmark-enable                 the smallest case, under pytest-benchmark
 
 Crops are synthetic and lie on the device. All sides of a case run in one process, a step of each in turn, so that what else the machine
 does meets all of them; the figure is the median over the rounds, the ratio the median of each round's ratio. On a CPU, images per second of
 processor time stand beside it, which other work on the machine hardly changes (set OMP_WAIT_POLICY=passive, or waiting counts).
 
-Peak memory is that of one side alone, from its construction through its first steps: allocated bytes on a GPU, bytes of the CPU allocator
-on a CPU (scratch memory of matrix libraries not included).
+Peak memory is that of one side alone, from its construction through its first steps: bytes allocated beyond those of sides built before
+on a GPU; on a CPU, in a construction of its own, bytes of the CPU allocator (scratch memory of matrix libraries not included).
 """
 
 from __future__ import annotations
@@ -135,14 +136,23 @@ def warm_up_steps(side: str) -> int:
     return WARM_UP + 1 if side in GPU_ALONE else 2
 
 
-def time_sides(case: Case, sides: list[str], device: torch.device, precision: str, rounds: int) -> dict[str, list[tuple[float, float]]]:
-    """(wall, processor) seconds of each round of each side, after steps of warm-up."""
+def time_sides(
+    case: Case, sides: list[str], device: torch.device, precision: str, rounds: int
+) -> tuple[dict[str, list[tuple[float, float]]], dict[str, int]]:
+    """(wall, processor) seconds of each round of each side, after steps of warm-up, and on a GPU what each allocated at most till then."""
     torch.compiler.reset()  # Dynamo keeps eight graphs of a function; the sides of a case share theirs
-    steps = {side: build(case, side, device, precision) for side in sides}
-    for side, step in steps.items():
+    steps, peaks = {}, {}
+    for side in sides:
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(device)
+            before = torch.cuda.memory_allocated(device)
+        steps[side] = step = build(case, side, device, precision)
         for _ in range(warm_up_steps(side)):
             step()
-    return in_turn(steps, rounds, device)
+        if device.type == "cuda":
+            peaks[side] = torch.cuda.max_memory_allocated(device) - before
+    return in_turn(steps, rounds, device), peaks
 
 
 def peak_bytes(case: Case, side: str, device: torch.device, precision: str = "auto") -> int:
@@ -193,7 +203,7 @@ def largest_batch(case: Case, side: str, device: torch.device, precision: str = 
 def compare(case: Case, sides: list[str], device: torch.device, precision: str, rounds: int) -> dict:
     """All figures of a case as one record."""
     load = os.getloadavg()[0]
-    seconds = time_sides(case, sides, device, precision, rounds)
+    seconds, peaks = time_sides(case, sides, device, precision, rounds)
     gc.collect()
     flops = case.batch * Operations(case.config(precision, {})).of_an_image()
     results = {}
@@ -206,7 +216,7 @@ def compare(case: Case, sides: list[str], device: torch.device, precision: str, 
             "step_seconds_median": round(median, 5),
             "step_seconds_quartiles": [round(q, 5) for q in statistics.quantiles(times, n=4)[::2]],
             "times_the_first_side": round(statistics.median(theirs / ours for theirs, ours in zip(first, times)), 3),
-            "peak_mib": round(peak_bytes(case, side, device, precision) / 2**20, 1),
+            "peak_mib": round((peaks[side] if peaks else peak_bytes(case, side, device, precision)) / 2**20, 1),
             "tflops_per_second": round(flops / median / 1e12, 3),
         }
         if device.type == "cpu":
@@ -268,6 +278,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch", nargs="+", type=int, default=[], help="batches in place of the case's own")
     parser.add_argument("--memory-size", nargs="+", type=int, default=[], help="memories in place of the case's own")
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES[:2]), help="the first is what the others are compared with")
+    parser.add_argument("--one-by-one", action="store_true", help="each side beside the first alone, and recorded as soon as it is known")
     parser.add_argument("--ablation", action="store_true", help=f"these sides: {', '.join(ABLATION)}; the last with --precision bf16")
     parser.add_argument("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto")
     parser.add_argument("--rounds", type=int, default=11)
@@ -276,7 +287,25 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main() -> None:
+def compare_one_by_one(
+    case: Case, sides: list[str], device: torch.device, precision: str, rounds: int, keep: Callable[[dict], None]
+) -> dict[str, str]:
+    """Give ``keep`` what is known of the case after each side, the first one's times being those beside the last; why sides failed."""
+    known: dict[str, Any] = {}
+    failed = {}
+    for group in [[sides[0], side] for side in sides[1:]] or [sides]:
+        try:
+            found = compare(case, group, device, precision, rounds)
+        except Exception as error:  # a side that cannot be taken here, for whatever reason, is to cost no other one its time
+            failed[group[-1]] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            print(f"{group[-1]} failed: {failed[group[-1]]}", flush=True)
+            continue
+        known |= found["sides"]
+        keep(found | {"sides": known, "one_by_one": True})
+    return failed
+
+
+def main() -> int:
     args = parser().parse_args()
     refuse = parser().error
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -290,6 +319,14 @@ def main() -> None:
         refuse(f"{absent[0]} needs a GPU, and there is none here")
     if args.largest and device.type == "cpu":
         refuse("--largest fills a GPU's memory, and there is none here")
+
+    def keep(found: dict) -> None:
+        if "sides" in found:
+            print(table(found), flush=True)
+        if args.output:
+            records.append(args.output, [as_record(found | {"threads": torch.get_num_threads()})])
+
+    failed: dict[str, str] = {}
     for case in [CASES[name] for name in args.cases]:
         for batch, memory_size in itertools.product(args.batch or [case.batch], args.memory_size or [case.memory_size]):
             chosen = replace(case, batch=batch, memory_size=memory_size)
@@ -297,11 +334,12 @@ def main() -> None:
                 largest = {side: largest_batch(chosen, side, device, args.precision) for side in args.sides}
                 record = {"case": asdict(chosen), "precision": precision.name, "largest_batch": largest}
                 print(case.name, largest, flush=True)
+                keep(record)
+            elif args.one_by_one:
+                failed |= compare_one_by_one(chosen, args.sides, device, args.precision, args.rounds, keep)
             else:
-                record = compare(chosen, args.sides, device, args.precision, args.rounds)
-                print(table(record), flush=True)
-            if args.output:
-                records.append(args.output, [as_record(record | {"threads": torch.get_num_threads()})])
+                keep(compare(chosen, args.sides, device, args.precision, args.rounds))
+    return int(bool(failed))
 
 
 @pytest.mark.parametrize("side", SIDES)
@@ -320,4 +358,4 @@ def test_step(benchmark, side):
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

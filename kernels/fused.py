@@ -402,11 +402,16 @@ def _tune(inputs: tuple, readout: Tensor, logsumexp: Tensor, fixed: Configuratio
                 continue
             if choice == fixed or all(resident_programs(one, choice.warps, memory.device) >= choice.programs for one in compiled):
                 times[choice] = triton.testing.do_bench(run, warmup=5, rep=20, return_mode="median")
-        _TUNED[key] = min(times, key=times.__getitem__)
-    return _TUNED[key]
+        _TUNED[key] = times
+    return min(_TUNED[key], key=_TUNED[key].__getitem__)
 
 
-_TUNED: dict[tuple, Configuration] = {}
+def tuned_milliseconds() -> list[tuple[str, dict[Configuration, float]]]:
+    """What the tuner timed in this process: the shape of the memory, and milliseconds of each configuration."""
+    return [(" × ".join(map(str, key[2])), times) for key, times in _TUNED.items()]
+
+
+_TUNED: dict[tuple, dict[Configuration, float]] = {}
 
 
 @functools.cache

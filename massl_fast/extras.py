@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from types import ModuleType
 
-PROJECTS = {"sklearn": "scikit-learn", "scipy": "SciPy", "torch": "TensorBoard"}
+PROJECTS = {"pyarrow": "PyArrow", "sklearn": "scikit-learn", "scipy": "SciPy", "torch": "TensorBoard"}
 """What a module belongs to where its own name does not say it; ``torch.utils.tensorboard`` stands for TensorBoard."""
+
+
+def importable(module: str) -> bool:
+    """Whether a module is installed; nothing of it is imported but the packages around it."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
 
 
 def needs(module: str, purpose: str, extra: str) -> ModuleType:

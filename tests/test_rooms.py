@@ -22,7 +22,7 @@ FLOORS = [
     {"data", "objectives"},
     {"distributed"},
     {"models"},
-    {"config", "extras", "hardware", "length", "plugins", "recipes"},
+    {"config", "extras", "hardware", "length", "plugins", "recipes", "registry"},
     {"kernels"},
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

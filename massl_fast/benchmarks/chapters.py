@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from statistics import median
@@ -62,14 +61,6 @@ def chapters(rows: Sequence[Row]) -> list[Chapter]:
         if of_kind:
             found.append(Chapter(heading, parts_of(of_kind), note))
     return found
-
-
-def latest(rows: Sequence[Row]) -> list[Row]:
-    """The last record of each case, in order of first appearance."""
-    last: dict[str, Row] = {}
-    for row in rows:
-        last[json.dumps([row["kind"], row["case"]], sort_keys=True)] = row
-    return list(last.values())
 
 
 def medians(row: Row) -> dict[str, float]:

@@ -1,162 +1,290 @@
-"""Correctness first, then every benchmark and profile, each in a process of its own with a time limit.
+"""The tests that only a GPU can run, then every benchmark and profile: each part in a process of its own, with a limit in seconds.
 
-What one part loses, by an error or by its limit, is lost to that part alone; records come into the folder as they are made, the output of
-all parts into ``log.txt``. Kernels that are wrong are not timed, nor is anything that uses them, unless asked for. On a CPU the shapes are
-small and what needs a GPU is named as left out. Not make targets with ``timeout``: parts wait for correctness, share one limit, and their
-process groups end with them.
+Most telling first: what decides something comes before what rounds it off. Parts are independent: what one loses, by an error, by its limit
+or for want of a package, is lost to that part alone. Limits are hard, and those of the parts that are always given their time add up to
+less than eight minutes; what they leave over goes to the further parts, in their order. Records come into ``records.jsonl`` as they are
+made, what a part says into ``logs/``, and at the end a line per part and the figures that one looks for first into ``summary.md``.
+
+Nothing here or in the parts that time kernels imports more than PyTorch, Triton, NumPy and Jinja. On a CPU every part has a stand-in in
+small, so that all of it can be rehearsed where there is no GPU. Not make targets with ``timeout``: limits add up, parts run beside each
+other, and their process groups end with them.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
+import platform
+import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from massl_fast.benchmarks import records
-from massl_fast.benchmarks.chapters import latest
-from massl_fast.benchmarks.loader import importable
+from massl_fast.extras import importable
 from massl_fast.hardware import ROOT
 
-PUBLISHED = ROOT / "bench" / "bench_step.py"
 LAUNCHERS = ("massl-fast", "massl_fast_here.py")
-GPU_ALONE = ("triton kernels", "largest batch", "gaps of the device", "decoding on the GPU")
 SHORTEST = 10.0  # seconds that a part must still have to be started
+OF_ALL_PARTS = 8 * 60 - 40
+"""Seconds of the parts that are always given their time; the rest of eight minutes is for starting, stopping and the page."""
+
+IN_A_REHEARSAL = 4.0
+"""How many times their limits parts have on a CPU, which other programs may share, and which nobody rents by the minute."""
+
+# What a command's first word stands for, where it is not a sub-command of massl-fast.
+PROGRAMS = {"pytest": ("-m", "pytest"), "bench_step.py": (str(ROOT / "bench" / "bench_step.py"),)}
+OF_THE_REPOSITORY = {"pytest": ROOT / "tests", "bench_step.py": ROOT / "bench" / "bench_step.py"}
+SETTINGS = ("pydantic", "yaml", "timm", "psutil", "rich")
+"""Packages without which no part runs that takes the settings of a training run."""
+PYTEST = "pytest -o addopts= -v --color=no -rs -p no:cacheprovider"
+"""Without what the project's own settings add, which asks for plugins."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """One command. ``seconds`` is its limit; ``timing`` says that it must wait for correct kernels."""
+    """One command, with its stand-in on a CPU.
+
+    Capitals are filled in (``words``); what begins with NAME=VALUE sets the environment; an empty command is left out.
+    """
 
     name: str
-    arguments: tuple[str, ...]
     seconds: float
-    timing: bool = True
-    program: tuple[str, ...] = ()
-    """What is run in place of massl-fast."""
+    """Its limit."""
+    on_gpu: str
+    on_cpu: str = ""
+    needs: tuple[str, ...] = ()
+    """Packages, and programs with a slash before their names."""
+    beside: bool = False
+    """It runs at the same time as the part before it: both test, and neither is timed."""
+    further: bool = False
+    """It takes what time the others left over."""
 
 
 @dataclass
 class Outcome:
     part: Part
-    status: str  # done, failed, too long, left out
+    status: str  # ran, failed, not run
     seconds: float = 0.0
     words: str = ""
 
 
-# Seconds, name, arguments: most telling first, because time may run out. OUT, IMAGES and FOLDER are filled in; what begins with an
-# option is bench_step.py's.
-ON_A_GPU = """
-90  | correctness | bench correctness OUT
-150 | kernels | bench kernels --entries 65536 131072 --images 64 512 OUT
-45  | step, ViT-S, 64 images | bench step VIT --train.global_batch 64 --seconds 6 OUT
-75  | memory, ViT-S, 64 images | profile memory VIT --train.global_batch 64 OUT
-150 | step beside the published way | --batch 64 --sides published massl-fast 'massl-fast compiled' 'massl-fast graphed' \
- 'one-kernel update' 'bf16 residual' 'bf16 residual graphed' BESIDE
-70  | the same with 256 images | --batch 256 --sides published 'bf16 residual graphed' BESIDE
-60  | step against the memory's length | --batch 512 --sides massl-fast --memory-size 65536 1048576 BESIDE
-75  | step, ViT-S, 256 images, compiled | bench step VIT --train.global_batch 256 --model.compile true --seconds 6 OUT
-45  | trace, ViT-S | profile trace VIT --train.global_batch 64 --to FOLDER
-45  | memory, ViT-S, 128 images | profile memory VIT --train.global_batch 128 --no-largest OUT
-45  | memory, ViT-B, 64 images | profile memory --recipe vit_base_in1k --train.global_batch 64 --no-largest OUT
-45  | memory, ViT-B, 128 images | profile memory --recipe vit_base_in1k --train.global_batch 128 --no-largest OUT
-45  | memory, ResNet-50, 64 images | profile memory --recipe resnet50_in1k --train.global_batch 64 --no-largest OUT
-45  | memory, ResNet-50, 128 images | profile memory --recipe resnet50_in1k --train.global_batch 128 --no-largest OUT
-90  | largest batch | bench step VIT --search-batch OUT
-60  | loader and model | bench train VIT --train.global_batch 64 --seconds 5 --data.train IMAGES OUT
-60  | loaders | bench loader --loaders torchvision dali --seconds 4 OUT
-"""
-# The same in small, to see that everything runs and what a CPU does.
-ON_A_CPU = """
-180 | correctness | bench correctness --quick --device cpu OUT
-180 | kernels | bench kernels --quick --rounds 9 --device cpu OUT
-60  | step, demo | bench step TINY --seconds 5 OUT
-90  | step, small ViT | bench step --recipe cifar10 TINY --seconds 5 OUT
-90  | memory, small ViT | profile memory --recipe cifar10 TINY --no-largest OUT
-60  | memory, demo | profile memory TINY --no-largest OUT
-90  | trace, small ViT | profile trace --recipe cifar10 TINY --to FOLDER
-60  | rate against the batch | bench step --search-batch --max-batch 32 --train.device cpu OUT
-60  | loader and model | bench train TINY --seconds 4 --data.train IMAGES OUT
-60  | loaders | bench loader --loaders LOADERS --seconds 3 --batch 16 OUT
-"""
+TESTS = ("pytest",)
+RUN = (*SETTINGS, "pytest")
+PARTS = (
+    Part(
+        "native tests: the kernels' errors",
+        110,
+        f"{PYTEST} ROOT/tests/kernels/test_fused_native.py -k 'error or passes or consistency'",
+        f"{PYTEST} ROOT/tests/kernels/test_fused_native.py ROOT/tests/kernels/test_operators.py",
+        TESTS,
+    ),
+    Part(
+        "native tests: kernels that repeat, graphs, limits",
+        110,
+        f"{PYTEST} ROOT/tests/kernels/test_fused_native.py -k 'not (error or passes or consistency or sanitizer)'",
+        "",
+        TESTS,
+        beside=True,
+    ),
+    Part(
+        "native tests: graphed step, one-kernel update",
+        110,
+        f"{PYTEST} ROOT/tests/engine/test_graphed_step.py ROOT/tests/engine/test_fused_update.py",
+        f"{PYTEST} ROOT/tests/engine/test_graphed_step.py -k accumulated",
+        RUN,
+        beside=True,
+    ),
+    Part(
+        "loss, 512 and 64 images",
+        60,
+        "bench kernels --cases loss --images 512 64 --entries 65536 --variants triton streaming flash --rounds 20 OUT",
+        "bench kernels --cases loss --quick --rounds 3 --variants streaming --device cpu OUT",
+    ),
+    Part(
+        "step beside the published way, 64 images",
+        75,
+        "bench_step.py BESIDE --batch 64 --sides published massl-fast 'bf16 residual' 'bf16 residual graphed' 'one-kernel update'",
+        "bench_step.py --one-by-one --cases vit_mini --batch 2 --memory-size 2048 --rounds 2 --sides published massl-fast OUT",
+        SETTINGS,
+    ),
+    Part(
+        "step beside the published way, 256 images",
+        50,
+        "bench_step.py BESIDE --batch 256 --sides published 'bf16 residual' 'bf16 residual graphed'",
+        "",
+        SETTINGS,
+    ),
+    Part(
+        "losses of the other objectives",
+        45,
+        "bench objectives --rounds 10 --dtype bfloat16 OUT",
+        "bench objectives --quick --rounds 2 --losses sinkhorn --device cpu OUT",
+    ),
+    Part(
+        "step of each objective",
+        45,
+        "bench step VIT --train.global_batch 64 --seconds 2 OUT "
+        "--objectives massl dino ibot carp mmc,crops.num_local=0 moco_v3,crops.num_local=0",
+        "bench step TINY --seconds 1 --objectives massl carp OUT",
+        SETTINGS,
+    ),
+    Part(
+        "step, ViT-S, 64 images, compiled",
+        55,
+        "bench_step.py BESIDE --batch 64 --sides massl-fast 'massl-fast compiled' 'massl-fast graphed'",
+        "",
+        SETTINGS,
+    ),
+    # What follows takes the time that is left.
+    Part(
+        "trace",
+        40,
+        "profile trace VIT --train.global_batch 64 --to FOLDER",
+        "profile trace TINY --to FOLDER",
+        SETTINGS,
+        further=True,
+    ),
+    Part(
+        "memory",
+        45,
+        "profile memory VIT --train.global_batch 64 --no-largest OUT",
+        "profile memory TINY --no-largest OUT",
+        SETTINGS,
+        further=True,
+    ),
+    Part(
+        "step, ViT-S, 64 images, part by part",
+        40,
+        "bench step VIT --train.global_batch 64 --seconds 5 OUT",
+        "bench step TINY --seconds 1 OUT",
+        SETTINGS,
+        further=True,
+    ),
+    Part(
+        "loss with the tuner's choice",
+        90,
+        "MASSL_FAST_AUTOTUNE=1 bench kernels --cases loss --images 512 64 --entries 65536 --variants tuned --rounds 20 OUT",
+        "",
+        further=True,
+    ),
+    Part(
+        "loss, compiled reference",
+        60,
+        "bench kernels --cases loss --images 64 --entries 65536 --variants compiled --rounds 20 OUT",
+        "",
+        further=True,
+    ),
+    Part(
+        "read-out, enqueue, partition",
+        60,
+        "bench kernels --cases readout enqueue partition --images 64 --entries 65536 131072 --rounds 20 OUT",
+        "bench kernels --cases enqueue partition --quick --rounds 3 --device cpu OUT",
+        further=True,
+    ),
+    Part("correctness", 90, "bench correctness OUT", "bench correctness --quick --device cpu OUT", further=True),
+    Part(
+        "the loss in a profile of the hardware",
+        40,
+        "NCU bench kernels --cases loss --images 64 --entries 65536 --variants triton --rounds 1 --output none",
+        "",
+        ("/ncu",),
+        further=True,
+    ),
+    Part(
+        "loader and model",
+        60,
+        "bench train VIT --train.global_batch 64 --seconds 5 --data.train IMAGES OUT",
+        "bench train TINY --seconds 1 --data.train IMAGES OUT",
+        SETTINGS,
+        further=True,
+    ),
+    Part(
+        "loaders",
+        60,
+        "bench loader --loaders torchvision dali --seconds 4 OUT",
+        "bench loader --loaders torchvision --workers 1 --seconds 1 --batch 4 OUT",
+        SETTINGS,
+        further=True,
+    ),
+    Part("largest batch", 90, "bench step VIT --search-batch OUT", "", SETTINGS, further=True),
+    Part(
+        "step against the memory's length",
+        60,
+        "bench_step.py BESIDE --batch 512 --sides massl-fast --memory-size 65536 1048576",
+        "",
+        SETTINGS,
+        further=True,
+    ),
+    Part(
+        "memory, ViT-B",
+        45,
+        "profile memory --recipe vit_base_in1k --train.global_batch 64 --no-largest OUT",
+        "",
+        SETTINGS,
+        further=True,
+    ),
+)
 
 
-def parts(on_gpu: bool, folder: Path, images: str) -> list[Part]:
-    """What is run on a GPU, or on a CPU."""
-    out = ["--output", str(folder / "records.jsonl")]
-    words = {
-        "OUT": out,
-        "VIT": ["--recipe", "vit_small_in1k"],
-        "TINY": ["--train.global_batch", "16", "--train.device", "cpu"],
-        "BESIDE": ["--cases", "vit_small", "--rounds", "11", *out],
-        "LOADERS": ["torchvision", *(["dali"] if importable("nvidia.dali") else [])],
-        "IMAGES": [images],
-        "FOLDER": [str(folder)],
-    }
-    found = []
-    for line in (ON_A_GPU if on_gpu else ON_A_CPU).replace("\\\n", "").strip().splitlines():
-        seconds, name, command = (cell.strip() for cell in line.split("|"))
-        arguments = tuple(filled for word in shlex.split(command) for filled in words.get(word, [word]))
-        program = (str(PUBLISHED),) if command.startswith("-") else ()
-        found.append(Part(name, arguments, float(seconds), name != "correctness", program))
+def groups(parts: Sequence[Part]) -> list[list[Part]]:
+    """Parts that run at the same time, together."""
+    found: list[list[Part]] = []
+    for part in parts:
+        if part.beside and found:
+            found[-1].append(part)
+        else:
+            found.append([part])
     return found
 
 
-def run_parts(parts: list[Part], folder: Path, deadline: float, keep_going: bool, on_gpu: bool) -> list[Outcome]:
-    outcomes: list[Outcome] = []
-    correct = True
-    for part in parts:
-        left = deadline - time.monotonic()
-        if left < SHORTEST:
-            outcome = Outcome(part, "left out", words="the time for all parts is used up; --minutes gives more")
-        elif part.timing and not correct and not keep_going:
-            outcome = Outcome(part, "left out", words="the kernels are wrong (--keep-going measures all the same)")
-        else:
-            outcome = run_part(part, folder, min(part.seconds, left), on_gpu)
-        if not part.timing:
-            correct = outcome.status == "done"
-        outcomes.append(outcome)
-        print(line_of(outcome), flush=True)
-    return outcomes
+def words(folder: Path, images: str) -> dict[str, list[str]]:
+    """What the capitals in the commands stand for."""
+    out = ["--output", str(folder / "records.jsonl")]
+    profile = ["ncu", "--set", "full", "--kernel-name", "regex:read_kernel", "--launch-count", "1", "--force-overwrite", "--export"]
+    return {
+        "OUT": out,
+        "VIT": ["--recipe", "vit_small_in1k"],
+        "TINY": ["--train.global_batch", "4", "--train.device", "cpu"],
+        "BESIDE": ["--one-by-one", "--cases", "vit_small", "--rounds", "11", *out],
+        "IMAGES": [images],
+        "FOLDER": [str(folder)],
+        "NCU": [*profile, str(folder / "read_kernel")],
+    }
 
 
-def run_part(part: Part, folder: Path, limit: float, on_gpu: bool) -> Outcome:
-    """Run a part in a process group of its own, so that its workers end with it, and keep what it says."""
-    if part.program and not Path(part.program[0]).is_file():
-        return Outcome(part, "left out", words=f"{part.program[0]} is not here: it comes with the repository alone")
-    environment = dict(os.environ)
-    if not on_gpu:
-        environment["CUDA_VISIBLE_DEVICES"] = ""
-        # Threads that wait for each other by spinning take the cores from those that compute, where other programs run, too.
-        environment.setdefault("OMP_WAIT_POLICY", "passive")
-    command = [sys.executable, *(part.program or launcher()), *part.arguments]
-    start = time.monotonic()
-    with open(folder / "log.txt", "a", encoding="utf-8") as log:
-        log.write(f"\n=== {part.name}: {' '.join(part.arguments)}\n")
-        log.flush()
-        begin = log.tell()
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, env=environment)
-        try:
-            code = process.wait(timeout=limit)
-        except subprocess.TimeoutExpired:
-            code = None
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-    seconds = time.monotonic() - start
-    if code is None:
-        return Outcome(part, "too long", seconds, f"ended after {limit:.0f} s")
-    if code:
-        said = (folder / "log.txt").read_bytes()[begin:].decode("utf-8", "replace").strip().splitlines()
-        return Outcome(part, "failed", seconds, said[-1][:160] if said else f"exit code {code}")
-    return Outcome(part, "done", seconds)
+def arguments(command: str, filled: dict[str, list[str]]) -> tuple[dict[str, str], list[str]]:
+    """The environment that a command sets, and its words, the program's first."""
+    split = [value for word in shlex.split(command) for value in filled.get(word, [word.replace("ROOT/", f"{ROOT}/")])]
+    environment = {}
+    while re.match(r"[A-Z_]+=", split[0]):
+        name, _, value = split.pop(0).partition("=")
+        environment[name] = value
+    return environment, split
+
+
+def command_line(split: Sequence[str]) -> list[str]:
+    """How a part's process is started."""
+    if split[0] == "ncu":
+        ours = split.index("bench")
+        return [*split[:ours], sys.executable, *launcher(), *split[ours:]]
+    if split[0] in PROGRAMS:
+        return [sys.executable, *PROGRAMS[split[0]], *split[1:]]
+    return [sys.executable, *launcher(), *split]
+
+
+def place(split: Sequence[str]) -> Path | None:
+    """Where a part's process starts: pytest looks for packages where it stands, and the repository's is one without kernels."""
+    return ROOT / "tests" if split[0] == "pytest" else None
 
 
 def launcher() -> list[str]:
@@ -164,13 +292,175 @@ def launcher() -> list[str]:
     return [sys.argv[0]] if Path(sys.argv[0]).name in LAUNCHERS else ["-m", "massl_fast"]
 
 
+def obstacle(part: Part, on_gpu: bool) -> str:
+    """Why a part cannot run here; empty where it can."""
+    command = part.on_gpu if on_gpu else part.on_cpu
+    if not command:
+        return "it needs a GPU"
+    where = OF_THE_REPOSITORY.get(shlex.split(command)[0])
+    if where and not where.exists():
+        return f"{where} is not here: it comes with the repository alone"
+    if missing := [name[1:] for name in part.needs if name.startswith("/") and not shutil.which(name[1:])]:
+        return f"{missing[0]} is not on the path"
+    if missing := [name for name in part.needs if not name.startswith("/") and not importable(name)]:
+        return f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed"
+    return ""
+
+
+def advice(outcomes: Sequence[Outcome]) -> str:
+    """How to bring along the packages that parts lacked, to a machine without a network too; empty where nothing lacked."""
+    lacking = {name: None for outcome in outcomes for name in outcome.part.needs if not name.startswith("/") and not importable(name)}
+    if not lacking:
+        return ""
+    projects = " ".join({"yaml": "pyyaml"}.get(name, name) for name in lacking)
+    version = ".".join(platform.python_version_tuple()[:2])
+    return (
+        f"{', '.join(lacking)}: install with python -m pip install {projects}; where there is no network, make a folder elsewhere with "
+        f"python -m pip install --target packages --only-binary=:all: --no-deps --python-version {version} {projects} and what they need "
+        "(pydantic: pydantic-core annotated-types typing-extensions typing-inspection; rich: markdown-it-py mdurl pygments), bring it "
+        "here, and start with PYTHONPATH=packages."
+    )
+
+
+# Running
+
+
+def run_parts(parts: Sequence[Part], folder: Path, deadline: float, on_gpu: bool, images: str = "") -> list[Outcome]:
+    """All parts, those beside each other at once; a line of each is printed when it is known. ``deadline``: of ``time.monotonic()``."""
+    filled = words(folder, images)
+    outcomes: list[Outcome] = []
+    for group in groups(parts):
+        left = deadline - time.monotonic()
+        started: list[tuple[Part, Process]] = []
+        found: list[Outcome] = []
+        for part in group:
+            if reason := obstacle(part, on_gpu):
+                found.append(Outcome(part, "not run", words=reason))
+            elif left < SHORTEST:
+                found.append(Outcome(part, "not run", words="the time for all parts is used up; --minutes gives more"))
+            else:
+                number = 1 + len(outcomes) + len(found) + len(started)
+                log = folder / "logs" / f"{number:02d} {re.sub('[^a-zA-Z0-9]+', '_', part.name)}.txt"
+                started.append((part, Process(part, filled, log, min(part.seconds * (1.0 if on_gpu else IN_A_REHEARSAL), left), on_gpu)))
+        found += [outcome_of(part, process, folder) for part, process in started]
+        outcomes += found
+        for outcome in found:
+            print(line_of(outcome), flush=True)
+    return outcomes
+
+
+class Process:
+    """A part's process in a group of its own, so that its workers end with it; ``log`` takes what it says."""
+
+    def __init__(self, part: Part, filled: dict[str, list[str]], log: Path, limit: float, on_gpu: bool) -> None:
+        environment, split = arguments(part.on_gpu if on_gpu else part.on_cpu, filled)
+        environment = {**os.environ, **environment}
+        if not on_gpu:
+            environment["CUDA_VISIBLE_DEVICES"] = ""
+            # Threads that wait for each other by spinning take the cores from those that compute, where other programs run, too.
+            environment.setdefault("OMP_WAIT_POLICY", "passive")
+        log.parent.mkdir(parents=True, exist_ok=True)
+        self.log, self.limit, self.start = log, limit, time.monotonic()
+        with open(log, "w", encoding="utf-8") as file:
+            file.write(f"{shlex.join(split)}\n")
+            file.flush()
+            self._process = subprocess.Popen(
+                command_line(split), stdout=file, stderr=subprocess.STDOUT, start_new_session=True, env=environment, cwd=place(split)
+            )
+
+    def wait(self) -> tuple[int | None, float]:
+        """Exit code, None where the limit ended it, and seconds."""
+        try:
+            code: int | None = self._process.wait(timeout=max(0.0, self.start + self.limit - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            code = None
+        finally:
+            if self._process.poll() is None:
+                os.killpg(self._process.pid, signal.SIGKILL)
+                self._process.wait()
+        return code, time.monotonic() - self.start
+
+    def said(self) -> str:
+        return self.log.read_text(encoding="utf-8", errors="replace")
+
+
+def outcome_of(part: Part, process: Process, folder: Path) -> Outcome:
+    """What came of a part: of tests how many passed, of what lacks a package its name, else the last line that it said."""
+    code, seconds = process.wait()
+    said = process.said()
+    last = next((line for line in reversed(said.strip().splitlines()[1:]) if line.strip()), "")
+    late = f"ended at its limit of {process.limit:.0f} s; what it recorded is kept" if code is None else ""
+    if part.on_gpu.startswith("pytest"):
+        row, told = of_tests(part.name, said)
+        if row["figures"]:
+            records.append(folder / "records.jsonl", [row])
+            failed = code is None or code or "failed" in row["figures"]
+            return Outcome(part, "failed" if failed else "ran", seconds, "; ".join(filter(None, (told, late))))
+        if not code and code is not None:
+            return Outcome(part, "not run", seconds, told)
+    if code is None:
+        return Outcome(part, "failed", seconds, late)
+    if missing := re.match(r"ModuleNotFoundError: No module named '([^']+)'", last):
+        return Outcome(part, "not run", seconds, f"{missing[1]} is not installed")
+    return Outcome(part, "failed" if code else "ran", seconds, last[:200] or f"exit code {code}" if code else "")
+
+
+def of_tests(name: str, said: str) -> tuple[dict[str, Any], str]:
+    """A record of a part's tests, without figures where none ran, and the outcome in words with the tests that failed or why they did not
+    run."""
+    results = re.findall(r"^(\S+::.*?) (PASSED|FAILED|ERROR|SKIPPED)", said, re.MULTILINE)
+    wrong = [test.rpartition("/")[2] for test, result in results if result in ("FAILED", "ERROR")]
+    counts = {"passed": sum(result == "PASSED" for _, result in results), "failed": len(wrong)}
+    skipped = sorted(set(re.findall(r"^SKIPPED \[\d+\] \S+ (.*)$", said, re.MULTILINE)))
+    figures = {word: records.figure(count, "tests", exact=True) for word, count in counts.items() if count}
+    told = ", ".join(f"{count} {word}" for word, count in counts.items() if count)
+    if wrong:
+        told += f": {'; '.join(wrong[:3])}{' …' if len(wrong) > 3 else ''}"
+    if skipped:
+        told = "; ".join(filter(None, (told, f"left out: {skipped[0]}")))
+    return records.record("tests", {"part": name}, figures, {"failed": wrong, "left out": skipped}), told
+
+
+@contextlib.contextmanager
+def clocks(folder: Path) -> Iterator[None]:
+    """Clocks, power and temperature of the GPU twice a second into ``clocks.csv``, where nvidia-smi is there."""
+    if not shutil.which("nvidia-smi"):
+        yield
+        return
+    query = "--query-gpu=timestamp,clocks.sm,clocks.mem,power.draw,temperature.gpu,utilization.gpu"
+    with open(folder / "clocks.csv", "w") as file:
+        process = subprocess.Popen(["nvidia-smi", query, "--format=csv", "-lms", "500"], stdout=file, stderr=subprocess.DEVNULL)
+        try:
+            yield
+        finally:
+            process.terminate()
+            process.wait()
+
+
+# What is shown
+
+
 def line_of(outcome: Outcome) -> str:
-    return f"{outcome.part.name:<34}{outcome.status:<10}{outcome.seconds:>6.0f} s  {outcome.words}".rstrip()
+    return f"{outcome.part.name:<52}{outcome.status:<9}{outcome.seconds:>4.0f} s  {outcome.words}".rstrip()
+
+
+def summary(outcomes: Sequence[Outcome], rows: Sequence[dict[str, Any]]) -> str:
+    """The machine, a line per part and the figures that one looks for first, as Markdown."""
+    here = records.record("summary", {}, {})
+    shown = here["hardware"] | here["versions"]
+    lines = [f"# {here['hardware'].get('gpu') or here['hardware']['processor']}, {here['date'][:10]}", ""]
+    lines += [", ".join(f"{key} {value}" for key, value in shown.items()) + f"; commit {here['git']['commit'] or 'unknown'}.", ""]
+    lines += ["| part | outcome | seconds | |", "| --- | --- | --- | --- |"]
+    lines += [f"| {o.part.name} | {o.status} | {o.seconds:.0f} | {o.words.replace('|', '/')} |" for o in outcomes]
+    if told := advice(outcomes):
+        lines += ["", told]
+    return "\n".join([*lines, "", *(f"- {line}" for line in headlines(rows))]) + "\n"
 
 
 # The figures that one looks for first, by kind of record.
 HEADLINES = {
     "kernels": ("time", "time ratio", "error", "share of the matrix rate"),
+    "objectives": ("time", "time ratio", "error", "share of the matrix rate"),
     "step": ("images_per_second", "utilization_of_measured_rate", "model_flops_utilization"),
     "memory": ("measured_peak", "estimate_error"),
     "batch search": ("best_images_per_second",),
@@ -180,13 +470,23 @@ HEADLINES = {
 }
 
 
-def headlines(rows: list[dict[str, Any]]) -> list[str]:
+def headlines(rows: Sequence[dict[str, Any]]) -> list[str]:
     """A line per case, from its latest record."""
     lines = []
-    for row in latest(rows):
+    for row in records.latest(rows):
         names = HEADLINES.get(row["kind"], [name for name in row["figures"] if name.endswith("step_seconds")])
         found = [(name, row["figures"][name]) for name in names if name in row["figures"]]
         told = ", ".join(f"{name.replace('_', ' ')} {median(figure['samples']):.4g} {figure['unit']}" for name, figure in found)
-        if row["kind"] != "correctness" and told:
+        if row["kind"] not in ("correctness", "tests") and told:
             lines.append(f"{records.name_of_case(row)}: {told}")
     return lines
+
+
+def read_whole(path: Path) -> list[dict[str, Any]]:
+    """The records of a file but for a last line that a limit cut off."""
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    rows = []
+    for line in text.splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            rows.append(json.loads(line))
+    return rows

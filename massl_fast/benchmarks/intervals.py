@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from statistics import NormalDist, median
 
 import numpy as np
-from scipy.stats import quantile_test
 
 CONFIDENCE = 0.99  # of the interval of a median
 FEWEST_SAMPLES = 8  # smallest and largest of 8 samples enclose the true median in 99.2% of cases
@@ -26,6 +25,8 @@ def median_interval(samples: Sequence[float]) -> tuple[float, float] | None:
     """
     if len(samples) < FEWEST_SAMPLES:
         return None
+    from scipy.stats import quantile_test  # measuring does without SciPy, pages and comparisons do not
+
     found = quantile_test(samples, p=0.5).confidence_interval(CONFIDENCE)
     return float(found.low), float(found.high)
 

@@ -17,6 +17,7 @@ import argparse
 import ctypes
 import functools
 import gc
+import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -41,10 +42,12 @@ from massl_fast.kernels.shuffle import round_keys, shuffle
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Their ratio is a power of two, so that the attention composition can give all rows one scale without rounding them.
 STUDENT_TEMP, TEACHER_TEMP = 0.1, 0.05
-OURS = ("triton", "streaming")
+TUNED = "triton, tuned"
+"""Stands in for triton where the tuner is on (MASSL_FAST_AUTOTUNE=1)."""
+OURS = ("triton", "streaming", TUNED)
 LOSS_ONLY = "reference, loss only"
 # Timed as a CUDA graph as well: short beside the launches from the host, which a training step under a graph does not pay.
-GRAPHED, GRAPH = ("triton", "enqueue_", "partition_indices"), ", graph"
+GRAPHED, GRAPH = ("triton", TUNED, "enqueue_", "partition_indices"), ", graph"
 MATRIX, COPY = "matrix product", "copy"
 COPIES = 3  # of the inputs
 ORACLE_IMAGES = 8  # at a time, in float64
@@ -130,7 +133,7 @@ def variants(case: Case, device: torch.device, compiled: bool) -> tuple[dict[str
     elif obstacle := triton_obstacle(device, DTYPES[case.dtype], case.D):
         missing["triton"] = obstacle.removesuffix(".")
     else:
-        found["triton"] = functools.partial(call, case=case, backend="triton")
+        found[TUNED if tuning() else "triton"] = functools.partial(call, case=case, backend="triton")
     attentions = ("flash", "efficient", "cudnn") if device.type == "cuda" else ("cpu flash",)
     compose = _loss_by_attention if case.operation == "loss" else _readout_by_attention
     for kind in attentions:
@@ -141,6 +144,10 @@ def variants(case: Case, device: torch.device, compiled: bool) -> tuple[dict[str
         else:
             missing["linear cross-entropy, forward"] = f"torch {torch.__version__} has no linear_cross_entropy"
     return found, missing
+
+
+def tuning() -> bool:
+    return os.environ.get("MASSL_FAST_AUTOTUNE") == "1"
 
 
 def _loss(inputs: Inputs, case: Case, backend: str) -> tuple[Tensor, Tensor]:
@@ -609,6 +616,10 @@ def _record(
         "temperatures": [STUDENT_TEMP, TEACHER_TEMP],
         "half of the problem": half,
     }
+    if name == TUNED:
+        from massl_fast.kernels.fused import tuned_milliseconds  # imports Triton
+
+        details["tuner"] = [[shape, {str(choice): ms for choice, ms in times.items()}] for shape, times in tuned_milliseconds()]
     return records.record("kernels", asdict(case) | {"variant": name, "device": device.type}, figures, details)
 
 

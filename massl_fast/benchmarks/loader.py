@@ -9,7 +9,6 @@ device is short of beyond PyTorch's own.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import io
 import json
 import os
@@ -28,6 +27,7 @@ from massl_fast.benchmarks import records
 from massl_fast.data.crops import View, published_views
 from massl_fast.data.sources import Source, open_source
 from massl_fast.data.torchvision_loader import TorchvisionLoader
+from massl_fast.extras import importable
 from massl_fast.hardware import synchronize
 
 GENERATED = 256  # images
@@ -76,13 +76,6 @@ def obstacle(setup: Setup) -> str:
         return "it needs a GPU, and there is none here"
     package = {"published": "torchvision", "dali": "nvidia.dali"}.get(setup.loader)
     return f"{package} is not installed" if package and not importable(package) else ""
-
-
-def importable(package: str) -> bool:
-    try:
-        return importlib.util.find_spec(package) is not None
-    except ModuleNotFoundError:
-        return False
 
 
 def read_step_rate(text: str) -> float:

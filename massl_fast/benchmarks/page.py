@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from massl_fast.benchmarks.chapters import Row, chapters, latest
+from massl_fast.benchmarks.chapters import Row, chapters
+from massl_fast.benchmarks.records import latest
 from massl_fast.report.html import render
 
 

@@ -93,6 +93,14 @@ def read(path: Path | str) -> list[dict[str, Any]]:
     return rows
 
 
+def latest(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The last record of each case, in order of first appearance."""
+    last: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        last[json.dumps([row["kind"], row["case"]], sort_keys=True)] = row
+    return list(last.values())
+
+
 def _parsed(line: str, place: str) -> dict[str, Any]:
     try:
         row = json.loads(line)

@@ -7,7 +7,6 @@ images.
 
 from __future__ import annotations
 
-import importlib.util
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import torch
 from massl_fast.config import Config
 from massl_fast.data.loader import Loader
 from massl_fast.distributed.world import World
+from massl_fast.extras import importable
 from massl_fast.hardware import synchronize
 from massl_fast.models.precision import Precision
 from massl_fast.profiling.synthetic import micro_batches_of, synthetic_run
@@ -140,7 +140,7 @@ def _more_from_loader(s: Situation) -> list[str]:
         if s.workers < s.cores - 1:
             tries.append(f"Try --data.num_workers {s.cores - 1}: {s.workers} of {s.cores} cores load images.")
         if s.on_gpu:
-            if importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None:
+            if importable("nvidia.dali"):
                 tries.append("Try --data.loader dali: it decodes and augments on the GPU.")
             else:
                 tries.append("Try DALI, which decodes and augments on the GPU: pip install 'massl-fast[dali-cuda13]' (or [dali-cuda12]).")

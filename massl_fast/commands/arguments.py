@@ -10,11 +10,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from massl_fast.benchmarks import records
-from massl_fast.config import recipe_names
 
 
 def takes_a_run(parser: argparse.ArgumentParser, command: str, options: str, default: str = "demo") -> None:
     """``--recipe``, and the settings of a run, which the parser itself does not know."""
+    from massl_fast.config import recipe_names  # of what takes a run alone: kernels are measured without pydantic, too
+
     parser.usage = f"massl-fast {command} [--recipe NAME|FILE] {options} [--section.key VALUE ...]"
     names = f"one of {', '.join(recipe_names())}, or the path of a YAML file (default: {default})"
     parser.add_argument("--recipe", metavar="NAME|FILE", default=default, help=names)

@@ -27,7 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--width", type=int, default=256, help="D (default: 256)")
     parser.add_argument("--dtype", default="", choices=["", *DTYPES], help="of rows and memory (default: bfloat16 on a GPU, else float32)")
     parser.add_argument("--rounds", type=int, default=0, help="calls of each variant (default: 30 on a GPU, else 9)")
-    parser.add_argument("--compile", action="store_true", help="the reference under torch.compile on a CPU, too (a GPU always has it)")
+    parser.add_argument(
+        "--compile", action="store_true", help="the reference under torch.compile in every case (default: on a GPU in the last of them)"
+    )
     parser.add_argument("--quick", action="store_true", help="N = 8, K = 8192, block 2048, 5 rounds: does it run")
     parser.add_argument("--device", default="", help="device (default: the GPU, else the CPU)")
     parser.add_argument("--output", default="", help=f"file to append records to (default: {RESULTS}/DEVICE/kernels.jsonl; none: nowhere)")
@@ -38,14 +40,15 @@ def run(args: argparse.Namespace) -> int:
     device = chosen_device(args.device)
     cases, rounds = chosen_cases(args, device), args.rounds or (5 if args.quick else 30 if device.type == "cuda" else 9)
     args.output = "" if args.output == "none" else args.output or str(RESULTS / slug(device) / "kernels.jsonl")
-    compiled = args.compile or device.type == "cuda"
+    # Compiling for one shape takes as long as measuring two: once, and last, so that what is known before it is on the disk.
+    compiled = [args.compile or (device.type == "cuda" and number == len(cases)) for number in range(1, len(cases) + 1)]
     wrong = 0
     with keeping(args) as keep:
-        check_names(cases, args.variants, compiled, device)
+        check_names(cases, args.variants, any(compiled), device)
         print(f"{processor_name() if device.type == 'cpu' else torch.cuda.get_device_name(device)}, torch {torch.__version__}", end=", ")
         print(f"{torch.get_num_threads()} threads, {rounds} rounds, load {os.getloadavg()[0]:.1f}")
-        for case in cases:
-            rows, mistakes = kernels.measure(case, args.variants, rounds, compiled, device)
+        for case, with_compiled in zip(cases, compiled):
+            rows, mistakes = kernels.measure(case, args.variants, rounds, with_compiled, device)
             wrong += len(mistakes)
             for row in rows:
                 keep(row)

@@ -4,7 +4,6 @@
 """
 
 from massl_fast.config.objectives import SETTINGS, MasslSettings, ObjectiveSettings, register_settings
-from massl_fast.config.registry import Registry
 from massl_fast.config.sections import (
     LOADERS,
     CheckpointSection,
@@ -33,6 +32,7 @@ from massl_fast.config.text import (
     write_config,
 )
 from massl_fast.config.whole import Config
+from massl_fast.registry import Registry
 
 __all__ = [
     "LOADERS",

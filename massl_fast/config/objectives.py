@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from massl_fast.config.registry import Registry
 from massl_fast.config.sections import Epochs, Section, Temperature
+from massl_fast.registry import Registry
 
 if TYPE_CHECKING:
     from massl_fast.config.whole import Config

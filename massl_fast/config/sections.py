@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, SerializeAsAny, ValidationInfo, field_validator
 
-from massl_fast.config.registry import Registry
+from massl_fast.registry import Registry
 
 if TYPE_CHECKING:
     Plain = Any  # whoever takes it knows what it takes

@@ -18,10 +18,10 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from massl_fast.config.objectives import SETTINGS, ObjectiveSettings
-from massl_fast.config.registry import shortened
 from massl_fast.config.sections import LOADERS, Section
 from massl_fast.config.whole import DEFAULT_OBJECTIVE, Config
 from massl_fast.plugins import load_plugins
+from massl_fast.registry import shortened
 
 RENAMED = {"train.device_batch": "train.micro_batch"}
 """Settings that have another name since the last version: old name, new name. The old one is taken for one version, with a note."""

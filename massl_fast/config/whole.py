@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 from pydantic import PrivateAttr, SerializeAsAny, field_validator, model_validator
 
 from massl_fast.config.objectives import SETTINGS, MasslSettings, ObjectiveSettings
-from massl_fast.config.registry import shortened
 from massl_fast.config.sections import (
     CheckpointSection,
     CropsSection,
@@ -22,6 +21,7 @@ from massl_fast.config.sections import (
     TeacherSection,
     TrainSection,
 )
+from massl_fast.registry import shortened
 
 DEFAULT_OBJECTIVE = MasslSettings().name
 

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from massl_fast.config import Config, CropsSection
-from massl_fast.config.registry import Registry
 from massl_fast.config.sections import register_loader_settings
 from massl_fast.data.bad_files import read_bad_files
 from massl_fast.data.crops import View, published_views
@@ -17,6 +16,7 @@ from massl_fast.data.demo import ensure_demo_images
 from massl_fast.data.loader import Loader
 from massl_fast.data.sources import Source, open_source
 from massl_fast.distributed.world import World
+from massl_fast.registry import Registry
 
 DEMO_FOLDER = Path("runs/demo-images")
 

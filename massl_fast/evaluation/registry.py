@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-from massl_fast.config.registry import Registry
+from massl_fast.registry import Registry
 
 if TYPE_CHECKING:
     from massl_fast.evaluation.base import Protocol

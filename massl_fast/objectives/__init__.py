@@ -6,8 +6,8 @@ from __future__ import annotations
 import importlib
 
 from massl_fast.config.objectives import register_settings
-from massl_fast.config.registry import Registry
 from massl_fast.objectives.base import Objective
+from massl_fast.registry import Registry
 
 OBJECTIVES: Registry[str | type[Objective]] = Registry(
     "objective.name",

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from massl_fast import hardware
 from massl_fast.benchmarks import kernels, records
 from massl_fast.cli import main
 from massl_fast.hardware import chosen_device
@@ -131,6 +132,7 @@ def test_a_device_that_is_not_here_gets_a_sentence(monkeypatch):
         assert main(["bench", command, "--device", "cuda"]) == 2
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(hardware, "demand_code", lambda device: None)
     assert chosen_device("cuda:1") == torch.device("cuda:1")
     with pytest.raises(ValueError, match="there are 2 GPUs here"):
         chosen_device("cuda:2")

@@ -6,9 +6,10 @@ import xml.dom.minidom
 import pytest
 
 from massl_fast.benchmarks import records
-from massl_fast.benchmarks.chapters import intensity, latest
+from massl_fast.benchmarks.chapters import intensity
 from massl_fast.benchmarks.charts import Bar, Dot, Line, bars, over_sizes, roofline
 from massl_fast.benchmarks.page import page_of
+from massl_fast.benchmarks.records import latest
 from massl_fast.cli import main
 from massl_fast.engine.phases import PHASES as NAMES
 from massl_fast.profiling.ledger import CATEGORIES

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from massl_fast.benchmarks import records
-from massl_fast.benchmarks.loader import host_bytes, importable, processor_seconds, read_step_rate
+from massl_fast.benchmarks.loader import host_bytes, processor_seconds, read_step_rate
 from massl_fast.cli import main
+from massl_fast.extras import importable
 from small_images import write_images
 
 

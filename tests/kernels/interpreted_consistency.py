@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from interpreted_fused import bfloat16, poisoned  # noqa: F401  (fixtures)
-from test_loss_backends import unit_rows
+from problems import unit_rows
 
 from massl_fast.kernels import consistency_kernel, partition_consistency
 from replay_objective import replay

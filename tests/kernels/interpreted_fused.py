@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import triton.language as tl
-from test_loss_backends import case, loss_and_gradient, unit_rows
+from problems import case, loss_and_gradient, unit_rows
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 from massl_fast.kernels import available_backends, fused, memory_cross_entropy, memory_readout, partition_indices

@@ -5,7 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from test_loss_backends import GOLDEN, case, loss_and_gradient
+from problems import case, loss_and_gradient
+from test_loss_backends import GOLDEN
 
 from massl_fast.kernels import fused, partition_indices, streaming
 

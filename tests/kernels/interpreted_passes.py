@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 from interpreted_fused import bfloat16, poisoned  # noqa: F401  (fixtures)
-from test_loss_backends import unit_rows
-from test_readout import case, defined_readback, defined_readout, without
+from problems import defined_readback, defined_readout, unit_rows, without
+from problems import readout_case as case
 
 from massl_fast.kernels import fused, memory_readback, memory_readout
 

@@ -6,9 +6,7 @@ import sys
 
 import pytest
 import torch
-from test_loss_backends import case, loss_and_gradient, unit_rows
-from test_readout import case as readout_case
-from test_readout import defined_readback, defined_readout, without
+from problems import case, defined_readback, defined_readout, loss_and_gradient, readout_case, unit_rows, without
 
 from massl_fast.kernels import (
     available_backends,

@@ -7,33 +7,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.nn.functional import normalize
+from problems import case, loss_and_gradient
 
 from massl_fast.kernels import enqueue_, memory_cross_entropy, memory_readout, partition_indices
 
 GOLDEN = Path(__file__).parent / "golden"
 SHARED_GOLDEN = Path(__file__).parents[2] / "../shared/golden"
-
-
-def unit_rows(*shape: int, seed: int, dtype=torch.float64) -> torch.Tensor:
-    return normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64), dim=-1).to(dtype)
-
-
-def case(views=4, teachers=2, images=5, width=24, entries=96, *, dtype=torch.float64, close=True):
-    """Student, teacher and memory; part of the memory lies close to the rows, so that some logits are large."""
-    student, teacher = unit_rows(views, images, width, seed=0), unit_rows(teachers, images, width, seed=1)
-    memory = unit_rows(entries, width, seed=2)
-    if close:
-        near = min(entries // 2, views * images)
-        memory[:near] = normalize(student.reshape(-1, width)[:near] + 0.2 * memory[:near], dim=-1)
-    return student.to(dtype), teacher.to(dtype), memory.to(dtype)
-
-
-def loss_and_gradient(student, teacher, memory, **arguments):
-    student = student.detach().clone().requires_grad_()
-    result = memory_cross_entropy(student, teacher, memory, **arguments)
-    (gradient,) = torch.autograd.grad(result.loss, student)
-    return result, gradient
 
 
 def check_golden(path: Path, backend: str) -> None:

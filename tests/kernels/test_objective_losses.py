@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from test_loss_backends import SHARED_GOLDEN, unit_rows
+from problems import unit_rows
+from test_loss_backends import SHARED_GOLDEN
 
 from massl_fast.kernels import contrast, partition_consistency, partition_indices, prototype_cross_entropy, sinkhorn_bias
 from replay_objective import replay

@@ -4,65 +4,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_loss_backends import unit_rows
+from problems import defined_readback, defined_readout, unit_rows, without
+from problems import readout_case as case
 
-from massl_fast.kernels import memory_readback, memory_readout, partition_indices
+from massl_fast.kernels import memory_readback, memory_readout
 
 BACKENDS = ["reference", "streaming"]
-
-
-def case(rows=13, width=10, entries=57, values=7, block_size=16, *, seed=0, dtype=torch.float64):
-    """Arguments of a read-out with every extension; the partition leaves a remainder out."""
-    generator = torch.Generator().manual_seed(seed)
-    return dict(
-        rows=unit_rows(rows, width, seed=seed).to(dtype),
-        memory=unit_rows(entries, width, seed=seed + 1).to(dtype),
-        values=torch.randn(entries, values, generator=generator, dtype=torch.float64).to(dtype),
-        key_bias=torch.randn(entries, generator=generator, dtype=torch.float64),
-        row_group=torch.randint(4, (rows,), generator=generator),
-        key_group=torch.randint(4, (entries,), generator=generator),
-        block_size=block_size,
-        temperature=0.1,
-        partition=partition_indices(entries, seed=seed, step=5),
-    )
-
-
-def defined_logits(rows, memory, *, key_bias=None, row_group=None, key_group=None, block_size, temperature, partition, **_):
-    """The logits [R, B, block_size] in float64, and the entries [B, block_size] of the blocks."""
-    blocks = len(memory) // block_size
-    entries = partition[: blocks * block_size].long().view(blocks, block_size)
-    logits = torch.einsum("rd,bkd->rbk", rows.double(), memory.double()[entries]) / temperature
-    if key_bias is not None:
-        logits = logits + key_bias.double()[entries]
-    if row_group is not None:
-        logits = logits.masked_fill(row_group[:, None, None] == key_group[entries], -torch.inf)
-    return logits, entries
-
-
-def defined_readout(**arguments):
-    logits, entries = defined_logits(**arguments)
-    values = arguments.get("values")
-    values = (arguments["memory"] if values is None else values).double()[entries]
-    logsumexp = logits.logsumexp(-1)
-    weights = (logits - logsumexp[..., None]).exp().masked_fill((logsumexp == -torch.inf)[..., None], 0.0)
-    return torch.einsum("rbk,bkd->rd", weights, values), logsumexp
-
-
-def defined_readback(*, logsumexp, row_values=None, row_weight=None, **arguments):
-    logits, entries = defined_logits(**arguments)
-    rows, blocks, _ = logits.shape
-    logsumexp = logsumexp.double().view(rows, blocks)
-    weights = (logits - logsumexp[..., None]).exp().masked_fill((logsumexp == -torch.inf)[..., None], 0.0)
-    if row_weight is not None:
-        weights = weights * row_weight.double().view(rows, -1, 1)
-    result = torch.zeros(len(arguments["memory"]), 1 if row_values is None else row_values.shape[1], dtype=torch.float64)
-    y = torch.ones(rows, 1, dtype=torch.float64) if row_values is None else row_values.double()
-    result[entries.flatten()] = torch.einsum("rbk,rd->bkd", weights, y).flatten(0, 1)
-    return result.squeeze(1) if row_values is None else result
-
-
-def without(arguments, *names):
-    return {name: value for name, value in arguments.items() if name not in names}
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
