@@ -8,13 +8,14 @@ The steps and their order are those of the published augmentation (Silva et al. 
 and so that another loader can carry out the very same draw.
 
 ``apply`` does what ``torchvision.transforms`` does on Pillow images, several times faster: the resize runs in PyTorch's vectorised
-uint8 kernel, everything after it on float32 planes in NumPy, rounded to uint8 once at the end instead of after every step. What
-differs from the Pillow operations is at most rounding, except hue, which Pillow quantises to 256 angles and which is exact here
-(``tests/data/test_crops.py`` states the size of each difference).
+uint8 kernel, colours on float32 planes in NumPy, rounded to uint8 once after the last of them, the blur on integers of 16 bits, rounded
+after each of its two passes (Pillow: after each of six). What differs from the Pillow operations is at most rounding, except hue, which
+Pillow quantises to 256 angles and which is exact here, and a crop of a JPEG decoded at a reduced scale, which may lie half a pixel of
+that scale aside (``tests/data/test_crops.py`` states the size of each difference).
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import permutations
@@ -26,8 +27,9 @@ from PIL import Image
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 LUMA = np.array([[0.299, 0.587, 0.114]], np.float32)  # ITU-R 601-2, as Image.convert("L")
+NO_TURN = np.eye(3, dtype=np.float32)
+ONE_FURTHER = NO_TURN[[1, 2, 0]]  # red takes green's, green blue's, blue red's place
 JITTER_ORDERS = tuple(permutations(("brightness", "contrast", "saturation", "hue")))
-VALUES_AT_ONCE = 2**16  # float32 values of the colour operations; a quarter of a MiB stays in a core's own cache
 
 
 @dataclass(frozen=True)
@@ -196,108 +198,91 @@ def _scale_and_shift(mean: tuple, std: tuple, device: torch.device) -> tuple[tor
 
 
 def resize(pixels: torch.Tensor, drawn: Drawn) -> np.ndarray:
-    """Crop and resize: uint8 [H, W, 3] -> uint8 [3, size, size]."""
-    size = drawn.view.size
-    box = pixels[drawn.top : drawn.top + drawn.height, drawn.left : drawn.left + drawn.width]
+    """Crop, resize and flip: uint8 [H, W, 3] -> uint8 [3, size, size].
+
+    ``pixels`` may be the image at a reduced scale, 1/2, 1/4 or 1/8: then each edge of the crop goes to the nearest edge of its pixels.
+    """
+    size, scale = drawn.view.size, max(1, round(drawn.image_width / pixels.shape[1]), round(drawn.image_height / pixels.shape[0]))
+    left, top = min(round(drawn.left / scale), pixels.shape[1] - 1), min(round(drawn.top / scale), pixels.shape[0] - 1)
+    right, bottom = round((drawn.left + drawn.width) / scale), round((drawn.top + drawn.height) / scale)
+    box = pixels[top : max(bottom, top + 1), left : max(right, left + 1)]
     resized = torch.nn.functional.interpolate(box.permute(2, 0, 1)[None], size=(size, size), mode="bicubic", antialias=True)
-    return resized[0].numpy()
+    return (resized.flip(-1) if drawn.flip else resized)[0].numpy()
+
+
+def largest_reduction(drawn: Sequence[Drawn]) -> int:
+    """How many times smaller an image may be decoded, 1, 2, 4 or 8, so that every crop of it is still made smaller and never larger."""
+    room = min(min(d.width, d.height) / d.view.size for d in drawn)
+    return next(reduction for reduction in (8, 4, 2, 1) if room >= reduction or reduction == 1)
 
 
 def color_(values: np.ndarray, drawn: Sequence[Drawn]) -> None:
-    """Everything after the resize but the normalisation, in place on uint8 [N, 3, S, S], one draw each.
-
-    Small crops are worked on many at a time, as many as the cache holds, so that the cost of calling an operation is shared.
-    """
-    size = values.shape[-1]
-    touched = [n for n, d in enumerate(drawn) if d.jitter or d.grayscale or d.blur_sigma > 0]
-    at_once = max(1, VALUES_AT_ONCE // (3 * size * size))
-    for begin in range(0, len(touched), at_once):
-        rows = touched[begin : begin + at_once]
-        planes = values[rows].astype(np.float32).reshape(len(rows), 3, -1)
-        chunk = [drawn[n] for n in rows]
-        for position in range(4):
-            for name, adjust in JITTER.items():
-                amounts = {
-                    k: d.jitter[position][1]
-                    for k, d in enumerate(chunk)
-                    if d.jitter[position : position + 1] and d.jitter[position][0] == name
-                }
-                _on_rows(planes, amounts, adjust)
-        _on_rows(planes, {k: 0.0 for k, d in enumerate(chunk) if d.grayscale}, adjust_saturation)
-        images = planes.reshape(-1, 3, size, size)
-        _on_rows(images, {k: d.blur_sigma for k, d in enumerate(chunk) if d.blur_sigma > 0}, gaussian_blur)
-        images += 0.5
-        values[rows] = images.astype(np.uint8)
+    """Everything after resize and flip but the normalisation, in place on uint8 [N, 3, S, S], one draw each."""
     for image, d in zip(values, drawn):
+        changed = image
+        if d.jitter or d.grayscale:
+            planes = image.reshape(3, -1).astype(np.float32)
+            for name, amount in d.jitter:
+                planes = JITTER[name](planes, amount)
+            if d.grayscale:
+                planes = LUMA @ planes
+            planes += 0.5
+            changed = planes.astype(np.uint8).reshape(-1, *image.shape[1:])
+        if d.blur_sigma > 0:
+            changed = blur(changed, d.blur_sigma)
         if d.solarize:
-            np.copyto(image, 255 - image, where=image >= d.view.solarize_threshold)
-        if d.flip:
-            image[:] = image[:, :, ::-1].copy()
+            changed = np.where(changed >= d.view.solarize_threshold, 255 - changed, changed)
+        if changed is not image:
+            image[:] = changed
 
 
-def _on_rows(planes: np.ndarray, amounts: dict[int, float], adjust: Callable) -> None:
-    """``planes[n] = adjust(planes[n], amounts[n])`` for the rows that ``amounts`` names."""
-    if not amounts:
-        return
-    column = np.fromiter(amounts.values(), np.float32, len(amounts)).reshape(-1, *[1] * (planes.ndim - 1))
-    if len(amounts) == len(planes):
-        adjust(planes, column)
-    else:
-        rows = list(amounts)
-        some = planes[rows]
-        adjust(some, column)
-        planes[rows] = some
+# Colour operations: float32 [3, P] of values 0 … 255, which may be changed in place, to values 0 … 255 up to the rounding of float32.
 
 
-# Colour operations: float32 [N, 3, P] of values 0 … 255, changed in place; amounts float32 [N, 1, 1].
-
-
-def adjust_brightness(planes: np.ndarray, factor: np.ndarray) -> None:
+def adjust_brightness(planes: np.ndarray, factor: float) -> np.ndarray:
     """Blend with black."""
     planes *= factor
-    np.clip(planes, 0, 255, out=planes)
+    return np.clip(planes, 0, 255, out=planes) if factor > 1 else planes
 
 
-def adjust_contrast(planes: np.ndarray, factor: np.ndarray) -> None:
+def adjust_contrast(planes: np.ndarray, factor: float) -> np.ndarray:
     """Blend with the mean of the image's own grey values."""
-    mean = (LUMA @ planes).mean(-1, keepdims=True)
+    mean = (LUMA @ planes.mean(1)).item()
     planes *= factor
     planes += (1 - factor) * mean
-    np.clip(planes, 0, 255, out=planes)
+    return np.clip(planes, 0, 255, out=planes) if factor > 1 else planes
 
 
-def adjust_saturation(planes: np.ndarray, factor: np.ndarray) -> None:
+def adjust_saturation(planes: np.ndarray, factor: float) -> np.ndarray:
     """Blend with the grey image."""
-    gray = LUMA @ planes
-    gray *= 1 - factor
-    planes *= factor
-    planes += gray
-    np.clip(planes, 0, 255, out=planes)
+    blended = (factor * NO_TURN + (1 - factor) * LUMA) @ planes
+    return np.clip(blended, 0, 255, out=blended) if factor > 1 else blended
 
 
-def adjust_hue(planes: np.ndarray, turn: np.ndarray) -> None:
-    """Rotate the hue of HSV by ``turn`` (1 = once around), keeping saturation and value.
+def adjust_hue(planes: np.ndarray, turn: float) -> np.ndarray:
+    """Rotate the hue of HSV by ``turn`` (1 = once around), keeping saturation and value, the largest and the least channel.
 
-    In HSV a channel is ``least + chroma · c(u)`` with u the hue in sixths of the circle and c a trapezoid: red |u − 3| − 1,
-    green 2 − |u − 2|, blue 2 − |u − 4|, each clipped to [0, 1].
+    In HSV a channel is ``least + chroma · c(u)`` with u the hue in sixths of the circle and c a trapezoid: red |u − 3| − 1, green
+    2 − |u − 2|, blue 2 − |u − 4|, each clipped to [0, 1]. A third of the circle exchanges the channels. Within a sixth to either
+    side, h = 6 · turn and k = 1 − 2·|h|, the moved trapezoids are cut from planes, so that neither the hue nor a division is needed:
+
+        red' = clip(red − green − k·blue + (1 − |h|)·(most + least), least, most)    for h ≥ 0; k goes to green for h < 0
+
+    and green' and blue' likewise with the channels one further.
     """
-    red, green, blue = planes[:, 0], planes[:, 1], planes[:, 2]
-    most = np.maximum(np.maximum(red, green), blue)
-    least = np.minimum(np.minimum(red, green), blue)
-    chroma = most - least
-    u = np.where(most == red, green - blue, np.where(most == green, blue - red + 2 * chroma, red - green + 4 * chroma)) / np.maximum(
-        chroma, 1e-3
-    )
-    u += 6 * turn[:, 0]
-    u -= 6 * np.floor(u / 6)
-    for plane, centre, sign, offset in zip((red, green, blue), (3, 2, 4), (1, -1, -1), (-1, 2, 2)):
-        np.subtract(u, centre, out=plane)
-        np.abs(plane, out=plane)
-        plane *= sign
-        plane += offset
-        np.clip(plane, 0, 1, out=plane)
-        plane *= chroma
-        plane += least
+    red, green, blue = planes
+    most, least = np.maximum(red, green), np.minimum(red, green)
+    np.maximum(most, blue, out=most)
+    np.minimum(least, blue, out=least)
+    thirds = round(3 * turn)
+    sixths = 6 * turn - 2 * thirds  # within ±1
+    one_further, two_further = (1.0, 1 - 2 * sixths) if sixths >= 0 else (1 + 2 * sixths, 1.0)
+    rotation = NO_TURN - one_further * ONE_FURTHER - two_further * ONE_FURTHER.T
+    rotated = (rotation @ np.roll(NO_TURN, thirds, 0)).astype(np.float32) @ planes
+    total = most + least
+    total *= 1 - abs(sixths)
+    rotated += total
+    return np.clip(rotated, least, most, out=rotated)
 
 
 JITTER = {
@@ -325,23 +310,41 @@ def gaussian_kernel(sigma: float) -> list[float]:
     return weights
 
 
-def gaussian_blur(images: np.ndarray, sigma: np.ndarray) -> None:
-    """Blur of ``sigma`` pixels [N, 1, 1, 1], in place on float32 [N, C, H, W]; border pixels are repeated."""
-    kernels = [gaussian_kernel(s) for s in sigma.ravel().tolist()]
-    radius = max(map(len, kernels)) - 1
-    weights = np.array([k + [0.0] * (radius + 1 - len(k)) for k in kernels], np.float32).T[:, :, None, None, None]
-    height, width = images.shape[2:]
-    padded = np.pad(images, ((0, 0), (0, 0), (radius, radius), (radius, radius)), mode="edge")
-    across = _weigh([padded[..., shift : shift + width] for shift in range(2 * radius + 1)], weights)
-    images[:] = _weigh([across[..., shift : shift + height, :] for shift in range(2 * radius + 1)], weights)
+def blur(images: np.ndarray, sigma: float) -> np.ndarray:
+    """``gaussian_blur`` of uint8 [C, H, W], as uint8, in integers of 16 bits and weights of 1/256: at most 2.5 of 255 from it.
+
+    255 times the sum of the weights, 256, is the most that an unsigned 16-bit number holds; each pass is rounded to 8 bits.
+    """
+    weights = [round(256 * weight) for weight in gaussian_kernel(sigma)]
+    weights[0] = 256 - 2 * sum(weights[1:])
+    weights = [np.uint16(weight) for weight in weights]
+    for axis in (2, 1):
+        images = _weigh(images, weights, axis, np.uint16)
+        images += 128
+        images >>= 8
+    return images.astype(np.uint8)
 
 
-def _weigh(shifted: list[np.ndarray], weights: np.ndarray) -> np.ndarray:
-    """The sum of shifted copies, those at equal distance from the middle with equal weight."""
-    middle = len(shifted) // 2
-    total = shifted[middle] * weights[0]
-    for distance in range(1, middle + 1):
-        pair = shifted[middle - distance] + shifted[middle + distance]
+def gaussian_blur(images: np.ndarray, sigma: float) -> np.ndarray:
+    """Blur of float32 [C, H, W] by ``sigma`` pixels; border pixels are repeated. What ``blur`` is held to."""
+    weights = [np.float32(weight) for weight in gaussian_kernel(sigma)]
+    return _weigh(_weigh(images, weights, 2, np.float32), weights, 1, np.float32)
+
+
+def _weigh(images: np.ndarray, weights: list, axis: int, dtype: type) -> np.ndarray:
+    """The sum of the images moved by −radius … radius along an axis, those at equal distance with equal weight."""
+    radius, length = len(weights) - 1, images.shape[axis]
+    padded = np.empty([n + 2 * radius * (k == axis) for k, n in enumerate(images.shape)], dtype)
+
+    def moved(begin: int, end: int) -> np.ndarray:
+        return padded[:, :, begin:end] if axis == 2 else padded[:, begin:end]
+
+    moved(radius, radius + length)[:] = images
+    moved(0, radius)[:] = moved(radius, radius + 1)
+    moved(radius + length, 2 * radius + length)[:] = moved(radius + length - 1, radius + length)
+    total = moved(radius, radius + length) * weights[0]
+    for distance in range(1, radius + 1):
+        pair = moved(radius - distance, radius - distance + length) + moved(radius + distance, radius + distance + length)
         pair *= weights[distance]
         total += pair
     return total

@@ -11,9 +11,8 @@ import warnings
 import numpy as np
 from PIL import Image, ImageCms
 
-# Larger headers are taken for decompression bombs, before any pixel is decoded: 8 bytes a pixel would be 0.7 GB here.
-MOST_PIXELS = 89_478_485
-ORIENTATION = 0x0112
+from massl_fast.data.jpeg import MOST_PIXELS, ORIENTATION
+
 BITS_PER_SAMPLE = 0x0102
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -70,8 +69,15 @@ class EncodedImage:
         width, height = self._image.size
         self.width, self.height = (height, width) if self.orientation >= 5 else (width, height)
 
-    def decode(self) -> Image.Image:
-        """The upright RGB image. Raises UnreadableImage."""
+    def decode(self, reduction: int = 1) -> Image.Image:
+        """The upright RGB image. Raises UnreadableImage.
+
+        Of a JPEG each side may be divided by a ``reduction`` of 2, 4 or 8, rounded up: then blocks of coefficients become as many times
+        fewer pixels, which is faster than to decode all and resize.
+        """
+        if reduction > 1 and self.format == "JPEG":
+            width, height = self._image.size
+            self._image.draft(None, (width // reduction, height // reduction))
         self._load()
         try:
             image = _to_rgb(self._image)

@@ -18,10 +18,11 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from massl_fast.config import Config
-from massl_fast.data.crops import Drawn, View, color_, draw, normalize, resize, sample_generator
-from massl_fast.data.decode import UnreadableImage, decode_rgb
+from massl_fast.data.crops import Drawn, View, color_, draw, largest_reduction, normalize, resize, sample_generator
+from massl_fast.data.decode import UnreadableImage
 from massl_fast.data.loader import REPLACEMENTS, Loader
 from massl_fast.data.order import Batch
+from massl_fast.data.pixels import Pixels
 from massl_fast.data.sources import Source
 
 
@@ -139,7 +140,7 @@ class _MicroBatches(Dataset):
         arrays = [np.empty((len(g), len(wanted), 3, *[self.views[g[0]].size] * 2), np.uint8) for g in self.groups]
         drawn: list[list[list[Drawn]]] = [[[] for _ in g] for g in self.groups]
         for n, index in enumerate(wanted.tolist()):
-            found = self._read(epoch, index, bad)
+            found = self._load(epoch, index, bad)
             if found is None:
                 return (
                     torch.from_numpy(indices),
@@ -150,10 +151,7 @@ class _MicroBatches(Dataset):
                         f"the last was {bad[-1][0]}: {bad[-1][1]}. Look at the data with massl-fast data check."
                     ),
                 )
-            indices[n], pixels = found
-            height, width = pixels.shape[:2]
-            generator = sample_generator(self.seed, epoch, index)
-            draws = [draw(view, generator, width, height) for view in self.views]
+            indices[n], pixels, draws = found
             for group, array, lists in zip(self.groups, arrays, drawn):
                 for row, view in enumerate(group):
                     array[row, n] = resize(pixels, draws[view])
@@ -162,15 +160,17 @@ class _MicroBatches(Dataset):
             color_(array.reshape(-1, *array.shape[2:]), [d for row in lists for d in row])
         return torch.from_numpy(indices), [torch.from_numpy(a) for a in arrays], bad, None
 
-    def _read(self, epoch: int, index: int, bad: list[tuple[str, str]]) -> tuple[int, torch.Tensor] | None:
-        """The image and its pixels, uint8 [H, W, 3], or those of the first readable replacement."""
-        generator = None
+    def _load(self, epoch: int, index: int, bad: list[tuple[str, str]]) -> tuple[int, torch.Tensor, list[Drawn]] | None:
+        """The image, its pixels, uint8 [H, W, 3], and the draws of its views, or those of the first readable replacement."""
+        wanted, generator = index, None
         for _ in range(1 + REPLACEMENTS):
             reason = self._unreadable.get(index)
             if reason is None:
                 try:
-                    image = decode_rgb(self.source.read(index), self.source.name(index))
-                    return index, torch.from_numpy(np.array(image))
+                    image = Pixels(self.source.read(index), self.source.name(index))
+                    views = sample_generator(self.seed, epoch, wanted)
+                    draws = [draw(view, views, image.width, image.height) for view in self.views]
+                    return index, image.decode(largest_reduction(draws)), draws
                 except UnreadableImage as error:
                     reason = error.reason
                 except OSError as error:
