@@ -53,10 +53,13 @@ setup(
             "mkdocs-material>=9.5",
             "mypy>=1.18",
             "setuptools>=77",
+            "pyarrow>=15",
         ],
         # DALI is published per CUDA major version; the torch that the index serves today is built for CUDA 13.
         "dali-cuda12": [f"nvidia-dali-cuda120>=1.52; {LINUX}"],
         "dali-cuda13": [f"nvidia-dali-cuda130>=1.52; {LINUX}"],
+        # Parquet files with images, as Hugging Face's datasets writes them.
+        "parquet": ["pyarrow>=15"],
         "report": ["matplotlib>=3.8"],
         "docs": ["mkdocs-material>=9.5"],
         "tensorboard": ["tensorboard>=2.17"],

@@ -20,7 +20,7 @@ HEADER = """\
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("path", metavar="PATH", help="a folder of class folders, a folder of images, or WebDataset tars")
+    parser.add_argument("path", metavar="PATH", help="a folder of class folders, a folder of images, WebDataset tars or Parquet")
     parser.add_argument(
         "--output", default="bad_files.txt", help="the list to write, for data.bad_files (default: bad_files.txt in this folder)"
     )

@@ -1,22 +1,21 @@
-"""Where images come from: a folder of class folders, a folder of images, or WebDataset tars. From a number to bytes, no decoding.
-
-A source holds millions of names in two arrays rather than in Python objects, so that handing it to many worker processes neither
-copies nor touches them one by one.
-"""
+"""Where images come from: a folder of class folders, a folder of images, WebDataset tars or Parquet files. From a number to bytes, no
+decoding."""
 
 import contextlib
-import copy
+import glob
 import hashlib
 import json
 import os
 import re
 import tarfile
-import zlib
 from collections import OrderedDict
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+
+from massl_fast.data.parquet import open_parquet
+from massl_fast.data.source import Source
 
 # fmt: off
 EXTENSIONS = frozenset({
@@ -27,97 +26,6 @@ EXTENSIONS = frozenset({
 INDEX_FORMAT = 1
 MOST_SHARDS = 1_000_000
 OPEN_TARS = 64
-
-
-class Source:
-    """Labelled or unlabelled encoded images, numbered from 0.
-
-    ``path`` as it was given; ``classes`` the class names, empty when unlabelled; ``notes`` sentences on what was left out or
-    found odd, to be shown to the user. Subclasses add ``read``.
-    """
-
-    def __init__(
-        self,
-        path: str,
-        names: Sequence[str],
-        labels: Sequence[int] | None,
-        classes: Sequence[str],
-        notes: Iterable[str] = (),
-    ) -> None:
-        self.path = path
-        self.classes = tuple(classes)
-        self.notes = tuple(notes)
-        encoded = [os.fsencode(name) for name in names]
-        self._names = np.frombuffer(b"".join(encoded), np.uint8)
-        self._ends = np.cumsum([len(name) for name in encoded], dtype=np.int64)
-        self._labels = None if labels is None else np.asarray(labels, np.int32)
-
-    def __len__(self) -> int:
-        return len(self._ends)
-
-    def name(self, i: int) -> str:
-        """The image's name: unique within the source, the same on every machine."""
-        end = self._ends[i]
-        begin = self._ends[i - 1] if i else 0
-        return os.fsdecode(self._names[begin:end].tobytes())
-
-    def label(self, i: int) -> int | None:
-        """The position of the image's class in ``classes``; None when the source is unlabelled."""
-        return None if self._labels is None else int(self._labels[i])
-
-    def read(self, i: int) -> bytes:
-        """The image as it is stored. Raises OSError when it cannot be read."""
-        raise NotImplementedError
-
-    def files(self) -> Iterator[str]:
-        """Paths of the files that hold the images."""
-        raise NotImplementedError
-
-    def names_checksum(self) -> str:
-        """CRC-32 of all names in their order, 8 hexadecimal digits: the same wherever the images lie."""
-        return f"{zlib.crc32(self._names, zlib.crc32(self._ends)):08x}"
-
-    def stamp(self) -> str:
-        """A hash of names, labels, and the sizes and times of change of the files: what tells that the images are the same as before."""
-        found = hashlib.sha256(repr((self.classes, len(self))).encode())
-        found.update(self._names.tobytes())
-        found.update(self._ends.tobytes())
-        found.update(b"" if self._labels is None else self._labels.tobytes())
-        for path in self.files():
-            try:
-                status = os.stat(path)
-                found.update(f"{status.st_size} {status.st_mtime_ns};".encode())
-            except OSError:
-                found.update(b"gone;")
-        return found.hexdigest()
-
-    def without(self, names: Collection[str]) -> "Source":
-        """The same source less the images of these names. Raises ValueError when none is left."""
-        unwanted = frozenset(names)
-        if not unwanted:
-            return self
-        kept = [i for i in range(len(self)) if self.name(i) not in unwanted]
-        missing = len(unwanted) - (len(self) - len(kept))
-        if not kept:
-            raise ValueError(f"All {len(self)} images in {self.path} are named in the list of bad files: none is left.")
-        chosen = copy.copy(self)
-        Source.__init__(
-            chosen,
-            self.path,
-            [self.name(i) for i in kept],
-            None if self._labels is None else self._labels[kept],
-            self.classes,
-            (
-                *self.notes,
-                f"{len(self) - len(kept)} images named in the list of bad files are left out"
-                + (f"; {missing} names in it do not occur here." if missing else "."),
-            ),
-        )
-        chosen._keep(kept)
-        return chosen
-
-    def _keep(self, kept: list[int]) -> None:
-        """Reduces what a subclass holds for each image."""
 
 
 class FolderSource(Source):
@@ -175,8 +83,9 @@ class TarSource(Source):
 def open_source(path: str | os.PathLike, exclude: Collection[str] = (), classes: Sequence[str] | None = None) -> Source:
     """Opens images at ``path``, leaving out those named in ``exclude``.
 
-    A folder whose images all lie in sub-folders is labelled by its sub-folders' names, sorted; tars by their ``.cls``, ``.json``
-    (key ``label``, ``cls`` or ``class``) or ``.txt`` members, with names from a ``classes.txt`` beside them where there is one.
+    A folder whose images all lie in sub-folders is labelled by its sub-folders' names, sorted; Parquet by its column ``label``; tars by
+    their ``.cls``, ``.json`` (key ``label``, ``cls`` or ``class``) or ``.txt`` members, with names from a ``classes.txt`` beside them where
+    there is one.
     ``classes`` fixes the order of the labels, so that a test set agrees with its training set even when a class is missing there.
     Raises ValueError where there is nothing to open.
     """
@@ -184,25 +93,33 @@ def open_source(path: str | os.PathLike, exclude: Collection[str] = (), classes:
     shards = [name for name in expand_braces(path) if not os.path.isdir(name)]
     if os.path.isdir(path):
         with os.scandir(path) as entries:
-            shards = sorted(e.path for e in entries if e.name.lower().endswith(".tar") and not e.name.startswith("."))
-        source = _open_tars(path, shards) if shards else _open_folder(path)
+            files = sorted(e.path for e in entries if not e.name.startswith("."))
+        tars, tables = ([file for file in files if file.lower().endswith(ending)] for ending in (".tar", ".parquet"))
+        source = _open_tars(path, tars) if tars else open_parquet(path, tables) if tables else _open_folder(path)
+    elif path.lower().endswith(".parquet"):
+        source = open_parquet(path, _existing(path, [name for one in shards for name in sorted(glob.glob(one)) or [one]]))
     elif path.lower().endswith((".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")):
         raise ValueError(f"{path} is a compressed tar, which cannot be read at random places. Unpack it to a plain .tar.")
     elif path.lower().endswith(".tar"):
-        missing = [name for name in shards if not os.path.exists(name)]
-        if missing:
-            raise ValueError(
-                f"There is no file {missing[0]}"
-                + (f" ({len(missing)} of the {len(shards)} tars that {path} names are missing)" if len(shards) > 1 else "")
-                + ". Name tars that exist, for instance train-{000..003}.tar."
-            )
-        source = _open_tars(path, shards)
+        source = _open_tars(path, _existing(path, shards))
     elif os.path.exists(path):
-        raise ValueError(f"{path} is a file, but neither a folder nor a .tar. Name a folder of images or WebDataset tars.")
+        raise ValueError(f"{path} is a file, but no .tar and no .parquet. Name a folder of images, WebDataset tars or Parquet.")
     else:
-        raise ValueError(f"There is no folder or file {path}. Name a folder of images or WebDataset tars.")
+        raise ValueError(f"There is no folder or file {path}. Name a folder of images, WebDataset tars or Parquet files.")
     source = source.without(exclude)
     return source if classes is None else _relabel(source, classes)
+
+
+def _existing(path: str, shards: list[str]) -> list[str]:
+    missing = [name for name in shards if not os.path.exists(name)]
+    if missing:
+        ending = os.path.splitext(path)[1].lower()
+        raise ValueError(
+            f"There is no file {missing[0]}"
+            + (f" ({len(missing)} of the {len(shards)} {ending[1:]}s that {path} names are missing)" if len(shards) > 1 else "")
+            + f". Name {ending[1:]}s that exist, for instance train-{{000..003}}{ending}."
+        )
+    return shards
 
 
 def expand_braces(pattern: str) -> list[str]:
@@ -251,7 +168,7 @@ def _open_folder(path: str) -> FolderSource:
     names = sorted(_walk(path, notes), key=os.fsencode)
     if not names:
         raise ValueError(
-            f"There are no images in {path}: no file in it ends in one of {' '.join(sorted(EXTENSIONS))} or .tar. "
+            f"There are no images in {path}: no file in it ends in one of {' '.join(sorted(EXTENSIONS))}, .tar or .parquet. "
             "Hidden files and folders are not looked at."
         )
     loose = sum("/" not in name for name in names)
