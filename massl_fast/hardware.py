@@ -115,7 +115,28 @@ def chosen_device(name: str) -> torch.device:
         raise ValueError(f"--device is {name}, and torch finds no GPU here. --device cpu does without.")
     if device.index is not None and device.index >= (torch.cuda.device_count() if device.type == "cuda" else 1):
         raise ValueError(f"--device is {name}; there are {torch.cuda.device_count()} GPUs here, counted from 0.")
+    demand_code(device)
     return device
+
+
+def demand_code(device: torch.device) -> None:
+    """Raise ValueError where the installed PyTorch has no code that runs on a GPU: its first kernel would end in an error of CUDA's."""
+    if device.type != "cuda":
+        return
+    major, minor = torch.cuda.get_device_capability(device)
+    kinds = [re.fullmatch(r"(sm|compute)_(\d+)(\d)([af]?)", name) for name in torch.cuda.get_arch_list()]
+    known = [(kind, int(one), int(other), suffix) for kind, one, other, suffix in (match.groups() for match in kinds if match)]
+    # Machine code runs on its own major version from its minor version on, PTX is compiled for whatever is newer; a suffix ties both down.
+    fits = any(
+        (one, other) == (major, minor)
+        or (not suffix and ((one == major and other <= minor) if kind == "sm" else (one, other) <= (major, minor)))
+        for kind, one, other, suffix in known
+    )
+    if known and not fits:
+        raise ValueError(
+            f"PyTorch {torch.__version__} has no code for {torch.cuda.get_device_name(device)}, compute capability {major}.{minor}: it was "
+            f"built for {', '.join(torch.cuda.get_arch_list())}. Install one that is (docs/cluster.md lists them by GPU; V100: CUDA 12.6)."
+        )
 
 
 def synchronize(device: torch.device) -> None:

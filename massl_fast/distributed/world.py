@@ -21,6 +21,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from massl_fast.distributed.listening import LISTENER
+from massl_fast.hardware import demand_code
 
 # NCCL's own watchdog tears a process down without a word; it gets this much longer, so that the heartbeat speaks first.
 NCCL_EXTRA_SECONDS = 60
@@ -149,6 +150,7 @@ def join_world(device: str = "auto", timeout_seconds: float = 600) -> World:
                 f"Start one process a GPU (torchrun --nproc-per-node {visible})."
             )
         chosen = torch.device("cuda", index)
+        demand_code(chosen)
         torch.cuda.set_device(chosen)
     else:
         chosen = torch.device("cpu")
