@@ -38,7 +38,7 @@ SHORTEST = 10.0  # seconds that a part must still have to be started
 OF_ALL_PARTS = 8 * 60 - 40
 """Seconds of the parts that are always given their time; the rest of eight minutes is for starting, stopping and the page."""
 
-IN_A_REHEARSAL = 4.0
+IN_A_REHEARSAL = 10.0
 """How many times their limits parts have on a CPU, which other programs may share, and which nobody rents by the minute."""
 
 # What a command's first word stands for, where it is not a sub-command of massl-fast.
@@ -114,7 +114,7 @@ PARTS = (
         "step beside the published way, 64 images",
         75,
         "bench_step.py BESIDE --batch 64 --sides published massl-fast 'bf16 residual' 'bf16 residual graphed' 'one-kernel update'",
-        "bench_step.py --one-by-one --cases vit_mini --batch 2 --memory-size 2048 --rounds 2 --sides published massl-fast OUT",
+        "bench_step.py --one-by-one --cases vit_mini --batch 2 --memory-size 16384 --rounds 2 --sides published massl-fast OUT",
         SETTINGS,
     ),
     Part(
@@ -341,8 +341,10 @@ def run_parts(parts: Sequence[Part], folder: Path, deadline: float, on_gpu: bool
             else:
                 number = 1 + len(outcomes) + len(found) + len(started)
                 log = folder / "logs" / f"{number:02d} {re.sub('[^a-zA-Z0-9]+', '_', part.name)}.txt"
-                started.append((part, Process(part, filled, log, min(part.seconds * (1.0 if on_gpu else IN_A_REHEARSAL), left), on_gpu)))
+                limit = min(part.seconds * (1.0 if on_gpu else IN_A_REHEARSAL), left)
+                started.append((part, Process(part, filled, log, limit, on_gpu)))
         found += [outcome_of(part, process, folder) for part, process in started]
+        found.sort(key=lambda outcome: group.index(outcome.part))
         outcomes += found
         for outcome in found:
             print(line_of(outcome), flush=True)

@@ -30,7 +30,10 @@ COMMANDS = {
     "bench correctness": ("massl_fast.commands.bench_correctness", "compare the kernels on this device with float64"),
     "bench compare": ("massl_fast.commands.bench_compare", "show what differs between two records beyond the noise"),
     "bench page": ("massl_fast.commands.bench_page", "draw records as one HTML page"),
-    "bench everything": ("massl_fast.commands.bench_everything", "run the tests that need a GPU, then every benchmark and profile, in minutes"),
+    "bench everything": (
+        "massl_fast.commands.bench_everything",
+        "run the tests that need a GPU, then every benchmark and profile, in minutes",
+    ),
     "profile memory": ("massl_fast.commands.profile_memory", "say what every byte of a step belongs to, estimated and measured"),
     "profile budget": (
         "massl_fast.commands.profile_budget",
