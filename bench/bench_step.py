@@ -5,6 +5,7 @@
     python bench/bench_step.py --cases vit_small --largest        the largest batch that fits, of each side
     python bench/bench_step.py --cases vit_mini --ablation        what each part of the design is worth
     python bench/bench_step.py --one-by-one                       each side beside the first alone, and recorded as soon as it is known
+    python bench/bench_step.py --cases vit_mini --objectives dino ibot carp moco_v3 mmc    the other objectives' steps
     pytest bench/bench_step.py --benchmark-enable                 the smallest case, under pytest-benchmark
 
 Crops are synthetic and lie on the device. All sides of a case run in one process, a step of each in turn, so that what else the machine
@@ -40,16 +41,22 @@ from massl_fast.distributed.world import World
 from massl_fast.engine.build import build_objective, build_pair
 from massl_fast.engine.schedules import StepSettings
 from massl_fast.hardware import peak_flops, synchronize
+from massl_fast.length import Length
 from massl_fast.models.precision import choose_precision
+from massl_fast.objectives.base import At, Objective, patch_side
 from massl_fast.profiling.estimate import Operations
 from massl_fast.profiling.out_of_memory import is_out_of_memory
 from massl_fast.profiling.profiler import host_allocations
 from massl_fast.profiling.synthetic import synthetic_run
 
 sys.path.insert(0, str(Path(__file__).parent))
+import published_objectives
+
 from published_step import PublishedStep, published_encoder
 
-SETTINGS = StepSettings(learning_rate=1e-4, weight_decay=0.1, teacher_momentum=0.996, own={"teacher_temperature": 0.05})
+OWN = {"teacher_temperature": 0.05, "patch_teacher_temperature": 0.05, "masking": 1.0}
+SETTINGS = StepSettings(learning_rate=1e-4, weight_decay=0.1, teacher_momentum=0.996, own=OWN)
+ANY_LENGTH = Length(total_steps=10, steps_per_epoch=1, global_batch=1, accumulation=1, micro_batch=1)
 ONE_KERNEL = {"optimizer.name": "adamw_with_teacher"}
 GRAPHED = {"train.cuda_graph": "true", **ONE_KERNEL}
 OURS: dict[str, dict[str, str]] = {
@@ -66,6 +73,7 @@ OURS: dict[str, dict[str, str]] = {
 }
 """How massl-fast takes its step: settings that differ from the trainer's defaults."""
 SIDES = ("published", *OURS)
+WITHOUT_LOCAL = ("moco_v3", "mmc")
 GPU_ALONE = tuple(side for side, settings in OURS.items() if "train.cuda_graph" in settings)
 ABLATION = tuple(side for side in OURS if side not in (*GPU_ALONE, "massl-fast compiled"))
 
@@ -84,6 +92,7 @@ class Case:
     block_size: int = 16384
     num_local: int = 10
     drop_path: float = 0.1
+    objective: str = "massl"
 
     def config(self, precision: str, changes: dict[str, str]) -> Config:
         """The settings of a run that takes this step."""
@@ -94,8 +103,8 @@ class Case:
             "crops.global_size": self.global_size,
             "crops.local_size": self.local_size,
             "crops.num_local": self.num_local,
-            "objective.memory_size": self.memory_size,
-            "objective.block_size": self.block_size,
+            "objective.name": self.objective,
+            **({"objective.memory_size": self.memory_size, "objective.block_size": self.block_size} if self.objective == "massl" else {}),
             "train.global_batch": self.batch,
             "train.precision": precision,
         }
@@ -123,12 +132,32 @@ def build(case: Case, side: str, device: torch.device, precision: str = "auto") 
     objective = build_objective(config, chosen, rank=0)
     pair, _ = build_pair(config, objective)
     student, teacher = (published_encoder(one.backbone, one.head).to(device) for one in (pair.student, pair.teacher))
-    memory = objective.memory.float().to(device)
-    step = PublishedStep(student.train(), teacher, memory, block_size=case.block_size, student_temperature=0.1, clip=3.0, precision=chosen)
     sizes = [case.global_size] * objective.teacher_views + [case.local_size] * case.num_local
     crops = [torch.randn(case.batch, 3, size, size, device=device) for size in sizes]
     numbers = itertools.count()
+    if case.objective == "massl":
+        memory = objective.memory.float().to(device)
+        step: Any = PublishedStep(
+            student.train(), teacher, memory, block_size=case.block_size, student_temperature=0.1, clip=3.0, precision=chosen
+        )
+        return lambda: step(crops, SETTINGS, next(numbers))
+    student.backbone.patch_embed.requires_grad_("backbone.patch_embed." not in objective.frozen(0, ANY_LENGTH))
+    drawn = drawn_once(objective.to(device), crops, world)
+    kind = published_objectives.STEPS[case.objective]
+    step = kind(student.train(), teacher, config.objective, lambda number: drawn, clip=3.0, precision=chosen)
     return lambda: step(crops, SETTINGS, next(numbers))
+
+
+def drawn_once(objective: Objective, crops: list[torch.Tensor], world: World) -> published_objectives.Drawn:
+    """What a loader would bring beside these crops: masks, corrupted crops, a partition."""
+    at = At(0, SETTINGS.own, len(crops[0]), 0, (), world, patch_side(objective.config))
+    if objective.config.objective.name == "carp":
+        return published_objectives.Drawn(partition=torch.randperm(objective.config.objective.prototypes, device=world.device))
+    inputs = objective.student_inputs(crops, at)
+    if inputs.masks is None:
+        return published_objectives.Drawn()
+    hidden = inputs.masks.extra.get("corrupted", inputs.masks.hidden)
+    return published_objectives.Drawn(mask=hidden, corrupted=list(inputs.crops))
 
 
 def warm_up_steps(side: str) -> int:
@@ -239,6 +268,8 @@ def compare(case: Case, sides: list[str], device: torch.device, precision: str, 
 def as_record(found: dict) -> dict:
     """What was found for a case in the common form of records, all of it as details."""
     case = {name: value for name, value in found["case"].items() if name != "model_args"} | {"precision": found["precision"]}
+    if case.get("objective") == "massl":  # records of the first objective have no name of one
+        del case["objective"]
     if "largest_batch" in found:
         figures = {
             f"{side}: largest batch": records.figure(size, "images", "higher", exact=True) for side, size in found["largest_batch"].items()
@@ -256,7 +287,8 @@ def as_record(found: dict) -> dict:
 
 def table(record: dict) -> str:
     lines = [
-        f"{record['case']['name']}, batch {record['case']['batch']}, {record['precision']}, {record['gflop_per_image']} GFLOP per image"
+        f"{record['case']['name']}, {record['case']['objective']}, batch {record['case']['batch']}, {record['precision']}, "
+        f"{record['gflop_per_image']} GFLOP per image"
     ]
     for side, result in record["sides"].items():
         line = (
@@ -276,6 +308,7 @@ def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=["vit_mini", "vit_tiny"])
     parser.add_argument("--batch", nargs="+", type=int, default=[], help="batches in place of the case's own")
+    parser.add_argument("--objectives", nargs="+", choices=["massl", *published_objectives.STEPS], default=["massl"])
     parser.add_argument("--memory-size", nargs="+", type=int, default=[], help="memories in place of the case's own")
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES[:2]), help="the first is what the others are compared with")
     parser.add_argument("--one-by-one", action="store_true", help="each side beside the first alone, and recorded as soon as it is known")
@@ -328,8 +361,10 @@ def main() -> int:
 
     failed: dict[str, str] = {}
     for case in [CASES[name] for name in args.cases]:
-        for batch, memory_size in itertools.product(args.batch or [case.batch], args.memory_size or [case.memory_size]):
-            chosen = replace(case, batch=batch, memory_size=memory_size)
+        choices = (args.objectives, args.batch or [case.batch], args.memory_size or [case.memory_size])
+        for objective, batch, memory_size in itertools.product(*choices):
+            num_local = 0 if objective in WITHOUT_LOCAL else case.num_local
+            chosen = replace(case, objective=objective, batch=batch, memory_size=memory_size, num_local=num_local)
             if args.largest:
                 largest = {side: largest_batch(chosen, side, device, args.precision) for side in args.sides}
                 record = {"case": asdict(chosen), "precision": precision.name, "largest_batch": largest}

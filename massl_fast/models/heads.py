@@ -148,13 +148,23 @@ class ClassPatchPixelHead(nn.Module):
 class ContrastHead(nn.Module):
     """A projector and, on the student's side, a predictor behind it (MoCo v3, section 4): ReLU, batch norms, no biases.
 
-    Parameters are ``projector.*`` and ``predictor.*``.
+    Parameters are ``projector.*`` and ``predictor.*``. ``views``: features come view-major, and batch norms take the statistics of one view
+    at a time, as where each view has a pass of its own.
     """
 
     def __init__(
-        self, in_dim: int, *, hidden_dim: int, out_dim: int, num_layers: int, predictor: bool, last_batch_norm_of_predictor: bool = True
+        self,
+        in_dim: int,
+        *,
+        hidden_dim: int,
+        out_dim: int,
+        num_layers: int,
+        predictor: bool,
+        last_batch_norm_of_predictor: bool = True,
+        views: int = 1,
     ) -> None:
         super().__init__()
+        self.views = views
         projector = [in_dim, *[hidden_dim] * (num_layers - 1), out_dim]
         self.projector = perceptron(projector, activation=nn.ReLU, bias=False, batch_norm=True, last_batch_norm=True)
         self.predictor: nn.Module = nn.Identity()
@@ -169,4 +179,4 @@ class ContrastHead(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """[n, C] → [n, D], not normalised."""
-        return self.predictor(self.projector(features))
+        return torch.cat([self.predictor(self.projector(of_view)) for of_view in features.chunk(self.views)])

@@ -59,6 +59,7 @@ class MocoV3Objective(Objective):
                 num_layers=model.head_layers,
                 predictor=predictor,
                 last_batch_norm_of_predictor=self.settings.predictor_batch_norm,
+                views=self.teacher_views,
             )
             for predictor in (True, False)
         )

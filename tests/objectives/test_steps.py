@@ -91,10 +91,9 @@ def test_moco_v3():
         crops = crops_of(config, IMAGES, number, torch.float64)
         settings = step_settings(number, frozen=("backbone.patch_embed.",))
         result = step([crops], settings, number)
-        features = student.backbone(torch.cat(crops))
-        query = student.head.predictor(student.head.projector(features)).view(2, IMAGES, -1)
+        query = torch.stack([student.head.predictor(student.head.projector(student.backbone(crop))) for crop in crops])
         with torch.no_grad():
-            key = teacher.head.projector(teacher.backbone(torch.cat(crops))).view(2, IMAGES, -1)
+            key = torch.stack([teacher.head.projector(teacher.backbone(crop)) for crop in crops])
         loss = moco_loss(query, key, 0.2)
         plain(loss, settings.learning_rate, settings.weight_decay, settings.teacher_momentum, settings.frozen)
         torch.testing.assert_close(result.loss, loss.detach(), rtol=1e-10, atol=1e-10)

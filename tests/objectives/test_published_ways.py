@@ -1,0 +1,47 @@
+"""The published ways that the step benchmark compares with take the steps of the trainer's own, in float64."""
+
+import copy
+
+import published_objectives
+import pytest
+import torch
+
+from massl_fast.kernels import partition_indices
+from massl_fast.objectives.base import At
+from published_step import published_encoder
+from small import crops_of, settings_of, small_step, step_settings
+
+IMAGES, STEPS = 5, 3
+
+
+@pytest.mark.parametrize("name", published_objectives.STEPS)
+def test_a_published_way_and_ours_are_the_same_mathematics(name):
+    config = settings_of(name)
+    ours = small_step(config, torch.float64)
+    pair = ours.pair
+    copies = [published_encoder(copy.deepcopy(one.backbone), copy.deepcopy(one.head)) for one in (pair.student, pair.teacher)]
+
+    def drawn(step):
+        if name == "carp":
+            return published_objectives.Drawn(partition=partition_indices(40, seed=config.run.seed, step=step).long())
+        at = At(step, step_settings(step).own, IMAGES, 0, (), ours.world, 4)
+        inputs = ours.objective.student_inputs(crops_of(config, IMAGES, step, torch.float64), at)
+        hidden = inputs.masks and inputs.masks.extra.get("corrupted", inputs.masks.hidden)
+        return published_objectives.Drawn(mask=hidden, corrupted=inputs.crops)
+
+    kind = published_objectives.STEPS[name]
+    published = kind(copies[0].train(), copies[1], config.objective, drawn, clip=ours.clip, precision=ours.precision)
+    for step in range(STEPS):
+        crops, settings = crops_of(config, IMAGES, step, torch.float64), step_settings(step)
+        loss = published(crops, settings, step)
+        torch.testing.assert_close(
+            ours([crops], settings, step).loss.item(), loss, rtol=5e-8, atol=0
+        )  # timm resamples positions in float32
+    for mine, theirs in ((pair.student, published.student), (pair.teacher, published.teacher)):
+        weights = theirs.state_dict()
+        for key, weight in mine.state_dict().items():
+            if not key.endswith("qkv.bias"):  # biases of keys have no gradient but rounding, which AdamW turns into whole steps
+                torch.testing.assert_close(weight, weights[key], rtol=1e-7, atol=1e-7, msg=lambda text, key=key: f"{key}: {text}")
+    for center in ("center", "patch_center"):
+        if hasattr(ours.objective, center):
+            torch.testing.assert_close(getattr(ours.objective, center), getattr(published, center), rtol=1e-8, atol=1e-9)
