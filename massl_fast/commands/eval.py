@@ -6,24 +6,27 @@ Options common to all protocols are here; those of a protocol are made from its 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import inspect
 import json
 import time
 import types
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
 import timm
 import torch
+import torch.distributed as dist
 from pydantic.fields import FieldInfo
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 
 from massl_fast.data.crops import IMAGENET_MEAN, IMAGENET_STD
+from massl_fast.distributed.world import World, join_world
 from massl_fast.evaluation.base import Protocol, Result, Settings, checked_settings
 from massl_fast.evaluation.registry import PROTOCOLS, protocol_named
 from massl_fast.evaluation.store import DTYPES, FeatureStore
@@ -63,9 +66,13 @@ class Evaluation:
     def run(self, args: argparse.Namespace) -> int:
         protocol = self.protocol(settings_from(args, self.protocol.Settings))
         found = []
-        for checkpoint in args.checkpoint:
-            subject, info = subject_of(args, checkpoint)
-            found.append(evaluate(protocol, subject, info, args.out, folder_of(checkpoint, args.checkpoint)))
+        with joined_world(args) as world:
+            for checkpoint in args.checkpoint:
+                subject, info = subject_of(args, checkpoint, world)
+                out = args.out if world.is_main else None
+                found.append(evaluate(protocol, subject, info, out, folder_of(checkpoint, args.checkpoint)))
+        if not world.is_main:
+            return 0
         if args.out is not None:
             write_results(args.out, found)
         if args.json:
@@ -74,6 +81,18 @@ class Evaluation:
             for one in found:
                 print_table(one)
         return 0
+
+
+@contextlib.contextmanager
+def joined_world(args: argparse.Namespace) -> Iterator[World]:
+    """The processes that torchrun or srun has started, which share the images; without either this one alone."""
+    device = chosen_device(args.device)
+    world = join_world(args.device)
+    try:
+        yield world if world.size > 1 else replace(world, device=device)
+    finally:
+        if world.size > 1:
+            dist.destroy_process_group()
 
 
 def load_named_plugins(arguments: list[str]) -> None:
@@ -215,28 +234,28 @@ def settings_from(args: argparse.Namespace, kind: type[Settings]) -> Settings:
     return checked_settings({name: getattr(args, name) for name in kind.model_fields if hasattr(args, name)}, kind, option_of)
 
 
-def subject_of(args: argparse.Namespace, checkpoint: Path) -> tuple[Subject, dict[str, Any]]:
+def subject_of(args: argparse.Namespace, checkpoint: Path, world: World) -> tuple[Subject, dict[str, Any]]:
     """(what the common options name, what is known of the checkpoint)."""
     for name, least in (("batch_size", 1), ("num_workers", 0), ("image_size", 1)):
         value = getattr(args, name)
         if value is not None and value < least:
             raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be at least {least}.")
-    device = chosen_device(args.device)
     networks, info = networks_of(checkpoint, args.which, **network_options(args))
     if not args.no_baselines:
         networks[UNTRAINED] = untrained(next(iter(networks.values())))
     subject = Subject(
-        networks={name: network.to(device) for name, network in networks.items()},
+        networks={name: network.to(world.device) for name, network in networks.items()},
         image_size=info["image_size"],
         mean=info["mean"],
         std=info["std"],
-        device=device,
+        device=world.device,
         batch_size=args.batch_size,
         num_workers=args.num_workers,
         precision=args.precision,
         seed=args.seed,
         recipe=args.features,
         raw_pixels=not args.no_baselines,
+        shard=(world.rank, world.size),
         store=FeatureStore(Path(args.cache), args.cache_dtype) if args.cache else None,
         size_is_chosen=args.image_size is not None,
         pictures=args.out is not None,

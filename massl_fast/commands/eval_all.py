@@ -26,12 +26,14 @@ from massl_fast.commands.eval import (
     add_common_arguments,
     evaluate,
     folder_of,
+    joined_world,
     load_named_plugins,
     print_table,
     subject_of,
     write_results,
 )
 from massl_fast.data.sources import expand_braces
+from massl_fast.distributed.world import World
 from massl_fast.evaluation.base import Protocol, checked_settings
 from massl_fast.evaluation.registry import protocol_named
 
@@ -59,26 +61,27 @@ class All:
         planned, unfinished = planned_in(args.plan)
         found: list[dict[str, Any]] = []
         failed = False
-        with _features_kept(args):
+        with joined_world(args) as world, _features_kept(args, world):
+            say, out = world.is_main and not args.json, args.out if world.is_main else None
             for checkpoint in args.checkpoint:
-                subject, info = subject_of(args, checkpoint)
+                subject, info = subject_of(args, checkpoint, world)
                 for number, protocol in enumerate(planned):
                     within = str(Path(folder_of(checkpoint, args.checkpoint), f"{number + 1}_{protocol.name}"))
                     try:
-                        found.append(evaluate(protocol, subject, info, args.out, within))
+                        found.append(evaluate(protocol, subject, info, out, within))
                     except ValueError as error:  # the others may still be right
                         unfinished.append(f"{protocol.name} on {checkpoint}: {error}")
                         failed = True
                         continue
-                    if not args.json:
+                    if say:
                         print_table(found[-1])
-        for sentence in unfinished if not args.json else []:
+        for sentence in unfinished if say else []:
             print(sentence)
-        if args.out is not None:
-            page = write_results(args.out, found, unfinished)
-            if not args.json:
+        if out is not None:
+            page = write_results(out, found, unfinished)
+            if say:
                 print(f"Report: {page}")
-        if args.json:
+        if args.json and world.is_main:
             print(json.dumps({"results": found, "unfinished": unfinished}))
         return 2 if failed or not found else 0
 
@@ -137,11 +140,12 @@ def _is_number(text: str) -> bool:
 
 
 @contextlib.contextmanager
-def _features_kept(args: argparse.Namespace) -> Iterator[None]:
-    """Without --cache features are kept for the length of the command, so that protocols share them."""
+def _features_kept(args: argparse.Namespace, world: World) -> Iterator[None]:
+    """Without --cache features are kept for the length of the command, so that protocols share them: in a folder of the first rank."""
     if args.cache:
         yield
         return
     with tempfile.TemporaryDirectory(prefix="massl_fast_features_") as folder:
-        args.cache = folder
+        args.cache = world.from_main(folder)
         yield
+        world.barrier()  # the others may still be reading

@@ -1,6 +1,9 @@
 """A plan of protocols: what has data is evaluated on shared features, what has none is named; checkpoints side by side; pages."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -131,3 +134,20 @@ def test_a_page_escapes_what_files_say_and_a_damaged_result_is_a_sentence(tmp_pa
     )
     page = evaluations_page([one])
     assert "<script>" not in page and "<b>" not in page and "&lt;script&gt;" in page
+
+
+def test_two_processes_of_torchrun_give_the_figures_of_one(data, checkpoints, tmp_path, capsys):
+    plan = write_plan(tmp_path / "plan.yaml", data)
+    options = ["eval", "all", "--plan", str(plan), "--checkpoint", str(checkpoints[0]), "--device", "cpu", "--json"]
+    assert main(options) == 0
+    alone = json.loads(capsys.readouterr().out)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "massl_fast"]
+    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    answer = subprocess.run(
+        [*torchrun, *options, "--out", str(tmp_path / "out")], capture_output=True, text=True, timeout=200, env=environment
+    )
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    shared = json.loads(answer.stdout)  # of the first rank alone
+    assert [one["protocol"] for one in shared["results"]] == [one["protocol"] for one in alone["results"]] == ["knn", "linear", "logistic"]
+    assert [one["results"] for one in shared["results"]] == [one["results"] for one in alone["results"]]
+    assert shared["unfinished"] == alone["unfinished"] and (tmp_path / "out/report.html").is_file()
