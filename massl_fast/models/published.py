@@ -265,6 +265,32 @@ def _read_export(path: Path, which: str) -> Network:
     )
 
 
+def read_linear_head(path: Path) -> tuple[Tensor, Tensor]:
+    """(weight [classes, features], bias [classes]) float32 of a linear classifier: a safetensors file, or what ``torch.save`` wrote,
+    such as the linear probes of DINO and iBOT (``state_dict`` with ``module.linear.weight``).
+
+    Raises ValueError where the file cannot be read or holds another number of linear layers than one.
+    """
+    if path.suffix == ".safetensors":
+        return _only_linear(path, _read_safetensors(path), lambda tensor: tensor)
+    with ForeignFile(path) as file:
+        content = file.content.get("state_dict", file.content) if isinstance(file.content, dict) else {}
+        return _only_linear(path, tensors_of(content) or {}, file.tensor)
+
+
+def _only_linear(path: Path, stored: dict[str, Any], read: Callable[[Any], Tensor]) -> tuple[Tensor, Tensor]:
+    layers = [
+        (tensor, stored[name.removesuffix("weight") + "bias"])
+        for name, tensor in stored.items()
+        if name.endswith("weight") and len(tensor.shape) == 2 and name.removesuffix("weight") + "bias" in stored
+    ]
+    if len(layers) != 1 or tuple(layers[0][1].shape) != (layers[0][0].shape[0],):
+        held = _listed(sorted(stored)) if stored else "no tensors"
+        raise ValueError(f"{path} should hold one linear layer, weight [classes, features] and bias [classes], but holds {held}.")
+    weight, bias = (read(part).float() for part in layers[0])
+    return weight, bias
+
+
 def _read_file(path: Path, which: str) -> Network:
     notes = [f"{path} does not say how images are normalised; the mean and deviation of ImageNet are taken."]
     if path.suffix == ".safetensors":

@@ -90,8 +90,8 @@ def _block(group: Sequence[Mapping[str, Any]]) -> Block:
         block.drawings += _over_training(group)
     elif first["protocol"] in SWEEPS:
         block.drawings += _over_sweep(first, *SWEEPS[first["protocol"]])
-    elif first["protocol"] == "fewshot":
-        block.drawings += _over_shots(first)
+    elif first["protocol"] in DRAWN:
+        block.drawings += DRAWN[first["protocol"]](first)
     return block
 
 
@@ -148,10 +148,76 @@ def _over_shots(one: Mapping[str, Any]) -> list[Drawing]:
     return drawings
 
 
-def _finish_axes(axes: Any, name: str) -> None:
+def _over_classes(one: Mapping[str, Any]) -> list[Drawing]:
+    """Average precision of every class, as published, from the first network's best to its worst."""
+    by_class = one["average_precision_percent"]
+    first = next(iter(by_class.values()))
+    order = sorted(first, key=lambda name: -first[name])
+    return [Drawing("Average precision of every class", _bars(order, {name: [of[c] for c in order] for name, of in by_class.items()}))]
+
+
+def _over_figures(one: Mapping[str, Any], ending: str, title: str) -> list[Drawing]:
+    """Bars of those figures of a result whose keys end so, in the order of the table."""
+    keys = [figure["key"] for figure in one["figures"] if figure["key"].endswith(ending)]
+    names = [figure["title"] for figure in one["figures"] if figure["key"] in keys]
+    found = {network: [_number(values.get(key)) for key in keys] for network, values in one["results"].items()}
+    there = [i for i in range(len(keys)) if any(values[i] is not None for values in found.values())]
+    return [Drawing(title, _bars([names[i] for i in there], {name: [values[i] for i in there] for name, values in found.items()}))]
+
+
+def _over_variants(one: Mapping[str, Any]) -> list[Drawing]:
+    """Accuracy on every variant of ImageNet-9; the gap and the challenge stay in the table."""
+    variants = {**one, "figures": [f for f in one["figures"] if f["key"] not in ("background_gap_percent", "challenge_percent")]}
+    return _over_figures(variants, "_percent", "Accuracy on every variant")
+
+
+def _over_sets(one: Mapping[str, Any]) -> list[Drawing]:
+    """Accuracy on every set; means over sets stay in the table."""
+    sets = {**one, "figures": [f for f in one["figures"] if not f["key"].startswith("mean_")]}
+    return _over_figures(sets, "_percent", "Accuracy on every set")
+
+
+def _overlaps(one: Mapping[str, Any]) -> list[Drawing]:
+    """Densities of similarities within and between categories, one drawing per network; what both have in common is the overlap."""
+    drawings = []
+    for network, counts in one["histograms"].items():
+        with drawing() as (axes, finish):
+            for colour, (name, kind) in zip(COLOURS, (("within a category", "intra"), ("between categories", "inter"))):
+                total, bins = sum(counts[kind]) or 1, len(counts[kind])
+                centres = [-1 + (2 * i + 1) / bins for i in range(bins)]
+                density = [count / total * bins / 2 for count in counts[kind]]
+                axes.fill_between(centres, density, color=STAND_INS[colour], alpha=0.35, linewidth=0, label=name)
+            _finish_axes(axes, "cosine similarity of two patches", unit="density")
+            overlap = _number(one["results"][network].get("overlap"))
+            drawings.append(Drawing(f"{network}: overlap {'–' if overlap is None else f'{overlap:.2f}'}", finish()))
+    return drawings
+
+
+def _bars(names: Sequence[str], found: Mapping[str, Sequence[float | None]]) -> str:
+    """Groups of bars, one per name, a bar per network."""
+    width = 0.8 / max(1, len(found))
+    with drawing() as (axes, finish):
+        for number, (colour, (network, values)) in enumerate(zip(COLOURS, found.items())):
+            places = [i - 0.4 + (number + 0.5) * width for i, value in enumerate(values) if value is not None]
+            axes.bar(places, [value for value in values if value is not None], 0.9 * width, color=STAND_INS[colour], label=network)
+        axes.set_xticks(range(len(names)), names, rotation=30, ha="right")
+        _finish_axes(axes, "")
+        return finish()
+
+
+DRAWN = {
+    "fewshot": _over_shots,
+    "multilabel": _over_classes,
+    "similarity": _overlaps,
+    "backgrounds": _over_variants,
+    "transfer": _over_sets,
+}
+
+
+def _finish_axes(axes: Any, name: str, unit: str = "%") -> None:
     plain(axes, grid=True)
     axes.set_xlabel(name, color=STAND_INS["--muted"], loc="right")
-    axes.set_ylabel("%", color=STAND_INS["--muted"])
+    axes.set_ylabel(unit, color=STAND_INS["--muted"])
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4, frameon=False, labelcolor=STAND_INS["--ink"])
 
 

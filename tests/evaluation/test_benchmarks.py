@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from massl_fast.evaluation.attention import Attention, AttentionSettings
 from massl_fast.evaluation.backgrounds import Backgrounds, BackgroundsSettings, nine_of
@@ -136,6 +137,41 @@ def test_backgrounds_are_classified_by_a_head_of_the_users_own_classes(tmp_path)
     assert nine_of(("dog", "chair", "02_anything"), "x").tolist() == [0, -1, 2]
     with pytest.raises(ValueError, match="neither the 1,000 of ImageNet"):
         nine_of(("chair", "table"), "x")
+
+
+def test_the_challenge_counts_foregrounds_that_no_background_fools(tmp_path):
+    root = small.write_backgrounds(tmp_path / "bg_challenge")
+    for number, folder in ((0, "00_dog"), (2, "02_wheeled vehicle")):
+        for i in range(3):
+            # The mask of dogs covers the image, that of vehicles nothing: then only the background speaks.
+            small.photo(root / "only_bg_t/val" / folder / f"{i}.JPEG", small.COLOURS[0], 50 + 10 * number + i)
+            (root / "fg_mask/val" / folder).mkdir(parents=True, exist_ok=True)
+            np.save(root / "fg_mask/val" / folder / f"{i}.npy", np.full((36, 40), number == 0))
+    train = small.write_classes(tmp_path / "train", ("dog", "fish", "Wheeled Vehicle"))
+    settings = BackgroundsSettings(data=str(root), train=str(train), epochs=10, batch=8, challenge=True)
+    row = Backgrounds(settings).run(small.subject_of(batch_size=4)).results["raw pixels"]
+    assert row["challenge_percent"] == 50 and row["only_bg_t_percent"] == 50
+    np.save(root / "fg_mask/val/00_dog/0.npy", np.ones((3, 3), bool))
+    with pytest.raises(ValueError, match=r"0\.npy holds bool \(3, 3\)"):
+        Backgrounds(settings).run(small.subject_of())
+
+
+def test_a_head_from_a_file_names_backgrounds(tmp_path):
+    root = small.write_backgrounds(tmp_path / "bg_challenge")
+    weight, bias = torch.zeros(1000, 24), torch.zeros(1000)
+    bias[[151, 600]] = torch.tensor([1.0, 0.5])  # a chihuahua, whatever is seen
+    save_file({"weight": weight, "bias": bias}, tmp_path / "head.safetensors")
+    torch.save({"epoch": 3, "state_dict": {"module.linear.weight": weight, "module.linear.bias": bias}}, tmp_path / "head.pth")
+    for name in ("head.safetensors", "head.pth"):
+        result = Backgrounds(BackgroundsSettings(data=str(root), head=str(tmp_path / name))).run(small.subject_of())
+        assert list(result.results) == ["teacher"] and result.results["teacher"]["original_percent"] == 50
+    save_file({"weight": weight[:7].contiguous(), "bias": bias[:7].contiguous()}, tmp_path / "seven.safetensors")
+    save_file({"weight": weight}, tmp_path / "none.safetensors")
+    for name, problem in (("seven", "has 7 classes"), ("none", "one linear layer")):
+        with pytest.raises(ValueError, match=problem):
+            Backgrounds(BackgroundsSettings(data=str(root), head=str(tmp_path / f"{name}.safetensors"))).prepare(small.subject_of())
+    with pytest.raises(ValueError, match="linear head is needed"):
+        BackgroundsSettings(data=str(root))
 
 
 @pytest.mark.parametrize("by", ["object", "class"])

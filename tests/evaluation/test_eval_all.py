@@ -151,3 +151,31 @@ def test_two_processes_of_torchrun_give_the_figures_of_one(data, checkpoints, tm
     assert [one["protocol"] for one in shared["results"]] == [one["protocol"] for one in alone["results"]] == ["knn", "linear", "logistic"]
     assert [one["results"] for one in shared["results"]] == [one["results"] for one in alone["results"]]
     assert shared["unfinished"] == alone["unfinished"] and (tmp_path / "out/report.html").is_file()
+
+
+def one_result(protocol, figures, results, **more):
+    common = dict(title="T", architecture="vit", image_size=32, features="cls", about="", checkpoint="c", step=None, seconds=1)
+    said = dict(departures=[], notes=[], published=[], pictures=[], settings={})
+    figures = [dict(key=key, title=title, unit="%", higher_is_better=True) for key, title in figures]
+    return {**common, **said, "protocol": protocol, "figures": figures, "headline": figures[0]["key"], "results": results, **more}
+
+
+def test_classes_variants_sets_and_similarities_are_drawn():
+    multilabel = one_result(
+        "multilabel", [("map", "mAP")], {"a": {"map": 50.0}}, average_precision_percent={"a": {"cat": 30.0, "äpfel": 70.0}}
+    )
+    variants = [("original_percent", "original"), ("no_fg_percent", "no fg"), ("background_gap_percent", "BG-gap")]
+    backgrounds = one_result("backgrounds", variants, {"a": {"original_percent": 80.0, "background_gap_percent": 5.0}})
+    transfer = one_result("transfer", [("mean_k20_percent", "mean"), ("pets_k20_percent", "pets")], {"a": {"pets_k20_percent": 12.0}})
+    histograms = {"a": {"intra": [0, 1, 3, 9], "inter": [5, 5, 0, 0]}, "b": {"intra": [0] * 4, "inter": [0] * 4}}
+    similarity = one_result("similarity", [("overlap", "overlap")], {"a": {"overlap": 0.25}, "b": {"overlap": None}}, histograms=histograms)
+    for one, titles, words in (
+        (multilabel, ["Average precision of every class"], ["cat", "äpfel"]),
+        (backgrounds, ["Accuracy on every variant"], ["original"]),
+        (transfer, ["Accuracy on every set"], ["pets"]),
+        (similarity, ["a: overlap 0.25", "b: overlap –"], ["cosine similarity"]),
+    ):
+        (block,) = blocks_of([one])
+        assert [drawing.title for drawing in block.drawings] == titles
+        page = evaluations_page([one])
+        assert all(word in page for word in words) and "BG-gap</text>" not in page

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from massl_fast.data.decode import decode_rgb
 from massl_fast.data.sources import is_image_name
 from massl_fast.evaluation.layouts.lists import inside
 
@@ -83,3 +84,43 @@ def read_variants(root: Path) -> list[Variant]:
             f"{root} holds none of the folders {', '.join(VARIANTS)} with images in VARIANT/val/NN_class/. Name the folder bg_challenge."
         )
     return found
+
+
+@dataclass(frozen=True)
+class Foreground:
+    """An object of the backgrounds challenge that is put before other backgrounds."""
+
+    image: Path
+    mask: Path
+    """A NumPy file, bool [H, W], as large as the image."""
+    label: int
+
+
+def read_foregrounds(root: Path) -> list[Foreground]:
+    """ROOT/fg_mask/val/NN_class/NAME.npy, each with its image in ROOT/original; raises ValueError where there is none."""
+    found = []
+    folder = root / "fg_mask" / "val"
+    for mask in sorted(folder.glob("[0-9]*_*/*.npy")):
+        image = root / "original" / "val" / mask.parent.name / f"{mask.stem}.JPEG"
+        if not image.is_file():
+            raise ValueError(f"{mask} is the mask of an image that {image.parent} lacks.")
+        for file in (mask, image):
+            inside(root, str(file.relative_to(root)), mask)
+        found.append(Foreground(image, mask, int(mask.parent.name.partition("_")[0])))
+    if not found:
+        raise ValueError(f"The challenge needs masks NAME.npy in {folder}/NN_class, and there are none.")
+    return found
+
+
+def read_foreground(foreground: Foreground) -> tuple[np.ndarray, np.ndarray]:
+    """(pixels uint8 [H, W, 3], mask bool [H, W]); raises ValueError where they do not belong together."""
+    pixels = np.asarray(decode_rgb(foreground.image.read_bytes(), str(foreground.image)))
+    try:
+        mask = np.load(foreground.mask, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{foreground.mask} cannot be read as a NumPy array ({error}).") from None
+    if mask.shape != pixels.shape[:2] or mask.dtype.kind not in "bui":
+        raise ValueError(
+            f"{foreground.mask} holds {mask.dtype} {mask.shape}; a mask of {foreground.image.name} is bool {pixels.shape[:2]}."
+        )
+    return pixels, mask.astype(bool)
