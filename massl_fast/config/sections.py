@@ -176,6 +176,10 @@ class ModelSection(Section):
     """learned: timm's; sin-cos: fixed two-dimensional sine and cosine waves (MoCo v3), for transformers with a class token or none."""
     crops_pass: Literal["auto", "packed", "separate"] = "auto"
     """packed: one pass over the tokens of all crops; separate: one pass per crop size. auto: packed where the network allows it."""
+    attention: Literal["auto", "varlen", "per_size"] = "auto"
+    """varlen: one call of PyTorch's varlen_attn for the tokens of all crops; per_size: one call of its fused attention per crop size. auto:
+    varlen where PyTorch (2.10 or newer) has it, the GPU (compute capability 8.0 or newer) computes in 16 bits and a trial at the start
+    succeeds; the start of a run says which and why."""
     compile: bool = False
     """torch.compile the transformer blocks."""
     recompute: Literal["nothing", "pointwise", "blocks"] = "nothing"

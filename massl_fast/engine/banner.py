@@ -40,7 +40,8 @@ def banner(
         f"Strategy  {strategy}",
         f"Precision {precision.name} ({precision.reason})",
         f"Loader    {loader.name} ({loader.reason})",
-        f"Model     {model.architecture}, crops pass: {student.pass_name} ({student.pass_reason})",
+        f"Model     {model.architecture}, crops pass: {student.pass_name} ({student.pass_reason}); attention "
+        f"{student.attention_name} ({student.attention_reason})",
         f"Step      blocks {blocks}, {taken}; optimizer {config.optimizer.name}{kept}{tokens}",
         f"Loss      {objective}",
         f"Rates     peak learning rate {peak_learning_rate:.3g}; {flops_per_image / 1e9:.3g} GFLOP per image",

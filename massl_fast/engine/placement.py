@@ -15,6 +15,7 @@ def place(pair: StudentTeacher, config: Config, world: World, precision: Precisi
     """(the networks ready to train on ``world.device``, sentences for the user). Under fsdp2 a collective call."""
     pair, note = synchronise_batch_norms(pair, world)
     pair.to(world.device, memory_format=torch.channels_last)
+    pair.choose_attention(config.model.attention, world.device, precision)
     if config.model.compile:
         pair.compile_blocks()
     if strategy == "fsdp2":

@@ -11,7 +11,8 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from massl_fast.models import packed
+from massl_fast.models import packed, varlen
+from massl_fast.models.precision import Precision
 from massl_fast.models.recipes import features_of
 
 # Set by massl-fast itself, or they would fetch weights or change what comes out.
@@ -220,6 +221,7 @@ class Encoder(nn.Module):
             self._recompute_separately(recompute, reason)
         self.pass_name = "packed" if together else "separate"
         self.pass_reason = reason
+        self.attention_name, self.attention_reason = "per crop size", "nothing else was asked for"
 
     def _recompute_separately(self, recompute: str, reason: str) -> None:
         if recompute != "blocks":
@@ -230,6 +232,23 @@ class Encoder(nn.Module):
             self.backbone.set_grad_checkpointing(True)
         except (AttributeError, AssertionError):
             raise ValueError(f"model.recompute is blocks, which {type(self.backbone).__name__} does not offer. Choose nothing.") from None
+
+    def choose_attention(self, asked: str, device: torch.device, precision: Precision) -> None:
+        """How a packed pass attends, for ``model.attention``: ``attention_name`` and ``attention_reason`` say what was chosen and why.
+
+        Raises ValueError where varlen is asked for and cannot be had.
+        """
+        if self.pass_name == "packed":
+            layers = [block.attn for block in self.backbone.blocks]
+            heads, width = layers[0].num_heads, layers[0].head_dim
+            dropout = any(layer.attn_drop.p > 0 for layer in layers)
+            function, reason = varlen.choose_attention(asked, device, precision, heads=heads, width=width, dropout=dropout)
+            self.packed.varlen = function
+        elif asked == "varlen":
+            raise ValueError(f"model.attention is varlen, which needs the packed pass, and that is not taken: {self.pass_reason}. Choose auto.")
+        else:
+            function, reason = None, "crops are not packed"
+        self.attention_name, self.attention_reason = "of all crops in one call" if function else "per crop size", reason
 
     @property
     def timm_args(self) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 Everything but attention works on single tokens, so the tokens of all crops are laid end to end, [Σ_g B_g·L_g, C] for
 groups g of B_g crops of equal size with L_g tokens each, and patch embedding, projections, norms and MLPs see one large
-matrix instead of one a size. Attention runs once per group. Results equal separate passes up to rounding.
+matrix instead of one a size. Attention runs once per group, or once for all (varlen.py). Results equal separate passes up to rounding.
 
 With class-token pooling the last block computes what the class tokens need and no more: keys and values of all tokens,
 but queries, output projection and MLP of one row an image.
@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
+
+from massl_fast.models.varlen import Sequences, Varlen, in_one_call, sequences_of
 
 Attend = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 Shapes = tuple[tuple[int, int], ...]
@@ -86,6 +88,9 @@ class PackedPass(nn.Module):
     the additions. A quarter fewer bytes a step, for more rounding (docs/performance.md).
 
     ``attention`` of (query, key, value) [B, heads, L, width] and a dropout rate takes the place of ``attend``.
+
+    A compiled block ends behind the next block's first norm where nothing is recomputed: that norm then reads the tokens before they go to
+    memory, and its backward pass adds up their gradient there.
     """
 
     def __init__(
@@ -102,16 +107,22 @@ class PackedPass(nn.Module):
         rates = [_drop_rate(path) for block in backbone.blocks for path in (block.drop_path1, block.drop_path2)]
         keep = 1 - torch.tensor(rates, dtype=torch.float32)[:, None] if any(rates) else None
         self.register_buffer("keep", keep, persistent=False)
-        self.run_block: Callable[..., Tensor] = packed_block
+        self.run_block: Callable[..., Any] = packed_block
+        self.norm_ahead = False
+        self.varlen: Varlen | None = None
+        """What attends to the tokens of all groups at once, in place of ``attention``; None: nothing does."""
         self._resampling: dict[tuple[Any, ...], Tensor] = {}
+        self._sequences: dict[tuple[Any, ...], Sequences] = {}
 
     def run_blocks_by(self, run: Callable[..., Tensor]) -> None:
-        """Have ``run``, with the arguments of ``packed_block``, compute each block."""
+        """Have ``run``, with the arguments of ``packed_block``, compute each block, from its own weights alone."""
         self.run_block = run
+        self.norm_ahead = False
 
     def compile_blocks(self, **options: Any) -> None:
         """Compile the block; its weights are inputs of the graph, so that one graph serves all blocks."""
         self.run_block = torch.compile(packed_block, **options)
+        self.norm_ahead = self.recompute == "nothing"
 
     def forward(
         self, backbone: VisionTransformer, groups: Sequence[Sequence[Tensor]], *, patches_of: int = 0, hidden: Hidden | None = None
@@ -128,13 +139,22 @@ class PackedPass(nn.Module):
             scales = None if scales is None else scales.bfloat16()
         blocks = list(backbone.blocks)
         class_token_only = backbone.attn_pool is None and backbone.global_pool == "token" and not patches_of
+        pointwise = self.recompute == "pointwise" and torch.is_grad_enabled()
+        always: dict[str, Any] = {"part": _recomputed} if pointwise else {}
+        if self.varlen is not None:
+            always |= {"attention": self.varlen, "sequences": self._sequences_of(shapes, tokens.device)}
+        elif self.attention is not None:
+            always |= {"attention": self.attention}
+        norm_ahead = self.norm_ahead and not backbone.grad_checkpointing
+        normed = norm_for_product(blocks[0].norm1, tokens) if norm_ahead else None
         for index, block in enumerate(blocks):
             last = class_token_only and index == len(blocks) - 1
             scale1, scale2 = (None, None) if scales is None else (scales[2 * index], scales[2 * index + 1])
-            pointwise = self.recompute == "pointwise" and torch.is_grad_enabled()
-            others: dict[str, Any] = {"part": _recomputed} if pointwise else {}
-            others |= {"attention": self.attention} if self.attention is not None else {}
+            others = always if normed is None else {**always, "normed": normed}
             run = partial(self.run_block, block, shapes=shapes, first_only=last, **others)
+            if norm_ahead and index + 1 < len(blocks):
+                tokens, normed = run(tokens, scale1, scale2, next_norm=blocks[index + 1].norm1)
+                continue
             if (backbone.grad_checkpointing or self.recompute == "blocks") and torch.is_grad_enabled():
                 # Drop path was drawn above; only dropout would need its random state replayed.
                 dropout = any(isinstance(m, nn.Dropout) and m.p > 0 for m in block.modules())
@@ -210,6 +230,13 @@ class PackedPass(nn.Module):
                 self._resampling[key] = resampling_matrix(old, new, like.device, dtype)
         return self._resampling[key]
 
+    def _sequences_of(self, shapes: Shapes, device: torch.device) -> Sequences:
+        """Kept, so that a step does not wait for its table and a recording finds it where it was."""
+        key = (shapes, device)
+        if key not in self._sequences:
+            self._sequences[key] = sequences_of(shapes, device)
+        return self._sequences[key]
+
     def _drop_path_scales(self, shapes: Shapes) -> Tensor | None:
         """[2·blocks, Σ B·L, 1]: 0 where a crop skips a branch, 1/keep where it does not; one draw a crop and branch."""
         if self.keep is None:
@@ -262,22 +289,59 @@ def packed_block(
     first_only: bool,
     part: Part = _kept,
     attention: Attend = attend,
-) -> Tensor:
+    sequences: Sequences | None = None,
+    normed: Tensor | None = None,
+    next_norm: nn.Module | None = None,
+) -> Any:
     """One transformer block on packed tokens [Σ B·L, C]; with ``first_only`` it returns each crop's first token, [Σ B, C].
 
-    ``part`` calls each piece that ends in a matrix product.
+    ``part`` calls each piece that ends in a matrix product. ``sequences``: have one call of variable length attend instead of ``attention``
+    once per group. ``normed``: the tokens after the block's first norm, where the block before made them. With ``next_norm``, the first
+    norm of the block behind, it returns (tokens, these normed) likewise.
     """
-    attended = _attention(block.attn, block.norm1, tokens, shapes, first_only, part, attention)
+    norm = block.norm1 if normed is None else None
+    attended = _attention(block.attn, norm, tokens if normed is None else normed, shapes, first_only, part, attention, sequences)
     if first_only:
         tokens = _first_rows(tokens, shapes)
         if scale1 is not None:
             scale1, scale2 = _first_rows(scale1, shapes), _first_rows(scale2, shapes)
-    tokens = _add(tokens, block.ls1(attended), scale1)
-    return _add(tokens, block.ls2(_mlp(block.mlp, block.norm2, tokens, part)), scale2)
+    tokens = _add(tokens, attended, block.ls1, scale1)
+    tokens = _add(tokens, _mlp(block.mlp, block.norm2, tokens, part), block.ls2, scale2)
+    return tokens if next_norm is None else (tokens, norm_for_product(next_norm, tokens))
 
 
-def _add(tokens: Tensor, branch: Tensor, scale: Tensor | None) -> Tensor:
-    return tokens + branch if scale is None else torch.addcmul(tokens, branch, scale)
+def _add(tokens: Tensor, branch: Tensor, layer_scale: nn.Module, scale: Tensor | None) -> Tensor:
+    """tokens + scale · layer scale · branch, in the tokens' format, without a copy of a 16-bit branch in theirs.
+
+    CUDA's autocast would make one: it casts the arguments of ``addcmul`` to the widest.
+    """
+    if scale is None and isinstance(layer_scale, nn.Identity):
+        return tokens + branch
+    with torch.autocast(tokens.device.type, enabled=False):
+        if isinstance(layer_scale, LayerScale):
+            # In float32 it would widen 16-bit tokens for good.
+            gamma = layer_scale.gamma.to(tokens.dtype)
+            if scale is None:
+                return torch.addcmul(tokens, branch, gamma)
+            branch = branch * gamma
+        return torch.addcmul(tokens, branch, scale) if torch.compiler.is_compiling() else _ScaledAdd.apply(tokens, branch, scale)
+
+
+class _ScaledAdd(torch.autograd.Function):
+    """``torch.addcmul(tokens, branch, scale)`` whose gradient of the branch is written in the branch's format at once; autograd writes it
+    in the tokens' format and casts it then."""
+
+    @staticmethod
+    def forward(ctx, tokens: Tensor, branch: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(scale)
+        ctx.dtype = branch.dtype
+        return torch.addcmul(tokens, branch, scale)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor):
+        (scale,) = ctx.saved_tensors
+        return gradient, torch.mul(gradient, scale, out=torch.empty_like(gradient, dtype=ctx.dtype)), None
 
 
 def _mlp(mlp: nn.Module, norm: nn.Module, tokens: Tensor, part: Part) -> Tensor:
@@ -287,29 +351,43 @@ def _mlp(mlp: nn.Module, norm: nn.Module, tokens: Tensor, part: Part) -> Tensor:
     return part(lambda hidden: mlp.fc2(mlp.norm(mlp.act(hidden))), hidden)
 
 
-def _attention(attn: Attention, norm: nn.Module, tokens: Tensor, shapes: Shapes, first_only: bool, part: Part, attention: Attend) -> Tensor:
-    """timm's ``Attention`` of normed tokens, with one product for all groups before and after, and attention itself per group."""
+def _attention(
+    attn: Attention,
+    norm: nn.Module | None,
+    tokens: Tensor,
+    shapes: Shapes,
+    first_only: bool,
+    part: Part,
+    attention: Callable[..., Tensor],
+    sequences: Sequences | None,
+) -> Tensor:
+    """timm's ``Attention`` of tokens that ``norm`` takes first (None: it has), with one product for all groups before and after.
+
+    Attention itself runs once per group, or with ``sequences`` once.
+    """
     heads, width = attn.num_heads, attn.head_dim
-    rows = [crops * length for crops, length in shapes]
+    groups, queries = shapes, [crops for crops, _ in shapes]
+    if sequences is not None:
+        groups, queries, attention = ((1, len(tokens)),), [sum(queries)], in_one_call(attention, sequences, first_only)
+    rows = [crops * length for crops, length in groups]
     dropout = attn.attn_drop.p if attn.training else 0.0
     gate = getattr(attn, "gate", None)
     if first_only or gate is not None:
-        tokens = _norm(norm, tokens)
-        norm = nn.Identity()
+        tokens, norm = _norm(norm, tokens), None
     queries_from = _first_rows(tokens, shapes) if first_only else tokens
     if first_only:
         size, bias = heads * width, attn.qkv.bias
         query = F.linear(queries_from, attn.qkv.weight[:size], None if bias is None else bias[:size])
         other = F.linear(tokens, attn.qkv.weight[size:], None if bias is None else bias[size:])
         parts = [
-            (query_g.view(crops, 1, 1, heads, width), other_g.view(crops, length, 2, heads, width))
-            for query_g, other_g, (crops, length) in zip(query.split([b for b, _ in shapes]), other.split(rows), shapes)
+            (query_g.view(crops, -1, 1, heads, width), other_g.view(crops, length, 2, heads, width))
+            for query_g, other_g, (crops, length) in zip(query.split(queries), other.split(rows), groups)
         ]
         parts = [(*q.unbind(2), *kv.unbind(2)) for q, kv in parts]
     else:
         qkv = part(lambda tokens: attn.qkv(_norm(norm, tokens)), tokens)
         split = split_heads if torch.compiler.is_compiling() or not qkv.requires_grad else _SplitHeads.apply
-        pieces = split(qkv, shapes, heads, width)
+        pieces = split(qkv, groups, heads, width)
         parts = [pieces[start : start + 3] for start in range(0, len(pieces), 3)]
     outputs = []
     for query, key, value in parts:
@@ -354,8 +432,17 @@ class _SplitHeads(torch.autograd.Function):
         return whole, None, None, None
 
 
-def _norm(norm: nn.Module, tokens: Tensor) -> Tensor:
+def norm_for_product(norm: nn.Module, tokens: Tensor) -> Tensor:
+    """``_norm``, in the format in which a matrix product takes it."""
+    normed = _norm(norm, tokens)
+    device = tokens.device.type
+    return normed.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else normed
+
+
+def _norm(norm: nn.Module | None, tokens: Tensor) -> Tensor:
     """``norm`` of the tokens. Of 16-bit tokens a layer norm is one kernel from 16 to 16 bits; autocast would widen them first and after."""
+    if norm is None:
+        return tokens
     if tokens.dtype != torch.bfloat16 or not isinstance(norm, nn.LayerNorm):
         return norm(tokens)
     weight, bias = (None if each is None else each.to(tokens.dtype) for each in (norm.weight, norm.bias))

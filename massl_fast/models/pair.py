@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from massl_fast.models.backbone import Encoder
+from massl_fast.models.precision import Precision
 
 
 class StudentTeacher(nn.Module):
@@ -52,6 +53,11 @@ class StudentTeacher(nn.Module):
         """``torch.compile`` what repeats in both networks; ``options`` go to ``torch.compile`` (see ``Encoder.compile_blocks``)."""
         for encoder in (self.student, self.teacher):
             encoder.compile_blocks(**options)
+
+    def choose_attention(self, asked: str, device: torch.device, precision: Precision) -> None:
+        """See ``Encoder.choose_attention``."""
+        for encoder in (self.student, self.teacher):
+            encoder.choose_attention(asked, device, precision)
 
     def twins(self) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
         """(student's, teacher's) parameter by the name that both have, in the student's order."""

@@ -102,6 +102,7 @@ def synthetic_run(
         _in_shapes_(pair)
     else:
         pair.to(world.device, memory_format=torch.channels_last)
+        pair.choose_attention(config.model.attention, world.device, precision)
     if config.model.compile and not fake:
         # What was compiled for other shapes counts against Dynamo's limit (8 a function), beyond which steps run uncompiled.
         torch.compiler.reset()
