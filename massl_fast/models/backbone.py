@@ -245,7 +245,9 @@ class Encoder(nn.Module):
             function, reason = varlen.choose_attention(asked, device, precision, heads=heads, width=width, dropout=dropout)
             self.packed.varlen = function
         elif asked == "varlen":
-            raise ValueError(f"model.attention is varlen, which needs the packed pass, and that is not taken: {self.pass_reason}. Choose auto.")
+            raise ValueError(
+                f"model.attention is varlen, which needs the packed pass, and that is not taken: {self.pass_reason}. Choose auto."
+            )
         else:
             function, reason = None, "crops are not packed"
         self.attention_name, self.attention_reason = "of all crops in one call" if function else "per crop size", reason

@@ -10,7 +10,10 @@ from typing import Any
 
 ANOTHER_RUN = ("crops", "model", "objective", "run.seed", "run.init_from", "train.global_batch")
 """Sections and settings that make another run."""
-ANOTHER_WAY = ("model.residual", "objective.backend", "objective.memory_dtype", "model.crops_pass", "model.compile", "model.recompute")
+ANOTHER_WAY = (
+    *("model.residual", "objective.backend", "objective.memory_dtype", "model.crops_pass", "model.attention", "model.compile"),
+    "model.recompute",
+)
 """Settings of those sections that say how the same is computed."""
 NOT_TOLD = (
     "run.folder",
@@ -19,6 +22,7 @@ NOT_TOLD = (
     "data.train",  # images may lie elsewhere; whether they are the same is seen by their names
     "data.num_workers",
     "model.crops_pass",
+    "model.attention",
     "model.compile",
     "model.recompute",
     "data.max_bad_percent",

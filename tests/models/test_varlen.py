@@ -21,7 +21,7 @@ def test_one_call_equals_separate_passes(variant):
 
 
 def test_drop_path_recompute_and_compilation_go_with_it():
-    encoder, separate, sizes = twins("plain", drop_path=0.3)
+    encoder, _, sizes = twins("plain", drop_path=0.3)
     encoder.packed.varlen = varlen.one_by_one
     found = []
     for recompute in ("nothing", "pointwise", "blocks"):
