@@ -316,7 +316,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto")
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--largest", action="store_true", help="find the largest batch that fits the GPU instead of timing")
-    parser.add_argument("--output", default="", help="file to which a record a case is appended (default: none)")
+    parser.add_argument("--output", default="", help="file to which a record per case is appended (default: none, nowhere)")
     return parser
 
 
@@ -356,7 +356,7 @@ def main() -> int:
     def keep(found: dict) -> None:
         if "sides" in found:
             print(table(found), flush=True)
-        if args.output:
+        if args.output not in ("", "none"):
             records.append(args.output, [as_record(found | {"threads": torch.get_num_threads()})])
 
     failed: dict[str, str] = {}

@@ -17,6 +17,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     words = 2 if is_evaluation(arguments) or " ".join(arguments[:2]) in COMMANDS else 1
     command = " ".join(arguments[:words])
+    # Set before PyTorch is imported: its profiler would remark on every start and stop, and on a missing GPU.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "10")
     # Importing PyTorch takes seconds, and a scheduler may ask a run to stop in the midst of them.
     listening = LISTENER.listening(*WARNINGS) if command == "train" else contextlib.nullcontext()
     try:

@@ -11,6 +11,9 @@ from typing import Any
 
 from massl_fast.benchmarks import records
 
+NOWHERE = "none"
+"""The value of ``--output`` that keeps no records."""
+
 
 def takes_a_run(parser: argparse.ArgumentParser, command: str, options: str, default: str = "demo") -> None:
     """``--recipe``, and the settings of a run, which the parser itself does not know."""
@@ -26,8 +29,12 @@ def prints_json(parser: argparse.ArgumentParser, what: str = "the records") -> N
     parser.add_argument("--json", action="store_true", help=f"print {what} as JSON on stdout; sentences and tables go to stderr")
 
 
-def keeps_records(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--output", metavar="FILE", default="", help="file to which records are appended, a JSON object per line")
+def keeps_records(parser: argparse.ArgumentParser, default: str = "") -> None:
+    """``--output``, by default ``default``, and ``--json``; ``keeping`` does what they say."""
+    where = f"default: {default or NOWHERE}; {NOWHERE}: nowhere" if default else f"default: {NOWHERE}, nowhere"
+    parser.add_argument(
+        "--output", metavar="FILE", default="", help=f"file to which records are appended, a JSON object per line ({where})"
+    )
     prints_json(parser)
 
 
@@ -42,19 +49,20 @@ def sentences_aside(args: argparse.Namespace) -> Iterator[None]:
 def keeping(args: argparse.Namespace) -> Iterator[Callable[[dict[str, Any]], None]]:
     """A function that takes the records of a command as they come: each is in ``--output`` at once; ``--json`` prints all at the end."""
     rows: list[dict[str, Any]] = []
+    output = "" if args.output == NOWHERE else args.output
 
     def keep(row: dict[str, Any]) -> None:
         rows.append(row)
-        if args.output:
-            records.append(args.output, [row])
+        if output:
+            records.append(output, [row])
 
-    if args.output:
-        records.check_writable(args.output)
+    if output:
+        records.check_writable(output)
     try:
         with sentences_aside(args):
             yield keep
-            if args.output:
-                print(f"Appended to {args.output}: {len(rows)} record{'s' if len(rows) != 1 else ''}.")
+            if output:
+                print(f"Appended to {output}: {len(rows)} record{'s' if len(rows) != 1 else ''}.")
     finally:
         if args.json:
             print(json.dumps(rows))

@@ -9,7 +9,7 @@ import torch
 
 from massl_fast.benchmarks import kernels
 from massl_fast.benchmarks.kernels import DTYPES, RESULTS, check_names, chosen_cases, slug
-from massl_fast.commands.arguments import keeping, prints_json
+from massl_fast.commands.arguments import keeping, keeps_records
 from massl_fast.hardware import chosen_device, processor_name
 
 
@@ -32,14 +32,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--quick", action="store_true", help="N = 8, K = 8192, block 2048, 5 rounds: does it run")
     parser.add_argument("--device", default="", help="device (default: the GPU, else the CPU)")
-    parser.add_argument("--output", default="", help=f"file to append records to (default: {RESULTS}/DEVICE/kernels.jsonl; none: nowhere)")
-    prints_json(parser)
+    keeps_records(parser, f"{RESULTS}/DEVICE/kernels.jsonl")
 
 
 def run(args: argparse.Namespace) -> int:
     device = chosen_device(args.device)
     cases, rounds = chosen_cases(args, device), args.rounds or (5 if args.quick else 30 if device.type == "cuda" else 9)
-    args.output = "" if args.output == "none" else args.output or str(RESULTS / slug(device) / "kernels.jsonl")
+    args.output = args.output or str(RESULTS / slug(device) / "kernels.jsonl")
     # Compiling for one shape takes as long as measuring two: once, and last, so that what is known before it is on the disk.
     compiled = [args.compile or (device.type == "cuda" and number == len(cases)) for number in range(1, len(cases) + 1)]
     wrong = 0

@@ -8,7 +8,7 @@ from dataclasses import replace
 from massl_fast.benchmarks import objectives
 from massl_fast.benchmarks.kernels import DTYPES, RESULTS, slug
 from massl_fast.benchmarks.objectives import CASES, QUICK
-from massl_fast.commands.arguments import keeping, prints_json
+from massl_fast.commands.arguments import keeping, keeps_records
 from massl_fast.hardware import chosen_device
 
 
@@ -20,10 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=0, help="calls of each way (default: 30 on a GPU, else 5)")
     parser.add_argument("--quick", action="store_true", help="small shapes, 3 rounds: does it run")
     parser.add_argument("--device", default="", help="device (default: the GPU, else the CPU)")
-    parser.add_argument(
-        "--output", default="", help=f"file to append records to (default: {RESULTS}/DEVICE/objectives.jsonl; none: nowhere)"
-    )
-    prints_json(parser)
+    keeps_records(parser, f"{RESULTS}/DEVICE/objectives.jsonl")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -31,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
     if args.rounds < 0 or args.images < 0:
         raise ValueError(f"--rounds and --images take no negative number; found {args.rounds} and {args.images}.")
     rounds = args.rounds or (3 if args.quick else 30 if device.type == "cuda" else 5)
-    args.output = "" if args.output == "none" else args.output or str(RESULTS / slug(device) / "objectives.jsonl")
+    args.output = args.output or str(RESULTS / slug(device) / "objectives.jsonl")
     wrong = 0
     with keeping(args) as keep:
         for case in (c for c in CASES if c.loss in args.losses):

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from massl_fast.commands.recipe_choice import config_without_recipe
 from massl_fast.config import Config, chosen_objective, describe_settings, load_config, recipe_names
 
 if TYPE_CHECKING:
@@ -19,8 +20,13 @@ TAKES_SETTINGS = True
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.usage = "massl-fast train --recipe NAME|FILE [--section.key VALUE ...]"
-    parser.add_argument("--recipe", default="", help=f"one of {', '.join(recipe_names())}, or the path of a YAML file")
+    parser.usage = "massl-fast train [--recipe NAME|FILE] --data.train DATA [--section.key VALUE ...]"
+    parser.add_argument(
+        "--recipe",
+        metavar="NAME|FILE",
+        default="",
+        help=f"one of {', '.join(recipe_names())}, or the path of a YAML file; without one, the images and the machine choose",
+    )
     parser.add_argument("--print-config", action="store_true", help="print the resolved settings and exit")
     # The settings to show depend on arguments that may follow, so help waits for all of them.
     parser.add_argument("-h", "--help", action="store_true", help="show this text, with the settings of the chosen objective, and exit")
@@ -68,11 +74,9 @@ def explaining_out_of_memory(config: Config, world: World) -> Iterator[None]:
 def run(args: argparse.Namespace) -> int:
     if args.help:
         print_help(args)
-    if not args.recipe:
-        raise ValueError(f"--recipe is missing. Shipped recipes: {', '.join(recipe_names())}; or give the path of a YAML file.")
     # Where a rank is lost, PyTorch's C++ side warns of its broken connections with a page of addresses each; we say which rank it was.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    config = load_config(args.recipe, args.settings)
+    config = load_config(args.recipe, args.settings) if args.recipe else config_without_recipe(args.settings)
     if args.print_config:
         import yaml
 

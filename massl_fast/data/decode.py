@@ -5,8 +5,11 @@ values are scaled to 8 bits rather than clipped, EXIF orientation is applied, tr
 that is 0 everywhere hides nothing but a writer's mistake and is dropped). Of an animation, the first frame is taken.
 """
 
+import ctypes
 import io
+import logging
 import warnings
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageCms
@@ -28,6 +31,22 @@ HEADER_FIRST = ("JPEG", "MPO")  # all is known of these from their headers; the 
 
 # Pillow warns about large headers, odd EXIF and surplus bytes; here an image is either used or reported unreadable.
 warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
+def _quiet_libtiff() -> None:
+    """Have the libtiff that Pillow has loaded keep its remarks to itself: it writes them to stderr, a line per odd tag."""
+    try:
+        mapped = Path("/proc/self/maps").read_text().splitlines()
+    except OSError:  # not Linux
+        return
+    for path in {line.split(maxsplit=5)[-1] for line in mapped if "/libtiff" in line}:
+        library = ctypes.CDLL(path)
+        for name in ("TIFFSetWarningHandler", "TIFFSetErrorHandler"):
+            getattr(library, name)(None)
+
+
+_quiet_libtiff()
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # or else errors that are raised, too, go to stderr
 
 
 class UnreadableImage(ValueError):

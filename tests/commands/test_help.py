@@ -1,11 +1,13 @@
 """Help by group and by section, and completion that bash, zsh and fish can read."""
 
+import argparse
 import shutil
 import subprocess
 
 import pytest
 
 from massl_fast.cli import main
+from massl_fast.commands.arguments import keeping, keeps_records
 from massl_fast.commands.completion import whole_parser
 from massl_fast.commands.registry import COMMANDS
 
@@ -86,3 +88,13 @@ def test_other_shells_can_read_their_script(script, tmp_path, shell):
         file = tmp_path / f"completion.{shell}"
         file.write_text(text)
         assert subprocess.run([shell, "-n", str(file)]).returncode == 0
+
+
+@pytest.mark.parametrize("output", ["none", ""])
+def test_output_none_keeps_nothing_in_every_command_that_keeps_records(output, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    parser = argparse.ArgumentParser()
+    keeps_records(parser)
+    with keeping(parser.parse_args(["--output", output, "--json"])) as keep:
+        keep({"a": 1})
+    assert list(tmp_path.iterdir()) == []

@@ -213,3 +213,13 @@ def test_odd_images():
         assert image.mode == "RGB" and sorted(image.size) == sorted((int(row["width"]), int(row["height"]))), name
         if "Landscape" in name or "Portrait" in name:
             assert (image.width > image.height) == ("Landscape" in name)
+
+
+def test_libtiff_and_pillow_say_nothing_of_their_own(capfd):
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(buffer, "TIFF", compression="tiff_lzw")
+    data = bytearray(buffer.getvalue())
+    data[16:4000] = bytes(len(data[16:4000]))
+    with pytest.raises(UnreadableImage):
+        decode_rgb(bytes(data), "broken.tif")
+    assert capfd.readouterr().err == ""
