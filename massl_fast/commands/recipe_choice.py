@@ -85,9 +85,8 @@ def choose(images: int, side: int, gpu_gib: float, objective: str) -> Choice:
             f"each other. {FEWEST} are the least, thousands are better."
         )
     tiny = side <= TINY
-    of_them = (
-        f"the {images} images are {'many' if images >= MANY else 'few'}, {'tiny' if tiny else 'large'} ({side} pixels at the shorter side)"
-    )
+    words = "many" if images >= MANY else "few", "tiny" if tiny else "large"
+    of_them = f"the {images} images are {words[0]} and {words[1]} ({side} pixels at the shorter side)"
     if gpu_gib and images >= MANY:
         recipe = _recipe_of(objective, "cifar10" if tiny else "in1k")
         batch = load_config(recipe).train.global_batch

@@ -17,7 +17,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from torch import Tensor, nn
 
@@ -50,6 +50,17 @@ class Metric:
     """Metrics of one figure are drawn in one plot; empty: a plot of its own."""
     level: tuple[str, float] | None = None
     """A value that a plot marks with a dashed line, and its name."""
+    collapsed: tuple[Literal["below", "above"], float] | None = None
+    """Values below, or above, this one say that all images get nearly the same representation; None: the metric does not say."""
+
+
+COLLAPSED_SPREAD = 0.005
+"""Recorded runs that learned stayed above 0.1, those that collapsed fell below 0.001 (docs/demo.md)."""
+
+
+def spread(key: str, title: str, figure: str = "") -> Metric:
+    """The declaration of a spread, 1 − ‖mean‖² of unit rows: 0 where all are equal."""
+    return Metric(key, title, note="Near 0 the representation has collapsed.", figure=figure, collapsed=("below", COLLAPSED_SPREAD))
 
 
 class Inputs(NamedTuple):

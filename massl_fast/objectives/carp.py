@@ -14,7 +14,7 @@ from massl_fast.kernels import partition_consistency
 from massl_fast.length import Length
 from massl_fast.models.heads import PrototypeHead
 from massl_fast.models.precision import Precision
-from massl_fast.objectives.base import At, Metric, Objective, Outcome
+from massl_fast.objectives.base import At, Metric, Objective, Outcome, spread
 
 
 class CarpObjective(Objective):
@@ -43,7 +43,7 @@ class CarpObjective(Objective):
             figure="Terms",
         ),
         Metric("embedding_norm", "Length of the student's embeddings", note="Nothing bounds it; from some hundreds on precision suffers."),
-        Metric("embedding_spread", "Spread of the teacher's embeddings", note="Near 0 the representation has collapsed."),
+        spread("embedding_spread", "Spread of the teacher's embeddings"),
     )
 
     def __init__(self, config: Config, partition_seed: int):
@@ -96,8 +96,12 @@ class CarpObjective(Objective):
         return Outcome(found.loss, metrics, {})
 
     def metrics(self) -> tuple[Metric, ...]:
-        level = ("ln(block size)", math.log(self.settings.block_size))
-        return tuple(replace(metric, level=level) if metric.figure == "Terms" else metric for metric in self.METRICS)
+        most = math.log(self.settings.block_size)
+        collapsed = {"block_entropy_nats": ("above", 0.9 * most)}
+        return tuple(
+            replace(metric, level=("ln(block size)", most), collapsed=collapsed.get(metric.key)) if metric.figure == "Terms" else metric
+            for metric in self.METRICS
+        )
 
     def loss_flops(self, views: int) -> float:
         """4V + 2T products of one view's rows with all prototypes (kernels.consistency)."""

@@ -16,7 +16,7 @@ from massl_fast.kernels import available_backends, prototype_cross_entropy, sink
 from massl_fast.length import Length, linear
 from massl_fast.models.heads import PrototypeHead
 from massl_fast.models.precision import Precision
-from massl_fast.objectives.base import At, Curve, Metric, Objective, Outcome
+from massl_fast.objectives.base import At, Curve, Metric, Objective, Outcome, spread
 from massl_fast.objectives.meters import assignment_meters
 
 LAST_LAYER = "head.last_layer."
@@ -34,9 +34,10 @@ class DinoObjective(Objective):
             "What an assignment tells of its image",
             "nats",
             note="Entropy of the mean assignment less the mean entropy. Near 0 all images share one assignment: it has collapsed.",
+            collapsed=("below", 0.01),
             console="information",
         ),
-        Metric("embedding_spread", "Spread of the teacher's embeddings", note="Near 0 the representation has collapsed."),
+        spread("embedding_spread", "Spread of the teacher's embeddings"),
         Metric("center_norm", "Norm of the centre"),
         Metric("teacher_temperature", "Temperature of the teacher's softmax"),
     )

@@ -17,7 +17,7 @@ from massl_fast.kernels import available_backends, enqueue_, memory_cross_entrop
 from massl_fast.length import Length, linear
 from massl_fast.models.head import ProjectionHead
 from massl_fast.models.precision import DTYPES, Precision
-from massl_fast.objectives.base import At, Curve, Metric, Objective, Outcome
+from massl_fast.objectives.base import At, Curve, Metric, Objective, Outcome, spread
 
 
 class MasslObjective(Objective):
@@ -33,8 +33,8 @@ class MasslObjective(Objective):
         Metric("student_entropy_nats", "Entropy of the student's distributions", "nats", console="entropy", figure="Entropy"),
         Metric("teacher_entropy_nats", "Entropy of the teacher's distributions", "nats", console="entropy", figure="Entropy"),
         Metric("kl_nats", "Divergence of the student's from the teacher's distributions", "nats"),
-        Metric("embedding_spread", "Spread of the step's embeddings", note="Near 0 the representation has collapsed.", figure="Spread"),
-        Metric("memory_spread", "Spread of the memory", note="Near 0 the representation has collapsed.", figure="Spread"),
+        spread("embedding_spread", "Spread of the step's embeddings", figure="Spread"),
+        spread("memory_spread", "Spread of the memory", figure="Spread"),
         Metric("memory_age_steps", "Age of the oldest memory entry", "steps"),
         Metric("teacher_temperature", "Temperature of the teacher's softmax"),
     )

@@ -19,7 +19,7 @@ from massl_fast.models.backbone import Masks
 from massl_fast.models.flops import linear_flops
 from massl_fast.models.heads import ClassPatchPixelHead
 from massl_fast.models.precision import Precision
-from massl_fast.objectives.base import At, Inputs, Metric, Objective, Outcome, patch_side, patches_of
+from massl_fast.objectives.base import At, Inputs, Metric, Objective, Outcome, patch_side, patches_of, spread
 from massl_fast.objectives.draws import names_of_crops, small_blocks, uniforms
 from massl_fast.objectives.meters import positive_rank
 
@@ -40,10 +40,9 @@ class MmcObjective(Objective):
             "%",
             note="Mean over the first tokens of a rank. Near 50 they tell nothing of their image: the representation has collapsed.",
             console="rank",
+            collapsed=("above", 40.0),
         ),
-        Metric(
-            "embedding_spread", "Spread of the teacher's class tokens", note="Near 0 the representation has collapsed.", figure="Similarity"
-        ),
+        spread("embedding_spread", "Spread of the teacher's class tokens", figure="Similarity"),
         Metric("corrupted_percent", "Corrupted patches", "%"),
     )
     needs_patches = True

@@ -11,7 +11,7 @@ from massl_fast.kernels import available_backends, contrast
 from massl_fast.length import Length
 from massl_fast.models.heads import ContrastHead
 from massl_fast.models.precision import Precision
-from massl_fast.objectives.base import At, Metric, Objective, Outcome
+from massl_fast.objectives.base import At, Metric, Objective, Outcome, spread
 from massl_fast.objectives.meters import positive_rank
 
 
@@ -28,13 +28,9 @@ class MocoV3Objective(Objective):
             "%",
             note="Mean over the first queries of a rank. Near 50 queries tell nothing of their image: the representation has collapsed.",
             console="rank",
+            collapsed=("above", 40.0),
         ),
-        Metric(
-            "embedding_spread",
-            "Spread of the keys",
-            note="Near 0 the representation has collapsed.",
-            figure="Similarity",
-        ),
+        spread("embedding_spread", "Spread of the keys", figure="Similarity"),
     )
 
     place: Tensor

@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from massl_fast.data.sources import Source
+from massl_fast.report.answers import answers_of
 from massl_fast.report.evaluations import FOLDER, blocks_of, results_in
 from massl_fast.report.figures import Curve, Level, curve_figure
 from massl_fast.report.html import Drawing, flat, render
@@ -86,6 +87,7 @@ def page_of(run: RunFolder, pictures: Pictures) -> str:
         what=" on ".join(what),
         state=run.stopped or ("complete" if run.summary else "not complete"),
         mark="good" if run.stopped or run.summary else "caution",
+        answers=answers_of(run),
         headline=_headline(run),
         notices=[str(w) for w in (warnings if isinstance(warnings, list) else [warnings])] + run.notes + [damage] * bool(damage),
         bad_files=run.bad_files,

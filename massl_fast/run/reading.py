@@ -11,6 +11,7 @@ from typing import Any, TypeGuard
 
 import yaml
 
+from massl_fast.objectives.base import COLLAPSED_SPREAD
 from massl_fast.run.checkpoint import CheckpointFolder, read_state
 from massl_fast.run.outputs import DECLARATIONS
 
@@ -30,6 +31,8 @@ class Declared:
     """Metrics of one figure are drawn in one plot."""
     level: tuple[str, float] | None = None
     """A dashed line: its name and where."""
+    collapsed: tuple[str, float] | None = None
+    """below or above, and from where on the representation has collapsed."""
 
 
 @dataclass
@@ -202,7 +205,9 @@ def _metric(entry: dict[str, Any]) -> Declared:
     words = {name: str(entry.get(name) or "") for name in ("unit", "note", "figure")}
     level = entry.get("level")
     marked = (str(level[0]), float(level[1])) if level else None
-    return Declared(str(entry["key"]), str(entry["title"]), **words, level=marked)
+    side, limit = entry.get("collapsed") or ("", 0.0)
+    collapsed = (str(side), float(limit)) if side in ("below", "above") else None
+    return Declared(str(entry["key"]), str(entry["title"]), **words, level=marked, collapsed=collapsed)
 
 
 def _before_declarations(run: RunFolder) -> list[Declared]:
@@ -217,8 +222,8 @@ def _before_declarations(run: RunFolder) -> list[Declared]:
         Declared("student_entropy_nats", "student", note=collapse, **entropy),
         Declared("teacher_entropy_nats", "teacher", **entropy),
         Declared("kl_nats", "KL divergence, teacher to student", "nats", "The loss without the teacher's entropy."),
-        Declared("embedding_spread", "embeddings", **spread),
-        Declared("memory_spread", "memory", **spread),
+        Declared("embedding_spread", "embeddings", **spread, collapsed=("below", COLLAPSED_SPREAD)),
+        Declared("memory_spread", "memory", **spread, collapsed=("below", COLLAPSED_SPREAD)),
         Declared("memory_age_steps", "Age of the oldest memory entry", "steps", f"The memory holds {size} embeddings." if size else ""),
     ]
 
