@@ -26,7 +26,7 @@ class Configuration:
 
 
 # One table a class of GPU: bytes an element → padded width → choice (width 16 takes that of 32). Chosen from machine code
-# (docs/kernels.md) for tensor cores, asynchronous copies, more than one tile in flight and no spill; a test holds them to it.
+# (bench/notes/kernels.md) for tensor cores, asynchronous copies, more than one tile in flight and no spill; a test holds them to it.
 _SMALL = {  # 99 KiB of shared memory: compute capability 8.6, 8.9, 12.0 and whatever is not known
     2: {
         32: Configuration(128, 64, 1, 4, 3, programs=2),

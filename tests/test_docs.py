@@ -13,7 +13,7 @@ from massl_fast.objectives import OBJECTIVES
 from massl_fast.run.outputs import CLOCK_KEYS, DECLARATIONS
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("bench/*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("bench/**/*.md")])
 OPTIONS = re.compile(r"--((?:{})\.[a-z_]+)".format("|".join(Config.model_fields)))
 
 

@@ -257,7 +257,7 @@ Part = Callable[..., Tensor]
 def attend(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
     """Attention of [B, heads, L, width], by PyTorch's fused kernels except on a CPU in 16 bits.
 
-    There the fused backward pass takes three to six times as long as the plain products (docs/performance.md).
+    There the fused backward pass takes three to six times as long as the plain products (bench/notes/performance.md).
     """
     if query.device.type != "cpu" or value.dtype in (torch.float32, torch.float64) or dropout:
         return fused_attention(query, key, value, dropout)

@@ -37,7 +37,7 @@ def test_shipped_configuration(arch, variant):
     assert found.tensor_core_instructions > 0, "no tensor cores"
     assert found.async_copy_instructions > 0, "no asynchronous copies"
     assert found.pipeline_buffers > 1, "a single buffer: loads wait for products"
-    # The choices are those of Triton 3.9; 3.6 spills up to 240 bytes on sm_100 (docs/kernels.md), 3.7 and 3.8 were not tried.
+    # The choices are those of Triton 3.9; 3.6 spills up to 240 bytes on sm_100 (bench/notes/kernels.md), 3.7 and 3.8 were not tried.
     older = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9)
     allowed = 240 if older and arch == "sm_100" and variant.width == 256 else 0
     assert found.spill_bytes <= allowed, f"{found.spill_bytes} bytes of registers spilled"
