@@ -8,7 +8,7 @@ rate measured on one GPU replaces the assumption (``--images-per-second``).
 
 A step = computing + what of the exchange of gradients outlasts the backward pass + gathering the rows for the memory + one small sum:
 
-    computing        max(launches, images / rate + 60 bytes a parameter of optimizer and moving average / memory bandwidth)
+    computing        max(launches, images / rate + 60 bytes per parameter of optimizer and moving average / memory bandwidth)
     gradients        hierarchical ring: reduce-scatter and all-gather of S bytes among the g GPUs of a host, all-reduce of S/g among m hosts
                      2·S·(g−1)/g / link + 2·(S/g)·(m−1)/m / network + latency · 2·(g−1 + m−1)
     memory rows      all-gather of G·D·4 bytes: what does not lie here already, over the slower of link and network
@@ -44,7 +44,7 @@ LATENCY_SECONDS = 10e-6
 BACKWARD_SHARE = 0.6
 """Share of computing that is the student's backward pass: two of three parts of the student's work, beside the teacher's forward pass."""
 UPDATE_BYTES = 60
-"""Bytes a parameter that clipping (12), AdamW (28) and the moving average (20) read and write in float32."""
+"""Bytes per parameter that clipping (12), AdamW (28) and the moving average (20) read and write in float32."""
 CONTEXT_BYTES = 2 * GIB
 """Assumed for what is neither tensor nor allocator: CUDA context, NCCL's buffers, the loader's pool."""
 
@@ -180,7 +180,7 @@ def matters_from(steps: dict[int, Step], part: str, share: float = 0.05) -> int 
 
 
 def state_bytes(network: Network, shards: int = 1) -> float:
-    """Student, teacher, gradients and AdamW's moments in float32, 20 bytes a parameter, and the 4 of the moving average's temporary."""
+    """Student, teacher, gradients and AdamW's moments in float32, 20 bytes per parameter, and the 4 of the moving average's temporary."""
     return 24 * network.parameters / shards
 
 
@@ -219,7 +219,7 @@ def largest_parameters(gpu: Gpu, shards: int = 1, images: int = 1) -> float:
 # Tables
 
 COLUMNS = (
-    "GPUs", "images a GPU", "computing ms", "exchange sent ms", "waited for ms", "memory rows ms", "step ms", "images/s", "efficiency",
+    "GPUs", "images per GPU", "computing ms", "exchange sent ms", "waited for ms", "memory rows ms", "step ms", "images/s", "efficiency",
     "100 epochs", "GPU hours", "800 epochs", "GPU hours",
 )  # fmt: skip
 STRATEGIES = {"ddp": ddp_step, "fsdp2": fsdp2_step}
@@ -233,7 +233,7 @@ def _table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
 def scaling_table(
     network: Network, gpu: Gpu, rate: float, launch: float, global_batch: int | None, strategy: str = "ddp", per_gpu: int = 64
 ) -> list[str]:
-    """Strong scaling at ``global_batch``, or weak scaling at ``per_gpu`` images a GPU where it is None."""
+    """Strong scaling at ``global_batch``, or weak scaling at ``per_gpu`` images per GPU where it is None."""
     rows, steps = [], {}
     for gpus in GPU_COUNTS:
         cluster = Cluster(gpu, gpus, rate, launch)
@@ -276,7 +276,7 @@ DINO_ON_V100 = 92.0
 """Images a second of one V100 with DINO's code: 24.2 h for 100 epochs of ViT-S/16 with 2 × 224 + 10 × 96 px on 16 of them (Caron et al.
 2021, table 8)."""
 CASES = (
-    # network, GPU, global batch or None for 64 images a GPU, strategy, images a second or None for the assumed share of the peak
+    # network, GPU, global batch or None for 64 images per GPU, strategy, images per second or None for the assumed share of the peak
     ("vit_small", "V100-32", 1024, "ddp", DINO_ON_V100),
     ("vit_small", "H100", 1024, "ddp", None),
     ("vit_base", "A100-80", 1024, "ddp", None),
@@ -294,7 +294,7 @@ def report() -> str:
         origin = "published for DINO's code" if rate else f"assumed: {100 * UTILIZATION:.0f}% of its peak"
         rate = rate or assumed_rate(network, gpu)
         lines += [
-            f"### {network.name}, {name}, {f'global batch {batch}' if batch else '64 images a GPU'}, {strategy}",
+            f"### {network.name}, {name}, {f'global batch {batch}' if batch else '64 images per GPU'}, {strategy}",
             "",
             f"Inputs: one GPU takes {rate:,.0f} images/s ({origin}); no step below {1000 * LAUNCH_SECONDS:.0f} ms (assumed).",
             "",
@@ -311,8 +311,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--gpu", choices=GPUS, default="H100")
     parser.add_argument("--strategy", choices=STRATEGIES, default="ddp")
     parser.add_argument("--images-per-second", type=float, help="measured on one GPU (default: assumed from its peak)")
-    parser.add_argument("--launch-seconds", type=float, default=LAUNCH_SECONDS, help="measured with one image a step (default: assumed)")
-    parser.add_argument("--global-batch", type=int, default=1024, help="0: 64 images a GPU (default: 1024)")
+    parser.add_argument("--launch-seconds", type=float, default=LAUNCH_SECONDS, help="measured with one image per step (default: assumed)")
+    parser.add_argument("--global-batch", type=int, default=1024, help="0: 64 images per GPU (default: 1024)")
     args = parser.parse_args(arguments)
     if args.model is None:
         print(report(), end="")

@@ -18,7 +18,7 @@ def partition_indices(num_entries: int, *, seed: int, step: int | Tensor, device
     if isinstance(step, Tensor):
         step = check_step(step)
         if device is not None and (device.type, device.index or 0) != (step.device.type, step.device.index or 0):
-            raise ValueError(f"step lies on {step.device} but the partition was asked for on {device}; move one of them.")
+            raise ValueError(f"step lies on {step.device} but the partition is to lie on {device}; move one of them.")
         device = step.device
     elif device is None:
         device = torch.get_default_device()

@@ -1,6 +1,9 @@
 """The pages name what there is, and their links lead somewhere."""
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -63,3 +66,24 @@ def test_the_path_of_one_image_takes_at_most_thirteen_files_and_all_are_there():
 def test_the_citation_has_the_version_of_the_distribution():
     assert f'version="{yaml.safe_load(text("CITATION.cff"))["version"]}"' in text("setup.py")
     assert f"## {yaml.safe_load(text('CITATION.cff'))['version']}\n" in text("CHANGELOG.md")
+
+
+def test_the_site_builds_without_a_broken_link(tmp_path):
+    pytest.importorskip("material", reason="mkdocs-material is not installed: pip install 'massl-fast[docs]'")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    built = subprocess.run([*command, "--config-file", str(ROOT / "mkdocs.yml")], capture_output=True, text=True, env=environment)
+    assert built.returncode == 0, built.stdout + built.stderr
+    for page in PAGES:
+        place = page.relative_to(ROOT).as_posix().removeprefix("docs/").lower().replace("readme.md", "index.md")
+        assert (tmp_path / "site" / place.replace(".md", ".html")).is_file(), page
+    assert "hooks.py" not in [path.name for path in (tmp_path / "site").rglob("*")]
+
+
+def test_words_are_spelt_right():
+    pytest.importorskip("codespell_lib", reason="codespell is not installed: pip install 'massl-fast[test]'")
+    places = [str(ROOT / name) for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "Makefile", "setup.py")]
+    places += [str(ROOT / name) for name in ("docs", "massl_fast", "kernels", "bench", "tests")]
+    command = [sys.executable, "-m", "codespell_lib", "--toml", str(ROOT / "pyproject.toml"), *places]
+    checked = subprocess.run(command, capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stdout + checked.stderr

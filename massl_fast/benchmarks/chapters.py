@@ -22,7 +22,7 @@ PEERS = ("--orange", "--violet", "--muted")
 KERNEL_HEAD = ["N", "K", "variant", "ms", "quartiles apart", "× first", "× by processor time", "error", "of matrix rate", "extra MiB"]
 KERNEL_COLUMNS = """ms: median over the rounds, in which the variants take turns. × first: median of the ratio within a round, so that
 it need not be the ratio of two medians where the machine was busy. Error: the largest against float64, relative to the largest value
-(read-out or gradient; enqueue: absolute, of an entry). Of matrix rate: operations of the one pass a second, of those that a large matrix
+(read-out or gradient; enqueue: absolute, of an entry). Of matrix rate: operations of the one pass per second, of those that a large matrix
 product reached in the same rounds."""
 RATIOS = """Images/s come from the median time of a step over the rounds; × is the ratio of these medians, so that both columns
 say the same. × by processor time is the median over the rounds of the ratio within a round, of the seconds that the process computed:
@@ -255,7 +255,7 @@ def sides(ratio: str) -> Callable[[Sequence[Row]], list[Part]]:
                 for side, r in found.items()
             ]
             drawn.append(Drawing(f"Images per second: {what}", bars(items, "images/s")))
-        head = ["step", "side", "images/s", "ms a step, quartiles", ratio, "× by processor time", "peak MiB"]
+        head = ["step", "side", "images/s", "ms per step, quartiles", ratio, "× by processor time", "peak MiB"]
         return [Part(rows, head, lines, drawings=drawn, sentences=[RATIOS])]
 
     return parts
@@ -396,7 +396,7 @@ def trace(rows: Sequence[Row]) -> list[Part]:
             for g in gaps["largest"][:5]:
                 further.append(f"{1e6 * g['seconds']:.0f} µs in '{g['part']}', the host in {g['meanwhile'] or 'Python'}")
         waits = f"The host waits for the device {row['figures']['waits_per_step']['median']:.0f} times a step."
-        head = ["operator, own time", "ms a step", "share", "calls"]
+        head = ["operator, own time", "ms per step", "share", "calls"]
         parts.append(Part([row], head, lines, case_words(row["case"]), sentences=[waits], further=further))
     return parts
 

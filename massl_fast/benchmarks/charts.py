@@ -115,7 +115,7 @@ class Line:
 
 
 def over_sizes(lines: Sequence[Line], x_label: str, unit: str) -> str:
-    """A line a variant over a size, both axes logarithmic."""
+    """One line per variant over a size, both axes logarithmic."""
     with drawing(height=3.2) as (axes, finish):
         for line in lines:
             xs, ys = zip(*sorted(line.points))

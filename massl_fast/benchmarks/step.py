@@ -197,7 +197,7 @@ def search(
         tell(f"{batch:>7}{result['images_per_second']:>12.1f}{1000 * result['step_seconds']:>12.1f}{share}")
         return True
 
-    tell(f"{'batch':>7}{'images/s':>12}{'ms a step':>12}{'peak MiB':>12}")
+    tell(f"{'batch':>7}{'images/s':>12}{'ms per step':>12}{'peak MiB':>12}")
     batch = min(8, most)
     while attempt(batch) and batch < most:
         batch = min(2 * batch, most)

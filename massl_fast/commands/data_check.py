@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--smallest", type=int, default=32, help="a side shorter than this many pixels is tiny (default: 32)")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    parser.add_argument("--workers", type=int, default=cores, help="processes (default: one a core)")
+    parser.add_argument("--workers", type=int, default=cores, help="processes (default: one per core)")
     parser.add_argument("--json", action="store_true", help="print the counts as JSON")
 
 

@@ -53,7 +53,7 @@ class MasslSettings(ObjectiveSettings):
     memory_dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Storage of the memory. auto: that of the step's precision."""
     backend: Literal["auto", "reference", "streaming", "triton"] = "auto"
-    """Implementation of the loss. auto: the fastest that runs on the device; an asked-for one that cannot run is an error."""
+    """Implementation of the loss. auto: the fastest that runs on the device; one that is named and cannot run is an error."""
 
     @property
     def entries_in_blocks(self) -> int:

@@ -1,6 +1,6 @@
 """The list of images with problems: written by ``massl-fast data check`` and by a run, read by training.
 
-One image a line, UTF-8: name, tab, problem, tab, detail. A backslash, tab or line break in a name is written ``\\\\``, ``\\t``, ``\\n``,
+One image per line, UTF-8: name, tab, problem, tab, detail. A backslash, tab or line break in a name is written ``\\\\``, ``\\t``, ``\\n``,
 ``\\r``, a ``#`` at its beginning ``\\#``. Lines that begin with ``#`` are comments.
 """
 

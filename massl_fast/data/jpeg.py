@@ -9,7 +9,7 @@ BASELINE, EXTENDED, PROGRESSIVE = 0xC0, 0xC1, 0xC2
 START_OF_SCAN, APP1, APP14 = 0xDA, 0xE1, 0xEE
 RGB = (82, 71, 66)  # component identifiers, letters
 ORIENTATION = 0x0112
-# Larger headers are taken for decompression bombs, before any pixel is decoded: 8 bytes a pixel would be 0.7 GB here.
+# Larger headers are taken for decompression bombs, before any pixel is decoded: 8 bytes per pixel would be 0.7 GB here.
 MOST_PIXELS = 89_478_485
 
 

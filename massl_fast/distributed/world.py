@@ -147,7 +147,7 @@ def join_world(device: str = "auto", timeout_seconds: float = 600) -> World:
         if index >= visible:
             raise ValueError(
                 f"This host runs at least {local_rank + 1} processes but has {visible} GPUs. "
-                f"Start one process a GPU (torchrun --nproc-per-node {visible})."
+                f"Start one process per GPU (torchrun --nproc-per-node {visible})."
             )
         chosen = torch.device("cuda", index)
         demand_code(chosen)
@@ -276,13 +276,13 @@ def restarted(world: World) -> bool:
 def choose_strategy(asked: str, world_size: int) -> tuple[str, str]:
     """(none, ddp or fsdp2, reason) for a setting of auto, none, ddp or fsdp2."""
     if world_size == 1:
-        return "none", "one process" if asked in ("auto", "none") else f"{asked} was asked for, but one process has nobody to share with"
+        return "none", "one process" if asked in ("auto", "none") else f"one process has nobody to share with, so not {asked}"
     if asked == "none":
         raise ValueError(
             f"parallel.strategy is none, but {world_size} processes were started: each would train alone. "
             f"Choose auto, ddp or fsdp2, or start one process."
         )
-    return ("ddp", f"{world_size} processes") if asked == "auto" else (asked, "asked for")
+    return ("ddp", f"{world_size} processes") if asked == "auto" else (asked, "parallel.strategy names it")
 
 
 def synchronise_batch_norms(module: nn.Module, world: World) -> tuple[nn.Module, str | None]:
@@ -302,7 +302,7 @@ def synchronise_batch_norms(module: nn.Module, world: World) -> tuple[nn.Module,
 
 
 def rank_map(world: World) -> list[str]:
-    """Where each rank runs and on what: one line a rank, or one a host where there are many."""
+    """Where each rank runs and on what: one line per rank, or one per host where there are many."""
     if world.size == 1:
         return [device_name(world.device)]
     places: list[tuple[str, str]] = [("", "")] * world.size

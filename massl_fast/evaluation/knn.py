@@ -130,7 +130,7 @@ def clipped_ks(ks: Sequence[int], num_train: int) -> list[str]:
 def checked_ks(ks: Sequence[int]) -> tuple[int, ...]:
     """``ks``, if they are one or more positive numbers; otherwise a ValueError."""
     if not ks or min(ks) < 1:
-        raise ValueError(f"k-NN was asked for k = {list(ks)}; it takes one or more positive numbers of neighbours.")
+        raise ValueError(f"k is {list(ks)}; k-NN takes one or more positive numbers of neighbours.")
     return tuple(ks)
 
 

@@ -21,7 +21,7 @@ class ProjectionHead(nn.Module):
         super().__init__()
         if min(in_dim, hidden_dim, out_dim, num_layers) < 1:
             raise ValueError(
-                f"A projection head needs positive widths and at least one layer; it was asked for {num_layers} layers "
+                f"A projection head needs positive widths and at least one layer; found {num_layers} layers "
                 f"of widths {in_dim}, {hidden_dim}, {out_dim}."
             )
         widths = [in_dim, *[hidden_dim] * (num_layers - 1), out_dim]

@@ -85,7 +85,7 @@ class PackedPass(nn.Module):
 
     ``residual``: "fp32" is what autocast gives, a stream of float32 tokens to which 16-bit branches are added. "bf16" lets the tokens
     themselves be bfloat16 between the blocks where autocast is on in that format: norms read and write 16 bits (and compute in 32), as do
-    the additions. A quarter fewer bytes a step, for more rounding (docs/performance.md).
+    the additions. A quarter fewer bytes per step, for more rounding (docs/performance.md).
 
     ``attention`` of (query, key, value) [B, heads, L, width] and a dropout rate takes the place of ``attend``.
 

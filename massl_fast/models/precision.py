@@ -33,7 +33,7 @@ def choose_precision(asked: str, device: torch.device) -> Precision:
     if device.type == "cpu":
         if asked == "fp16":
             raise ValueError("train.precision is fp16, which trains on GPUs only. On the CPU choose fp32 (or auto), or bf16.")
-        return Precision("fp32", "a CPU") if asked == "auto" else Precision(asked, "asked for")
+        return Precision("fp32", "a CPU") if asked == "auto" else Precision(asked, "train.precision names it")
     # torch.cuda.is_bf16_supported() also says yes where bf16 is emulated, as on the V100, so the hardware generation is asked instead.
     major, minor = torch.cuda.get_device_capability(device)
     native = major >= 8
@@ -44,7 +44,7 @@ def choose_precision(asked: str, device: torch.device) -> Precision:
             f"train.precision is bf16, but {torch.cuda.get_device_name(device)} (compute capability {major}.{minor}) has no bf16 "
             f"hardware. Choose fp16 (with loss scaling) or auto."
         )
-    return Precision(asked, "asked for")
+    return Precision(asked, "train.precision names it")
 
 
 class LossScaler:

@@ -28,7 +28,7 @@ MIN_GAP = 10e-6  # seconds
 
 @dataclass(frozen=True)
 class Operator:
-    """An operator or a kernel over all traced steps; seconds a step, that of its parts not counted in."""
+    """An operator or a kernel over all traced steps; seconds per step, that of its parts not counted in."""
 
     name: str
     seconds: float

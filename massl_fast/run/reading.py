@@ -41,7 +41,7 @@ class RunFolder:
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)
     """config.yaml; empty if there is none."""
     rows: list[dict[str, Any]] = field(default_factory=list)
-    """metrics.jsonl, one entry a step, ascending; of two lines for the same step the later one counts."""
+    """metrics.jsonl, one entry per step, ascending; of two lines for the same step the later one counts."""
     declared: list[Declared] = field(default_factory=list)
     """What the objective says of its metrics, in the order in which they are drawn."""
     summary: dict[str, Any] = field(default_factory=dict)
@@ -49,7 +49,7 @@ class RunFolder:
     bad_files: list[str] = field(default_factory=list)
     """Lines of bad_files.txt."""
     stopped: str = ""
-    """"stopped at step N of M, as asked" where train.stop_at_step ended the run before its end; otherwise empty."""
+    """"stopped at step N of M, as set" where train.stop_at_step ended the run before its end; otherwise empty."""
     notes: list[str] = field(default_factory=list)
     """Sentences on what is missing or damaged."""
 
@@ -142,7 +142,7 @@ def _stopped(run: RunFolder) -> str:
     # A run that is killed in its last step has logged it and has no checkpoint of it.
     if run.checkpoint_state().get("step") != run.last_step or steps is None or run.last_step >= steps:
         return ""
-    return f"stopped at step {run.last_step} of {steps}, as asked"
+    return f"stopped at step {run.last_step} of {steps}, as set"
 
 
 def _settings(run: RunFolder) -> dict[str, dict[str, Any]]:

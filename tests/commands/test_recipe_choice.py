@@ -24,7 +24,7 @@ OBJECTIVES = ("massl", "carp", "dino", "ibot", "mmc", "moco_v3")
         (50, 600, 80, "demo", ["few"]),
         (100_000, 32, 80, "cifar10", ["tiny", "there is a GPU"]),
         (1_300_000, 300, 80, "vit_small_in1k", ["large", "there is a GPU"]),
-        (1_300_000, 300, 8, "vit_small_in1k", ["micro-batches of 32", "8 GiB"]),
+        (1_300_000, 300, 8, "vit_small_in1k", ["Micro-batches of 32", "8 GiB"]),
         (MANY, 32, 80, "cifar10", ["at least 16 steps per epoch"]),
     ],
 )

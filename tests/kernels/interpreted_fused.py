@@ -78,7 +78,7 @@ def test_cut_weights_of_bfloat16(bfloat16, student_temp, teacher_temp, images):
 
 
 def test_cut_weights_at_a_temperature_where_logits_hardly_differ(bfloat16):
-    """All weights lie in one octave, where cutting favours the upper end: entropies are off by 4e-5 (bench/notes/kernels.md), the loss is not."""
+    """All weights lie in one octave, where cutting favours the upper end: entropies err by 4e-5 (bench/notes/kernels.md), the loss not."""
     tensors = case(3, 2, 3, 48, 330, dtype=bfloat16)
     arguments = dict(block_size=150, student_temp=1.0, teacher_temp=1.0, seed=1, step=2)
     truth, true_gradient = loss_and_gradient(*(t.double() for t in tensors), **arguments, backend="reference")

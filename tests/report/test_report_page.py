@@ -222,7 +222,7 @@ def test_a_run_that_stopped_as_asked_is_not_called_incomplete(tmp_path):
     run = write_run(tmp_path / "r", rows_of([5]), config)
     CheckpointFolder(run / "checkpoints").save(5, {"objective/pointer": torch.zeros(1)}, {})
     html = page_of(read_run(run), NONE)
-    assert '<span class="state good">stopped at step 5 of 40, as asked</span>' in html and "not complete" not in html
+    assert '<span class="state good">stopped at step 5 of 40, as set</span>' in html and "not complete" not in html
 
 
 def test_runs_with_nulls_only_have_no_empty_charts(tmp_path):

@@ -59,9 +59,9 @@ def test_a_summary_older_than_the_metrics_is_told(tmp_path):
 @pytest.mark.parametrize(
     ("train", "saved", "told"),
     [
-        ("stop_at_step: 8, steps: 20", 8, "stopped at step 8 of 20, as asked"),
-        ("stop_at_step: 8, steps: 0, epochs: 2.5", 8, "stopped at step 8 of 10, as asked"),
-        ("stop_at_step: 6, steps: 20", 8, "stopped at step 8 of 20, as asked"),  # continued from step 8: nothing was left to do
+        ("stop_at_step: 8, steps: 20", 8, "stopped at step 8 of 20, as set"),
+        ("stop_at_step: 8, steps: 0, epochs: 2.5", 8, "stopped at step 8 of 10, as set"),
+        ("stop_at_step: 6, steps: 20", 8, "stopped at step 8 of 20, as set"),  # continued from step 8: nothing was left to do
         ("stop_at_step: 8, steps: 20", 4, ""),  # killed as it saved
         ("stop_at_step: 8, steps: 20", None, ""),
         ("stop_at_step: 9, steps: 20", 8, ""),  # killed before
@@ -77,7 +77,7 @@ def test_a_run_that_stopped_as_asked_says_so(tmp_path, train, saved, told):
         CheckpointFolder(folder / "checkpoints").save(saved, {"objective/pointer": torch.zeros(1)}, {"steps_per_epoch": 4})
     run = read_run(folder)
     assert run.stopped == told
-    assert ("as asked (train.stop_at_step); the same command without it continues." in run.notes[0]) == bool(told)
+    assert ("as set (train.stop_at_step); the same command without it continues." in run.notes[0]) == bool(told)
     assert ("has not reached its end" in run.notes[0]) != bool(told)
 
 

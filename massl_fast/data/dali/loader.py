@@ -58,7 +58,7 @@ class DaliLoader(Loader):
         self.num_on_host = 0  # images that Pillow decoded instead of DALI
         on_gpu = self.device.type == "cuda"
         if not on_gpu and (decode, augment) != ("cpu", "cpu"):
-            self.notes = (f"Without a GPU, DALI decodes and augments on the CPU (asked for: decode {decode}, augment {augment}).",)
+            self.notes = (f"Without a GPU, DALI decodes and augments on the CPU (the settings say: decode {decode}, augment {augment}).",)
             decode = augment = "cpu"
         if decode == "mixed" and augment == "cpu":
             raise ValueError(
