@@ -1,4 +1,4 @@
-"""The README's example runs as it stands, and the kernels need torch and triton alone."""
+"""The example of docs/kernels.md runs as it stands, and the kernels need torch and triton alone."""
 
 import json
 import subprocess
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "docs" / "kernels.md"
 # Reports what a program has imported by its end, and of its variables those that the assertions below want.
 REPORT = """
 import json, sys
@@ -17,7 +17,7 @@ FOREIGN = {"timm", "torchvision", "pydantic", "PIL", "nvidia", "tensorboard", "m
 
 
 def example() -> str:
-    text = README.read_text(encoding="utf-8")
+    text = PAGE.read_text(encoding="utf-8")
     assert text.count("<!-- example -->\n```python\n") == 1
     return text.partition("<!-- example -->\n```python\n")[2].partition("\n```")[0]
 
@@ -31,7 +31,7 @@ def run(code: str) -> set[str]:
 def test_example_trains():
     names = {}
     torch.manual_seed(0)
-    exec(compile(example(), str(README), "exec"), names)
+    exec(compile(example(), str(PAGE), "exec"), names)
     assert torch.isfinite(names["loss"])
     assert names["student"].weight.grad.abs().sum() > 0
     assert names["pointer"].item() == 3 * 32
