@@ -27,7 +27,7 @@ test: setup
 
 docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
-	@echo "Open build/site/index.html in a browser."
+	@echo "Open build/site/index.html in a browser; for the search: $(BIN)/python -m http.server --directory build/site"
 
 bench: setup
 	$(BIN)/massl-fast bench kernels
