@@ -17,7 +17,7 @@ PROTOCOLS: Registry[tuple[str | type[Protocol], str]] = Registry(
         "knn": ("massl_fast.evaluation.knn:Knn", "weighted k-NN accuracy of a checkpoint"),
         "retrieval": ("massl_fast.evaluation.retrieval:Retrieval", "instance retrieval (revisited Oxford and Paris)"),
         "copies": ("massl_fast.evaluation.copies:Copies", "copy detection (Copydays, or your own pairs)"),
-        "cluster": ("massl_fast.evaluation.cluster:Cluster", "spherical k-means beside the classes"),
+        "cluster": ("massl_fast.evaluation.cluster:Cluster", "spherical k-means, compared with the classes"),
         "multilabel": ("massl_fast.evaluation.multilabel:Multilabel", "support vector machines on several labels per image (VOC07)"),
         "attention": ("massl_fast.evaluation.attention:Attention", "attention maps as masks of objects"),
         "prompt": ("massl_fast.evaluation.prompt:Prompt", "a patch as the prompt for its object"),

@@ -1,4 +1,4 @@
-"""Where the [CLS] token of the last block looks."""
+"""Where a network looks: attention of the [CLS] token, or similarity of places to the whole image."""
 
 from __future__ import annotations
 
@@ -49,3 +49,34 @@ def class_token_attention(network: nn.Module, images: Tensor) -> Tensor:
     patches = weights[..., network.num_prefix_tokens :]
     grid = network.patch_embed.dynamic_feat_size(images.shape[-2:])
     return patches.reshape(num_images, attention.num_heads, *grid).cpu()
+
+
+@torch.no_grad()
+def similarity_to_mean(network: nn.Module, images: Tensor) -> Tensor:
+    """Cosine of each place of the last feature map with the mean of all places, for networks without a [CLS] token.
+
+    Args:
+        images [N, 3, H, W], normalised, of a size that the network takes.
+
+    Returns:
+        [N, 1, h, w], float32, on the CPU, from -1 to 1.
+
+    Raises:
+        ValueError: the network keeps no map, or one that is too small to show anything (fewer than 3 × 3 places).
+    """
+    kind = type(network).__name__
+    if not hasattr(network, "forward_features"):
+        raise ValueError(f"{kind} gives no features per place of an image.")
+    features = network.forward_features(images).float()
+    if features.dim() == 3 and hasattr(network, "patch_embed"):
+        grid = network.patch_embed.dynamic_feat_size(images.shape[-2:])
+        features = features[:, getattr(network, "num_prefix_tokens", 0) :].transpose(1, 2).unflatten(2, grid)
+    if features.dim() != 4:
+        raise ValueError(f"{kind} gives features of shape {tuple(features.shape)}, which are no map of places.")
+    if min(features.shape[-2:]) < 3:
+        raise ValueError(
+            f"The last feature map of {kind} has {features.shape[-2]} × {features.shape[-1]} places for images of {images.shape[-1]} "
+            f"pixels, too few to show where it looks."
+        )
+    mean = features.mean((2, 3), keepdim=True)
+    return torch.cosine_similarity(features, mean, dim=1)[:, None].cpu()

@@ -16,6 +16,8 @@ from massl_fast.models.heads import PrototypeHead
 from massl_fast.models.precision import Precision
 from massl_fast.objectives.base import At, Metric, Objective, Outcome, spread
 
+UNEVEN = "block_entropy_nats"
+
 
 class CarpObjective(Objective):
     """Remembers nothing. Every step cuts the prototypes into random blocks; within a block views of an image must agree (consistency) and
@@ -35,7 +37,7 @@ class CarpObjective(Objective):
             figure="Terms",
         ),
         Metric(
-            "block_entropy_nats",
+            UNEVEN,
             "Uneven use of prototypes",
             "nats",
             note="log K_b less the entropy of the mean assignment: 0 where all prototypes are used alike, ln(block size) after a collapse.",
@@ -97,9 +99,10 @@ class CarpObjective(Objective):
 
     def metrics(self) -> tuple[Metric, ...]:
         most = math.log(self.settings.block_size)
-        collapsed = {"block_entropy_nats": ("above", 0.9 * most)}
         return tuple(
-            replace(metric, level=("ln(block size)", most), collapsed=collapsed.get(metric.key)) if metric.figure == "Terms" else metric
+            replace(metric, level=("ln(block size)", most), collapsed=("above", 0.9 * most) if metric.key == UNEVEN else None)
+            if metric.figure == "Terms"
+            else metric
             for metric in self.METRICS
         )
 

@@ -96,6 +96,7 @@ def page_of(run: RunFolder, pictures: Pictures) -> str:
         curves=[("Learning", _learning(run)), ("Schedules", _schedules(run)), ("Speed and memory", _speed(run))],
         attention=_attention(pictures),
         attention_note=pictures.attention_note,
+        similarity=pictures.similarity,
         neighbours=_neighbours(pictures),
         neighbours_note=pictures.neighbours_note,
         ran=[(key.replace("_", " "), value) for key, value in flat({k: v for k, v in run.summary.items() if k != "warnings"})],
@@ -207,15 +208,15 @@ def _chart(run: RunFolder, title: str, metrics: Sequence[Declared], **style: boo
 
 
 def _attention(pictures: Pictures) -> list[list[dict[str, Any]]] | None:
-    """Rows of pictures: the image, the mean over the heads, each head."""
+    """Rows of pictures: the image, and its map of similarities, or the mean over the heads and each head."""
     if pictures.attention is None:
         return None
     rows = []
     for image, maps in zip(pictures.images, pictures.attention):
         cells = [_picture(image.permute(1, 2, 0).numpy(), "held-out image") | {"column": "image"}]
-        for number, one in enumerate([maps.mean(0), *maps]):
-            name = f"head {number}" if number else "mean"
-            alt = f"attention, {name}{'' if number else ' over the heads'}"
+        named = {"similarity": maps[0]} if pictures.similarity else {"mean": maps.mean(0)} | {f"head {n}": m for n, m in enumerate(maps, 1)}
+        for name, one in named.items():
+            alt = name if pictures.similarity else f"attention, {name}{' over the heads' if name == 'mean' else ''}"
             cells.append(_picture(_heat(one.numpy()), alt, smooth=True) | {"column": name})
         rows.append(cells)
     return rows
@@ -253,7 +254,7 @@ def _picture(pixels: np.ndarray, alt: str, smooth: bool = False) -> dict[str, An
 
 def _heat(values: np.ndarray) -> np.ndarray:
     """A map [h, w] as colours, uint8 [h, w, 3]."""
-    scaled = values / max(float(values.max()), 1e-12)
+    scaled = values.clip(0) / max(float(values.max()), 1e-12)
     return (colormaps["magma"](scaled)[..., :3] * 255).round().astype(np.uint8)
 
 

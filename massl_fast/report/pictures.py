@@ -14,7 +14,7 @@ from massl_fast.data.loaders import open_data
 from massl_fast.data.sources import Source
 from massl_fast.evaluation.features import SMALL_IMAGE, Features, LabelledImages, eval_mode, extract, fixed_subset
 from massl_fast.evaluation.knn import nearest_neighbours
-from massl_fast.models.attention import class_token_attention
+from massl_fast.models.attention import class_token_attention, similarity_to_mean
 from massl_fast.models.published import load_backbone
 from massl_fast.run.checkpoint import CheckpointFolder
 from massl_fast.run.reading import RunFolder
@@ -49,7 +49,9 @@ class Pictures:
     images: Tensor | None = None
     """[N, 3, S, S], uint8: the images that `attention` belongs to."""
     attention: Tensor | None = None
-    """[N, heads, h, w]."""
+    """[N, maps, h, w]: attention of each head, or one map of similarities."""
+    similarity: bool = False
+    """Whether the maps are similarities to the mean of the image, for networks without a [CLS] token."""
     attention_note: str = ""
     neighbours: NeighbourSheet | None = None
     neighbours_note: str = ""
@@ -123,12 +125,15 @@ def collect_pictures(
     sheet = _neighbour_sheet(pixels, query, key, train_source, image_size)
     images = pixels[:NUM_ATTENTION_IMAGES]
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (mean, std))
-    try:
-        with eval_mode([network]):
-            attention = class_token_attention(network, ((images / 255 - mean) / std).to(device))
-    except ValueError as reason:
-        return Pictures(attention_note=str(reason), neighbours=sheet)
-    return Pictures(images=images, attention=attention, neighbours=sheet)
+    inputs = ((images / 255 - mean) / std).to(device)
+    with eval_mode([network]):
+        try:
+            return Pictures(images=images, attention=class_token_attention(network, inputs), neighbours=sheet)
+        except ValueError as no_attention:
+            try:
+                return Pictures(images=images, attention=similarity_to_mean(network, inputs), similarity=True, neighbours=sheet)
+            except ValueError as no_map:
+                return Pictures(attention_note=f"{no_attention} {no_map}", neighbours=sheet)
 
 
 def _neighbour_sheet(pixels: Tensor, query: Features, key: Features, train_source: Source, image_size: int) -> NeighbourSheet:

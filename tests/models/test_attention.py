@@ -2,7 +2,7 @@ import pytest
 import timm
 import torch
 
-from massl_fast.models.attention import class_token_attention
+from massl_fast.models.attention import class_token_attention, similarity_to_mean
 
 SMALL = dict(img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3, num_classes=0)
 
@@ -59,3 +59,28 @@ def test_networks_without_such_maps_say_why(architecture, arguments, sentence):
     network = timm.create_model(architecture, **arguments).eval()
     with pytest.raises(ValueError, match=sentence):
         class_token_attention(network, torch.randn(1, 3, 32, 32))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "arguments", "grid"),
+    [("resnet10t", {"num_classes": 0}, (4, 3)), ("vit_tiny_patch16_224", SMALL | {"class_token": False, "global_pool": "avg"}, (4, 4))],
+)
+def test_similarities_are_cosines_with_the_mean_of_the_places(architecture, arguments, grid):
+    network = timm.create_model(architecture, **arguments).eval()
+    size = (128, 96) if architecture.startswith("resnet") else (32, 32)
+    images = torch.randn(2, 3, *size)
+    maps = similarity_to_mean(network, images)
+    assert maps.shape == (2, 1, *grid)
+    with torch.no_grad():
+        features = network.forward_features(images)
+    places = features.flatten(2).transpose(1, 2) if features.dim() == 4 else features
+    unit = torch.nn.functional.normalize
+    expected = unit(places, dim=-1) @ unit(places.mean(1), dim=-1)[..., None]
+    torch.testing.assert_close(maps.flatten(1), expected[..., 0], rtol=1e-5, atol=1e-5)
+
+
+def test_a_map_of_few_places_and_a_network_without_one_say_why():
+    with pytest.raises(ValueError, match="1 × 1 places for images of 32 pixels"):
+        similarity_to_mean(timm.create_model("resnet10t", num_classes=0).eval(), torch.randn(1, 3, 32, 32))
+    with pytest.raises(ValueError, match="no features per place"):
+        similarity_to_mean(torch.nn.Flatten(), torch.randn(1, 3, 32, 32))

@@ -174,6 +174,13 @@ def test_pictures_are_shown_and_judged(tmp_path):
     assert "same class (5 of 6)" in page.text and "all 9 training images" in page.text and "head 4" in page.text
 
 
+def test_similarities_are_shown_where_there_is_no_attention(tmp_path):
+    maps = Pictures(images=torch.zeros(2, 3, 8, 8, dtype=torch.uint8), attention=torch.rand(2, 1, 3, 3) - 0.5, similarity=True)
+    page = Page(page_of(read_run(write_run(tmp_path / "r", [])), maps))
+    assert "Similarity of places to their image" in page.text and "Attention of" not in page.text and "head 1" not in page.text
+    assert [image["alt"] for image in page.images] == ["held-out image", "similarity"] * 2
+
+
 def test_what_an_objective_declares_is_drawn_by_its_declaration(tmp_path):
     declared = [
         {"key": "queue_fill", "title": "Fill <of> the queue", "unit": "%", "note": "Below 50 it starves.", "level": ["starved", 50.0]},
