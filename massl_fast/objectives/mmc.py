@@ -40,7 +40,7 @@ class MmcObjective(Objective):
             "%",
             note="Mean over the first tokens of a rank. Near 50 they tell nothing of their image: the representation has collapsed.",
             console="rank",
-            collapsed=("above", 40.0),
+            collapsed=("above", 35.0),
         ),
         spread("embedding_spread", "Spread of the teacher's class tokens", figure="Similarity"),
         Metric("corrupted_percent", "Corrupted patches", "%"),

@@ -28,7 +28,7 @@ class MocoV3Objective(Objective):
             "%",
             note="Mean over the first queries of a rank. Near 50 queries tell nothing of their image: the representation has collapsed.",
             console="rank",
-            collapsed=("above", 40.0),
+            collapsed=("above", 35.0),
         ),
         spread("embedding_spread", "Spread of the keys", figure="Similarity"),
     )
