@@ -57,10 +57,18 @@ def config_without_recipe(settings: Sequence[str]) -> Config:
             f"--recipe and --data.train are missing. Name images (--data.train my_photos), and a recipe is chosen by them; or name one of "
             f"{', '.join(recipe_names())}, or the path of a YAML file."
         )
+    if given["data.train"] == "demo":  # its images fit its recipe
+        config = load_config("demo", settings)
+        config.notes.insert(0, _sentence("demo", "these are its images"))
+        return config
     source = open_data(str(given["data.train"]), "data.train", "train")
     gpu = given.get("train.device", "auto") != "cpu" and torch.cuda.is_available()
     gpu_gib = torch.cuda.get_device_properties(0).total_memory / 2**30 if gpu else 0.0
-    choice = choose(len(source), shorter_side(source), gpu_gib, chosen_objective("", settings))
+    steps, epochs = given.get("train.steps"), given.get("train.epochs")
+    own_steps = steps if isinstance(steps, int) and steps > 0 else STEPS
+    choice = choose(len(source), shorter_side(source), gpu_gib, chosen_objective("", settings), own_steps)
+    if isinstance(epochs, int | float) and epochs > 0 and not steps:  # the length that the user names, whatever the recipe's is
+        choice.settings.extend(["--train.steps", "0", "--optimizer.warmup_epochs", f"{epochs / 10:g}"])
     folder = [] if given.get("run.folder") else ["--run.folder", f"runs/{_name_of(str(given['data.train']))}"]
     config = load_config(choice.recipe, [*choice.settings, *folder, *settings])
     config.notes.insert(0, choice.why)
@@ -73,9 +81,9 @@ def config_without_recipe(settings: Sequence[str]) -> Config:
     return config
 
 
-def choose(images: int, side: int, gpu_gib: float, objective: str) -> Choice:
+def choose(images: int, side: int, gpu_gib: float, objective: str, steps: int = STEPS) -> Choice:
     """The recipe for ``images`` images whose shorter side has ``side`` pixels (their median), on a GPU with ``gpu_gib`` GiB of memory, or,
-    where that is 0, on a CPU.
+    where that is 0, on a CPU. ``steps`` is the length of a run on a CPU or on few images.
 
     Raises ValueError where there are too few images to compare with each other.
     """
@@ -102,14 +110,14 @@ def choose(images: int, side: int, gpu_gib: float, objective: str) -> Choice:
         return Choice(recipe, settings, _sentence(recipe, f"{of_them}, and there is a GPU", " and ".join(fitted)))
     recipe = "demo" if objective == "massl" else _recipe_of(objective, "cifar10")
     batch = min(LARGEST_BATCH, 2 ** int(math.log2(images / 2)))
-    settings = ["--train.steps", str(STEPS), "--train.global_batch", str(batch), "--evaluation.train", "", "--evaluation.test", ""]
+    settings = ["--train.steps", str(steps), "--train.global_batch", str(batch), "--evaluation.train", "", "--evaluation.test", ""]
     settings += [] if tiny else PHOTO_CROPS
     # Warming up takes a tenth of the run, whatever an epoch is.
-    settings += ["--optimizer.warmup_epochs", f"{STEPS / 10 / (images // batch):.4g}"]
+    settings += ["--optimizer.warmup_epochs", f"{steps / 10 / (images // batch):.4g}"]
     if objective == "massl":
         memory = min(4096, max(8 * batch, 2 ** int(math.log2(images))))
         settings += ["--objective.memory_size", str(memory), "--objective.block_size", str(memory // 4)]
-    fitted = f"{STEPS} steps of {batch} images in {'32' if tiny else '64'}-pixel crops are a first look, not a full training"
+    fitted = f"{steps} steps of {batch} images in {'32' if tiny else '64'}-pixel crops are a first look, not a full training"
     return Choice(recipe, settings, _sentence(recipe, of_them if gpu_gib else f"{of_them}, and there is no GPU", fitted))
 
 

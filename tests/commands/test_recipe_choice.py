@@ -57,7 +57,15 @@ def test_images_choose_the_settings_and_the_command_line_lies_on_top(tmp_path):
     assert config.train.steps == 3 and config.train.global_batch == 8 and config.run.folder == "runs/my_photos"
     assert "takes demo, because the 16 images are few" in config.notes[0]
     assert "2 classes" in config.notes[1] and "--evaluation.train" in config.notes[1]
+    assert config.optimizer.warmup_epochs * 2 < 3, "2 steps per epoch: the warm-up follows the length"
     assert config_without_recipe(["--data.train", str(photos), "--run.folder", "runs/x"]).run.folder == "runs/x"
+    by_epochs = config_without_recipe(["--data.train", str(photos), "--train.epochs", "20"])
+    assert by_epochs.train.steps == 0 and by_epochs.train.epochs == 20 and by_epochs.optimizer.warmup_epochs == 2
+
+
+def test_the_demos_images_have_a_recipe_of_their_own():
+    config = config_without_recipe(["--data.train", "demo"])
+    assert config.evaluation.test == "demo" and config.run.folder == "runs/demo" and "demo, because these are its images" in config.notes[0]
 
 
 def test_the_size_of_images_is_read_past_broken_ones(tmp_path):
