@@ -155,7 +155,7 @@ def _sentence(recipe: str, why: str, fitted: str = "") -> str:
 def _name_of(data: str) -> str:
     """A name for the run's folder, from the path of its images."""
     parts: list[Any] = [part for part in Path(data.split("{")[0]).parts if part not in ("/", ".", "..")]
-    name = parts[-1] if parts else "run"
+    name = parts[-1].rstrip("-_.") if parts else "run"
     if name in ("train", "images", "data") and len(parts) > 1:
         name = f"{parts[-2]}-{name}"
     return re.sub(r"[^\w.-]+", "-", name).strip("-.") or "run"
