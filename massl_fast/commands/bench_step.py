@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import gc
-from collections.abc import Callable
-from typing import Any
-
-import torch
 
 from massl_fast.benchmarks.step import describe, measure, search
 from massl_fast.commands.arguments import keeping, keeps_records, takes_a_run
@@ -23,45 +18,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seconds", type=float, default=20.0, help="time to measure for; at least 8 rounds are taken (default: 20)")
     parser.add_argument("--search-batch", action="store_true", help="find the micro-batch with the best rate and the largest that fits")
     parser.add_argument("--max-batch", type=int, default=None, help="largest that the search tries (default: 64 on a CPU, 65536 on a GPU)")
-    parser.add_argument(
-        "--objectives", metavar="NAME[,section.key=VALUE]", nargs="+", default=[], help="the step of each of these, one after another"
-    )
     keeps_records(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     if args.seconds <= 0 or (args.max_batch is not None and args.max_batch < 1):
         raise ValueError("--seconds takes more than 0, --max-batch at least 1.")
-    if args.objectives and args.search_batch:
-        raise ValueError("--search-batch searches for one objective; leave --objectives out and set --objective.name.")
-    failed = 0
     with keeping(args) as keep:
-        for given in args.objectives:
-            name, *changes = given.split(",")
-            settings = [*args.settings, "--objective.name", name, *(f"--{change}" for change in changes)]
-            try:
-                measure_one(args, settings, keep)
-            except (RuntimeError, ValueError, AssertionError) as error:  # one that cannot run here is to cost no other one its time
-                failed += 1
-                print(f"{name} failed: {type(error).__name__}: {' '.join(str(error).split())[:300]}", flush=True)
-            gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-        if not args.objectives:
-            measure_one(args, args.settings, keep)
-    return int(failed > 0)
-
-
-def measure_one(args: argparse.Namespace, settings: list[str], keep: Callable[[dict[str, Any]], None]) -> None:
-    """Time the step of these settings, or search for the batch that does best."""
-    config = load_config(args.recipe, settings)
-    world = join_world(config.train.device)
-    precision = choose_precision(config.train.precision, world.device)
-    print(describe(config, precision, world))
-    if args.search_batch:
-        most = args.max_batch or (65536 if world.device.type == "cuda" else 64)
-        keep(search(config, args.recipe, world, precision, most, lambda line: print(line, flush=True)))
-    else:
-        row, lines = measure(config, args.recipe, world, precision, args.seconds)
-        print("\n".join(lines))
-        keep(row)
+        config = load_config(args.recipe, args.settings)
+        world = join_world(config.train.device)
+        precision = choose_precision(config.train.precision, world.device)
+        print(describe(config, precision, world))
+        if args.search_batch:
+            most = args.max_batch or (65536 if world.device.type == "cuda" else 64)
+            keep(search(config, args.recipe, world, precision, most, lambda line: print(line, flush=True)))
+        else:
+            row, lines = measure(config, args.recipe, world, precision, args.seconds)
+            print("\n".join(lines))
+            keep(row)
+    return 0

@@ -97,7 +97,10 @@ def open_parquet(path: str, shards: Sequence[str]) -> ParquetSource:
             f"{path} holds Parquet files of {len(splits)} splits, {', '.join(splits)}. Name one of them, "
             f"for instance {os.path.join(path, next(iter(splits)))}-*.parquet."
         )
-    names, positions, groups, labels, notes = [], [], [], [], []
+    names: list[str] = []
+    notes: list[str] = []
+    labels: list = []
+    positions, groups = [], []
     image, classes = "", ()
     common = os.path.commonpath([os.path.dirname(os.path.abspath(shard)) for shard in shards])
     for number, shard in enumerate(shards):

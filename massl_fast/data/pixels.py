@@ -18,9 +18,14 @@ class Pixels:
     def __init__(self, data: bytes, name: str) -> None:
         self._data, self._name = data, name
         header = jpeg_header(data)
-        self._plain = header is not None and header[2] == 1
-        self._encoded = None if self._plain else EncodedImage(data, name)
-        self.width, self.height = header[:2] if self._plain else (self._encoded.width, self._encoded.height)
+        self._encoded: EncodedImage | None = None
+        self._plain = False
+        if header is not None and header[2] == 1:
+            self._plain = True
+            self.width, self.height = header[:2]
+        else:
+            self._encoded = EncodedImage(data, name)
+            self.width, self.height = self._encoded.width, self._encoded.height
 
     def decode(self, reduction: int = 1) -> torch.Tensor:
         """uint8 [H, W, 3]; of a JPEG each side may be divided by a ``reduction`` of 2, 4 or 8, rounded up. Raises UnreadableImage."""

@@ -24,7 +24,7 @@ class Source:
         self,
         path: str,
         names: Sequence[str],
-        labels: Sequence[int] | None,
+        labels: Sequence[int] | np.ndarray | None,
         classes: Sequence[str],
         notes: Iterable[str] = (),
     ) -> None:
@@ -59,7 +59,7 @@ class Source:
 
     def names_checksum(self) -> str:
         """CRC-32 of all names in their order, 8 hexadecimal digits: the same wherever the images lie."""
-        return f"{zlib.crc32(self._names, zlib.crc32(self._ends)):08x}"
+        return f"{zlib.crc32(self._names.data, zlib.crc32(self._ends.data)):08x}"
 
     def stamp(self) -> str:
         """A hash of names, labels, and the sizes and times of change of the files: what tells that the images are the same as before."""
