@@ -11,3 +11,13 @@ import torch
 torch.set_num_threads(2)
 for folder in (Path(__file__).parents[1] / "bench", Path(__file__).parent):
     sys.path.insert(0, str(folder))
+
+import pytest  # noqa: E402
+
+from small_images import write_images  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Path:
+    """Sixteen images of two classes."""
+    return write_images(tmp_path_factory.mktemp("images"), classes=2, per_class=8)

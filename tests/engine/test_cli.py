@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,24 +10,7 @@ import torch
 from massl_fast.cli import COMMANDS, main
 from massl_fast.engine.trainer import Trainer
 from small_images import write_images
-
-TINY = [
-    *("--recipe", "demo", "--data.loader", "torchvision", "--data.num_workers", "0", "--logging.tensorboard", "false"),
-    *("--model.architecture", "vit_tiny_patch16_224", "--model.model_args", "{patch_size: 4, depth: 1, num_heads: 2, embed_dim: 32}"),
-    *("--crops.global_size", "16", "--crops.local_size", "8", "--crops.num_local", "1", "--model.head_hidden_dim", "16"),
-    *("--objective.memory_size", "32", "--objective.block_size", "16", "--train.global_batch", "8", "--train.steps", "2"),
-    *("--optimizer.warmup_epochs", "0", "--evaluation.image_size", "16", "--evaluation.ks", "[3]", "--evaluation.every_epochs", "0"),
-]
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory) -> Path:
-    return write_images(tmp_path_factory.mktemp("images"), classes=2, per_class=8)
-
-
-def train(folder: Path, images: Path, *settings: str) -> int:
-    data = ["--data.train", str(images), "--evaluation.train", str(images), "--evaluation.test", str(images)]
-    return main(["train", *TINY, "--run.folder", str(folder / "run"), *data, *settings])
+from small_runs import train
 
 
 @pytest.mark.parametrize("command", COMMANDS)

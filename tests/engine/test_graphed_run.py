@@ -7,12 +7,12 @@ import json
 
 import pytest
 import torch
-from test_cli import images, train  # noqa: F401
 
 from massl_fast.engine.graphed_step import WARM_UP, GraphedStep
 from massl_fast.run.checkpoint import CheckpointFolder, read_checkpoint
 from massl_fast.run.outputs import CLOCK_KEYS
 from operator_tape import OperatorTape
+from small_runs import train
 
 STEPS = 12
 SETTINGS = [
@@ -52,7 +52,7 @@ def demand_equal_runs(folder, expected):
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
 
 
-def test_a_run_of_recorded_steps_is_the_run(images, tmp_path, tapes):  # noqa: F811
+def test_a_run_of_recorded_steps_is_the_run(images, tmp_path, tapes):
     plain, graphed, resumed = tmp_path / "plain", tmp_path / "graphed", tmp_path / "resumed"
     recorded = [*SETTINGS, "--train.cuda_graph", "true"]
     assert train(plain, images, *SETTINGS) == 0 and not tapes

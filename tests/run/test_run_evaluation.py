@@ -3,7 +3,6 @@
 import json
 
 import pytest
-from test_cli import TINY, images, train  # noqa: F401
 
 from massl_fast.config import load_config
 from massl_fast.distributed.world import join_world
@@ -12,16 +11,17 @@ from massl_fast.models.precision import choose_precision
 from massl_fast.run.evaluation import RunEvaluation
 from massl_fast.run.outputs import CLOCK_KEYS
 from small_images import write_images
+from small_runs import TINY, train
 
 
-def run_evaluation(images, *settings):  # noqa: F811
+def run_evaluation(images, *settings):
     data = ["--evaluation.train", str(images), "--evaluation.test", str(images)]
     config = load_config("demo", [*TINY[2:], *data, *settings])
     world = join_world("cpu", 60)
     return RunEvaluation(config, world, choose_precision("fp32", world.device), length_of(config, 2, 1), num_workers=0)
 
 
-def test_unreadable_images_are_told_once(images, tmp_path, capsys):  # noqa: F811
+def test_unreadable_images_are_told_once(images, tmp_path, capsys):
     held_out = write_images(tmp_path / "held-out", classes=2, per_class=8)
     broken = ["class_0/003.jpg", *(f"class_1/00{number}.jpg" for number in range(6))]
     for name in broken:
@@ -37,7 +37,7 @@ def test_unreadable_images_are_told_once(images, tmp_path, capsys):  # noqa: F81
     assert sentence in (tmp_path / "run/report.html").read_text()
 
 
-def test_images_that_turn_unreadable_later_are_told_by_themselves(images):  # noqa: F811
+def test_images_that_turn_unreadable_later_are_told_by_themselves(images):
     evaluation = run_evaluation(images)
     evaluation.take_note_of(["a.jpg"])
     assert f"1 image of {images} that cannot be read: a.jpg." in evaluation.unreadable()
@@ -46,7 +46,7 @@ def test_images_that_turn_unreadable_later_are_told_by_themselves(images):  # no
     assert f"1 image of {images} that cannot be read: b.jpg." in evaluation.unreadable()
 
 
-def test_a_run_killed_before_its_summary_gets_it_when_started_again(images, tmp_path, capsys):  # noqa: F811
+def test_a_run_killed_before_its_summary_gets_it_when_started_again(images, tmp_path, capsys):
     assert train(tmp_path, images) == 0
     path = tmp_path / "run/summary.json"
     before = json.loads(path.read_text())
@@ -59,7 +59,7 @@ def test_a_run_killed_before_its_summary_gets_it_when_started_again(images, tmp_
     assert f"Done      loss {before['loss']:.4f}" in capsys.readouterr().out
 
 
-def test_the_best_checkpoint_is_by_the_named_metric(images):  # noqa: F811
+def test_the_best_checkpoint_is_by_the_named_metric(images):
     evaluation = run_evaluation(images)
     assert evaluation.best_metric == "knn_teacher_k3_percent"
     evaluation = run_evaluation(images, "--evaluation.best_metric", "knn_student_k3_percent")
@@ -76,7 +76,7 @@ def test_the_best_checkpoint_is_by_the_named_metric(images):  # noqa: F811
     assert other.best is None  # the best student is no measure of the teacher
 
 
-def test_what_is_evaluated_moves_no_number_of_the_training(images, tmp_path):  # noqa: F811
+def test_what_is_evaluated_moves_no_number_of_the_training(images, tmp_path):
     rows = []
     more = ["--evaluation.protocols", "[knn, linear]", "--evaluation.rank_measures", "true", "--evaluation.best_metric", "lidar"]
     more += ["--evaluation.settings.linear", "{epochs: 2, views: 0, rates: [0.1, 1], validation: 0.2}"]
@@ -97,7 +97,7 @@ def test_what_is_evaluated_moves_no_number_of_the_training(images, tmp_path):  #
     assert "linear_teacher_best_percent" in declared and "rankme" in declared
 
 
-def test_the_state_of_older_checkpoints_is_read(images):  # noqa: F811
+def test_the_state_of_older_checkpoints_is_read(images):
     evaluation = run_evaluation(images)
     evaluation.restore({"best_knn_percent": 71.5, "knn_percent": {"knn_teacher_k3_percent": 70.0}})
     assert evaluation.best == 71.5 and evaluation.headline("teacher") == 70.0
@@ -115,6 +115,6 @@ def test_the_state_of_older_checkpoints_is_read(images):  # noqa: F811
         (["--evaluation.settings.knn.temperature", "-3"], "evaluation.settings.knn.temperature is -3: input should be greater than 0"),
     ],
 )
-def test_mistakes_are_sentences(images, settings, message):  # noqa: F811
+def test_mistakes_are_sentences(images, settings, message):
     with pytest.raises(ValueError, match=message):
         run_evaluation(images, *settings)
