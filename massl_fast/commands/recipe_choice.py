@@ -118,6 +118,8 @@ def choose(images: int, side: int, gpu_gib: float, objective: str, steps: int = 
         memory = min(4096, max(8 * batch, 2 ** int(math.log2(images))))
         settings += ["--objective.memory_size", str(memory), "--objective.block_size", str(memory // 4)]
     fitted = f"{steps} steps of {batch} images in {'32' if tiny else '64'}-pixel crops are a first look, not a full training"
+    if objective == "massl" and tiny and images >= MANY:
+        fitted += "; --recipe cifar10_cpu takes hours instead of minutes and reaches further"
     return Choice(recipe, settings, _sentence(recipe, of_them if gpu_gib else f"{of_them}, and there is no GPU", fitted))
 
 

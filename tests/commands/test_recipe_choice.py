@@ -20,7 +20,7 @@ OBJECTIVES = ("massl", "carp", "dino", "ibot", "mmc", "moco_v3")
     ("images", "side", "gpu_gib", "recipe", "words"),
     [
         (50, 600, 0, "demo", ["50 images", "few", "no GPU", "a first look"]),
-        (100_000, 32, 0, "demo", ["100000 images", "many and tiny", "no GPU"]),
+        (100_000, 32, 0, "demo", ["100000 images", "many and tiny", "no GPU", "--recipe cifar10_cpu"]),
         (50, 600, 80, "demo", ["few"]),
         (100_000, 32, 80, "cifar10", ["tiny", "there is a GPU"]),
         (1_300_000, 300, 80, "vit_small_in1k", ["large", "there is a GPU"]),
