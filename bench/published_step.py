@@ -3,7 +3,7 @@ Those of the other objectives: ``published_objectives.py``.
 
 What it does where ``massl_fast.engine.step`` does otherwise:
 
-- one forward pass a crop size; position embeddings interpolated in each; attention as an explicit softmax;
+- one forward pass per crop size; position embeddings interpolated in each; attention as an explicit softmax;
 - loss from materialised logits, a softmax and a log-softmax a pair of views (``kernels.reference``, whose entropies stand for the softmax
   over all views that the published code takes each step for its histograms), on a clone of the memory, which lies as columns [D, K];
 - gradients clipped one parameter at a time, each norm read by the host; the teacher moved one parameter at a time;
@@ -32,7 +32,7 @@ from massl_fast.models.precision import Precision
 
 
 def published_encoder(backbone: torch.nn.Module, head: ProjectionHead) -> Encoder:
-    """One pass a crop size, attention as an explicit softmax."""
+    """One pass per crop size, attention as an explicit softmax."""
     for module in backbone.modules():
         if hasattr(module, "fused_attn"):
             module.fused_attn = False

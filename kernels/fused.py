@@ -385,7 +385,7 @@ def _choose_back(
 
 
 def _tune(inputs: tuple, readout: Tensor, logsumexp: Tensor, fixed: Configuration, multiprocessors: int) -> Configuration:
-    """The fastest neighbour of the fixed choice for this shape, timed once a process."""
+    """The fastest neighbour of the fixed choice for this shape, timed once per process."""
     memory, block_size = inputs[2], inputs[4]
     kind = tuple(part is not None and part is not False for part in vars(inputs[7]).values())
     key = (memory.device, memory.dtype, memory.shape, block_size, readout.shape[0].bit_length(), isinstance(inputs[5], Tensor), kind)

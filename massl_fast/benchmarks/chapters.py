@@ -395,7 +395,7 @@ def trace(rows: Sequence[Row]) -> list[Part]:
             further.append(f"The device idles {100 * gaps['idle_share']:.1f} % of the time.")
             for g in gaps["largest"][:5]:
                 further.append(f"{1e6 * g['seconds']:.0f} µs in '{g['part']}', the host in {g['meanwhile'] or 'Python'}")
-        waits = f"The host waits for the device {row['figures']['waits_per_step']['median']:.0f} times a step."
+        waits = f"The host waits for the device {row['figures']['waits_per_step']['median']:.0f} times per step."
         head = ["operator, own time", "ms per step", "share", "calls"]
         parts.append(Part([row], head, lines, case_words(row["case"]), sentences=[waits], further=further))
     return parts

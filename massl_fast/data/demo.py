@@ -22,7 +22,7 @@ MARK = "massl_fast_demo.json"
 
 
 def ensure_demo_images(folder: str | os.PathLike) -> tuple[Path, Path]:
-    """The folders of training and test images in ``folder``, each with a folder a class; makes them where they are missing.
+    """The folders of training and test images in ``folder``, each with a folder per class; makes them where they are missing.
 
     6,000 and 1,008 JPEG files of 48 × 48 pixels, the same on every machine up to the JPEG encoder. ``folder`` is complete or absent:
     it is written under another name and renamed. Raises ValueError where ``folder`` holds something else or cannot be written.

@@ -29,7 +29,7 @@ OPEN_TARS = 64
 
 
 class FolderSource(Source):
-    """One file an image; names are paths relative to the folder, with forward slashes."""
+    """One file per image; names are paths relative to the folder, with forward slashes."""
 
     def read(self, i: int) -> bytes:
         with open(os.path.join(self.path, self.name(i)), "rb") as file:

@@ -47,7 +47,7 @@ class StopRequest:
         return self._flag
 
     def granted(self, votes: Tensor) -> bool:
-        """Whether to stop now; the same answer on every rank. To be called once a step with that step's sum of votes."""
+        """Whether to stop now; the same answer on every rank. To be called once per step with that step's sum of votes."""
         if self._alone:
             return self.noted is not None
         if votes.device.type == "cuda":

@@ -136,7 +136,7 @@ class TrainStep:
         return StepResult(loss, gradient_norm, dict(zip(outcome.metrics, metrics, strict=True)) | committed)
 
     def _exchanging_gradients(self, now: bool) -> contextlib.AbstractContextManager:
-        """Ranks exchange gradients once a step, with the last micro-batch; until then each keeps its own sum."""
+        """Ranks exchange gradients once per step, with the last micro-batch; until then each keeps its own sum."""
         if self.sharded:
             self.student.set_requires_gradient_sync(now)
         elif not now and isinstance(self.student, nn.parallel.DistributedDataParallel):

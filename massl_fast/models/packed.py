@@ -2,10 +2,10 @@
 
 Everything but attention works on single tokens, so the tokens of all crops are laid end to end, [Σ_g B_g·L_g, C] for
 groups g of B_g crops of equal size with L_g tokens each, and patch embedding, projections, norms and MLPs see one large
-matrix instead of one a size. Attention runs once per group, or once for all (varlen.py). Results equal separate passes up to rounding.
+matrix instead of one per size. Attention runs once per group, or once for all (varlen.py). Results equal separate passes up to rounding.
 
 With class-token pooling the last block computes what the class tokens need and no more: keys and values of all tokens,
-but queries, output projection and MLP of one row an image.
+but queries, output projection and MLP of one row per image.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from massl_fast.models.varlen import Sequences, Varlen, in_one_call, sequences_o
 
 Attend = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 Shapes = tuple[tuple[int, int], ...]
-"""(B, L) of each group: crops, tokens a crop."""
+"""(B, L) of each group: crops, tokens per crop."""
 
 RECOMPUTE = ("nothing", "pointwise", "blocks")
 """What the backward pass computes again instead of keeping it; see ``PackedPass``."""
@@ -216,7 +216,7 @@ class PackedPass(nn.Module):
         return (prefix if count else None), patches
 
     def _resample_by(self, old: tuple[int, int], new: tuple[int, int], like: Tensor) -> Tensor:
-        """[h·w new, h·w old]: resampling is linear in the embeddings, so that it is computed once and not once a step.
+        """[h·w new, h·w old]: resampling is linear in the embeddings, so that it is computed once and not once per step.
 
         A matrix product also has a deterministic gradient, which CUDA's bicubic resize has not.
         """

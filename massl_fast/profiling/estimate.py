@@ -284,7 +284,7 @@ def ways_out(config: Config, *, device_type: str, world_size: int, budget: int, 
         fewer = config.crops.num_local // 2
         attempt(
             f"--crops.num_local {fewer}",
-            f"another training: {fewer} local crops an image instead of {config.crops.num_local}",
+            f"another training: {fewer} local crops per image instead of {config.crops.num_local}",
             f"{100 - 100 * works.of_an_image(fewer) / works.of_an_image():.0f} % fewer operations",
             crops__num_local=fewer,
         )

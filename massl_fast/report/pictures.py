@@ -106,7 +106,7 @@ def collect_pictures(
 ) -> Pictures:
     """Pictures of a timm network on labelled sources, computed in float32 where the network is.
 
-    The held-out images are drawn at random, one a class in turn, the same every time. Their neighbours are searched among a fixed random
+    The held-out images are drawn at random, one per class in turn, the same every time. Their neighbours are searched among a fixed random
     subset of `max_train_images` training images (0: all; None: 20,000 on a GPU, 4,000 on a CPU), so that the report of a large run does not
     take long.
     """
