@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -71,6 +72,21 @@ def explaining_out_of_memory(config: Config, world: World) -> Iterator[None]:
         raise OutOfMemory(f"{sentence} What was trained until the last checkpoint is kept; the same command continues from it.") from error
 
 
+@contextlib.contextmanager
+def explaining_a_full_disk(config: Config) -> Iterator[None]:
+    """A ValueError in place of the error of a disk or a quota that is full; checkpoints and metrics lines have sentences of their own."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        place = error.filename or config.run.folder
+        raise ValueError(
+            f"{place} could not be written: {error.strerror}. Make room there, or name another run.folder. What was trained until the last "
+            f"checkpoint is kept; the same command continues from it."
+        ) from error
+
+
 def run(args: argparse.Namespace) -> int:
     if args.help:
         print_help(args)
@@ -97,7 +113,7 @@ def run(args: argparse.Namespace) -> int:
     if world.is_main:
         print_notes(config)
     try:
-        with explaining_out_of_memory(config, world):
+        with explaining_a_full_disk(config), explaining_out_of_memory(config, world):
             stop = StopRequest(world)
             if stop.at_start(world):
                 raise Interrupted(f"Ended by {stop.name} before its first step, and nothing is lost; the same command goes on.")

@@ -1,5 +1,6 @@
 """What a user sees of the program: help, and mistakes as one sentence with exit code 2."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -106,6 +107,16 @@ def test_out_of_memory_leaves_a_report_and_a_sentence(images, tmp_path, capsys, 
     told = capsys.readouterr().err
     assert "Traceback" not in told and "out of memory" in told.lower() and "train.micro_batch" in told and "continues from it" in told
     assert "activations" in (tmp_path / "run" / "out_of_memory.txt").read_text()
+
+
+def test_a_full_disk_is_a_sentence(images, tmp_path, capsys, monkeypatch):
+    def refuse(*_args, **_kwargs):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(tmp_path / "run" / "summary.json"))
+
+    monkeypatch.setattr(Trainer, "_loop", refuse)
+    assert train(tmp_path, images) == 2
+    told = capsys.readouterr().err
+    assert "Traceback" not in told and "summary.json could not be written: No space left" in told and "continues from it" in told
 
 
 def test_other_errors_keep_their_traceback(images, tmp_path, monkeypatch):
