@@ -31,6 +31,7 @@ EXTRAS = {
     "tensorboard": ("tensorboard",),
     "wandb": ("wandb",),
     "eval": ("scikit-learn", "scipy", "pycocotools"),
+    "parquet": ("pyarrow",),
 }
 """Distributions of the extras whose absence is a choice; DALI has a row of its own."""
 WIDTH = 256
@@ -60,8 +61,12 @@ def run(args: argparse.Namespace) -> int:
 
 def findings() -> dict[str, str]:
     """Row: what was found, in the order of the table."""
-    device = chosen_device("auto")
-    return {**_software(), **_computer(), **_gpus(), **_kernels(device), **_training(device)}
+    unfit = {}
+    try:
+        device = chosen_device("auto")
+    except ValueError as error:  # a GPU for which this PyTorch has no code: what the CPU runs is shown then
+        device, unfit = torch.device("cpu"), {"PyTorch on the GPU": str(error)}
+    return {**_software(), **_computer(), **_gpus(), **unfit, **_kernels(device), **_training(device)}
 
 
 def without_names(text: str) -> str:

@@ -42,3 +42,12 @@ def test_host_and_user_get_stand_ins(monkeypatch):
     monkeypatch.setattr(socket, "gethostname", lambda: "node-17")
     monkeypatch.setattr(getpass, "getuser", lambda: "lovelace")
     assert doctor.without_names("lovelace on node-17, not node-175") == "USER on HOST, not node-175"
+
+
+def test_a_gpu_without_code_for_it_is_a_row_and_no_error(monkeypatch):
+    def refuse(name):
+        raise ValueError("PyTorch has no code for Tesla V100.")
+
+    monkeypatch.setattr(doctor, "chosen_device", refuse)
+    found = doctor.findings()
+    assert found["PyTorch on the GPU"] == "PyTorch has no code for Tesla V100." and "backends, float32" in found
