@@ -113,23 +113,26 @@ class LabelledImages(Dataset):
         if image_size < 1:
             raise ValueError(f"The images are to be {image_size} pixels wide; the size must be at least 1.")
         positions = np.arange(len(source)) if positions is None else np.asarray(positions, dtype=np.int64)
-        labels = [source.label(int(i)) for i in positions]
-        without = labels.count(None)
-        if not source.classes or without:
-            found = f"{without} of its {len(labels)} images have none" if source.classes else "it has no classes"
-            raise ValueError(
-                f"{source.path} is not labelled ({found}): k-NN needs a label for every image. "
-                f"Give a folder of class folders, or WebDataset tars with .cls entries."
-            )
         self.source, self.image_size = source, image_size
         self.resize_ratio = default_resize_ratio(image_size) if resize_ratio is None else resize_ratio
         self.positions = torch.from_numpy(positions)
-        self.labels = torch.tensor(labels, dtype=torch.int64)
+        self.labels = self._labels(positions)
         self.rank, self.world_size = shard
         turns = -(-len(positions) // self.world_size)
         self._mine = np.resize(positions, turns * self.world_size)[self.rank :: self.world_size]
         self.kept: tuple[Tensor, Tensor] | None = None
         """After a pass that keeps them: this rank's images, uint8 [n, 3, S, S], and which of them are readable, bool [n]."""
+
+    def _labels(self, positions: np.ndarray) -> Tensor:
+        labels = [self.source.label(int(i)) for i in positions]
+        without = labels.count(None)
+        if not self.source.classes or without:
+            found = f"{without} of its {len(labels)} images have none" if self.source.classes else "it has no classes"
+            raise ValueError(
+                f"{self.source.path} is not labelled ({found}): k-NN needs a label for every image. "
+                f"Give a folder of class folders, or WebDataset tars with .cls entries."
+            )
+        return torch.tensor(labels, dtype=torch.int64)
 
     def geometry(self) -> dict[str, Any]:
         """What decides over the pixels of an image, besides the image; and which images of the source these are. Plain values."""
@@ -201,6 +204,21 @@ class AugmentedImages(LabelledImages):
         side = (self.image_size, self.image_size)
         resized = F.interpolate(box.permute(2, 0, 1)[None], size=side, mode="bilinear", antialias=True)[0]
         return resized.flip(2) if drawn.flip else resized.contiguous()
+
+
+class SquareImages(LabelledImages):
+    """Images squeezed to a square, whatever their labels; all have the label 0."""
+
+    def _labels(self, positions: np.ndarray) -> Tensor:
+        return torch.zeros(len(positions), dtype=torch.int64)
+
+    def geometry(self) -> dict[str, Any]:
+        return {**super().geometry(), "squeezed": True}
+
+    def pixels(self, image: Image.Image, position: int) -> Tensor:
+        side = (self.image_size, self.image_size)
+        image = image if image.size == side else image.resize(side, Image.Resampling.BICUBIC)
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def truth_of(train: Features, test: Features, who: str) -> Tensor:

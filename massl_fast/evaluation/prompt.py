@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
 from PIL import Image
-from pydantic import Field, field_validator
+from pydantic import field_validator
 from torch import Tensor
 
-from massl_fast.evaluation.base import Figure, Protocol, Result, Settings
-from massl_fast.evaluation.extra import needs
-from massl_fast.evaluation.images import SizedImages, Square, files_below, in_order
-from massl_fast.evaluation.layouts.objects import ObjectImage, Objects, read_objects
+from massl_fast.evaluation.base import Figure, Result
+from massl_fast.evaluation.images import SizedImages, in_order
+from massl_fast.evaluation.layouts.objects import ObjectImage, Objects
 from massl_fast.evaluation.metrics.attention import blown_up
 from massl_fast.evaluation.metrics.prompt import MORE_THAN_HALF, best_patch_iou, cosines, pixels_by_patch, prompt_iou
+from massl_fast.evaluation.objects import ObjectProtocol, ObjectSettings
 from massl_fast.evaluation.pictures import Picture, at_height, painted, row_of, spread
 from massl_fast.evaluation.subject import Subject
-from massl_fast.evaluation.tokens import patch_side, tokens_of
+from massl_fast.evaluation.tokens import tokens_of
 
-IMAGE_SIZE = 480
 THRESHOLDS = (0.1, 0.2, 0.3, 0.4)
 CEILING = "best patches possible"
-BENCHMARK = 5000
 # MMC, zero-shot segmentation on COCO: mIoU at thresholds 0.1, 0.2, 0.3, 0.4; ViT-B/16.
 PUBLISHED = {
     "random": (16.8, 16.6, 16.2, 15.5), "MAE": (28.6, 30.1, 26.0, 18.5), "DINO": (33.3, 35.1, 33.0, 28.2), "MSN": (32.7, 34.4, 31.6, 25.9),
@@ -31,19 +28,13 @@ PUBLISHED = {
 }  # fmt: skip
 
 
-class PromptSettings(Settings):
-    data: str
-    """Folder of COCO (annotations, val2017) or VOCdevkit/VOC2012."""
-    split: str = "val"
-    """Images of this split."""
+class PromptSettings(ObjectSettings):
     thresholds: tuple[float, ...] = THRESHOLDS
     """Patches of a higher cosine similarity to the prompt are the object."""
     prompts: Literal["all", "centre", "random"] = "all"
     """Every patch more than half on the object in turn, its most interior one, or one drawn at random."""
     by: Literal["instance", "class"] = "instance"
     """Whether instances of a category are objects of their own."""
-    max_images: int = Field(0, ge=0)
-    """Only the first images; 0: all."""
 
     @field_validator("thresholds")
     @classmethod
@@ -53,7 +44,7 @@ class PromptSettings(Settings):
         return thresholds
 
 
-class Prompt(Protocol):
+class Prompt(ObjectProtocol):
     """Patch prompt: one patch on an object marks all patches that are similar to it as the object, without any training.
 
     IoU with the object's mask at full size: mean over prompts, then over objects. The row of the best possible patches is the ceiling of
@@ -64,27 +55,16 @@ class Prompt(Protocol):
     title = "Zero-shot segmentation by a patch, mIoU %"
     Settings = PromptSettings
     settings: PromptSettings
-    recipes = ("patches",)
 
     def figures(self) -> list[Figure]:
         figures = [Figure("best_miou_percent", "best")]
         return figures + [Figure(f"miou_at_{threshold:g}_percent", f"> {threshold:g}") for threshold in self.settings.thresholds]
 
-    def prepare(self, subject: Subject) -> list[str]:
-        patch_side(subject)
-        kind, _ = read_objects(Path(self.settings.data), self.settings.split)
-        if kind == "COCO":
-            needs("pycocotools.mask", "reading polygons of COCO")
-        return []
-
     def run(self, subject: Subject) -> Result:
         settings, notes = self.settings, self.prepare(subject)
-        kind, items = read_objects(Path(settings.data), settings.split)
-        total = len(items)
-        items = items[: settings.max_images or None]
-        side = subject.size_or(IMAGE_SIZE)
-        images = object_images(subject, Path(settings.data), items, side)
-        rows = [(position, self._image(subject, items[position], tokens, position)) for position, tokens in tokens_of(subject, images)]
+        scan = self.scan(subject)
+        items = scan.items
+        rows = [(position, self._image(subject, items[position], tokens, position)) for position, tokens in tokens_of(subject, scan.images)]
         ordered = in_order(rows, subject.shard)
         names = list(ordered[0][1]["iou"]) if ordered else []
         objects = {name: np.concatenate([row["iou"][name] for _, row in ordered]) for name in names}
@@ -95,11 +75,7 @@ class Prompt(Protocol):
         results[CEILING] = self._figures(np.full(len(settings.thresholds), ceiling))
         network = next(iter(subject.networks))
         by_image = {position: float(row["iou"][network].mean(0).max()) for position, row in ordered if len(row["iou"][network])}
-        departures = []
-        if kind != "COCO" or total != BENCHMARK or len(items) != total:
-            departures.append(f"The images are {len(items)} of {kind}; MMC's are the {BENCHMARK} of COCO val.")
-        if side != IMAGE_SIZE:
-            departures.append(f"Images are {side} px instead of {IMAGE_SIZE}.")
+        departures = scan.departures
         own = not departures and settings.thresholds == THRESHOLDS and settings.prompts == "all"
         departures.append(
             f"What MMC leaves open: prompts are {settings.prompts}, objects are each {settings.by}, masks are compared at full size."
@@ -108,18 +84,18 @@ class Prompt(Protocol):
             results=results,
             data={"test": {"path": settings.data, "images": len(ordered), "objects": len(objects[network])}},
             features="patches",
-            image_size=side,
+            image_size=scan.side,
             about=f"{len(objects[network])} objects in {len(ordered)} images of {settings.data}, by {settings.by}; "
             f"{sum(row['without'] for _, row in ordered)} objects have no patch of their own and are left out.",
             departures=departures,
             notes=notes,
-            unreadable=images.names_of_unreadable(),
+            unreadable=scan.images.names_of_unreadable(),
             published=[
                 dict(who=f"{who} ViT-B/16", value=" ".join(map(str, values)), source="MMC, COCO") for who, values in PUBLISHED.items()
             ]
             if own
             else [],
-            pictures=self._pictures(subject, items, images, by_image) if subject.pictures else [],
+            pictures=self._pictures(subject, items, scan.images, by_image) if subject.pictures else [],
         )
 
     def _figures(self, values: np.ndarray) -> dict[str, float]:
@@ -180,12 +156,6 @@ class Prompt(Protocol):
             shown = row_of([at_height(image), painted(image, truth), painted(image, drawn)])
             pictures.append(Picture(f"prompt_{rank}", caption, shown))
         return pictures
-
-
-def object_images(subject: Subject, root: Path, items: list[ObjectImage], side: int) -> SizedImages:
-    """The images, squeezed to a square, this rank's share of them."""
-    source = files_below(root, [item.image.relative_to(root).as_posix() for item in items])
-    return SizedImages(source, Square(side), shard=subject.shard)
 
 
 def interior(patches: np.ndarray, grid: tuple[int, int]) -> np.ndarray:

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 from pydantic import Field
 
-from massl_fast.evaluation.base import Figure, Protocol, Result, Settings
-from massl_fast.evaluation.extra import needs
+from massl_fast.evaluation.base import Figure, Result
 from massl_fast.evaluation.images import in_order
-from massl_fast.evaluation.layouts.objects import read_objects
 from massl_fast.evaluation.metrics.prompt import MORE_THAN_HALF, NUM_BINS, SimilarityHistograms, cosines, label_patches
-from massl_fast.evaluation.prompt import IMAGE_SIZE, object_images
+from massl_fast.evaluation.objects import ObjectProtocol, ObjectSettings
 from massl_fast.evaluation.subject import Subject
-from massl_fast.evaluation.tokens import patch_side, tokens_of
+from massl_fast.evaluation.tokens import tokens_of
 
-BENCHMARK = 5000
 # MMC: overlap, mean similarity within and between categories; ViT-B/16 on COCO.
 PUBLISHED = {
     "DINO": (0.66, 0.20, 0.12), "iBOT": (0.56, 0.19, 0.05), "SiT": (0.63, 0.50, 0.46), "MAE": (0.76, 0.29, 0.17),
@@ -24,20 +19,14 @@ PUBLISHED = {
 }  # fmt: skip
 
 
-class SimilaritySettings(Settings):
-    data: str
-    """Folder of COCO (annotations, val2017) or VOCdevkit/VOC2012."""
-    split: str = "val"
-    """Images of this split."""
+class SimilaritySettings(ObjectSettings):
     bins: int = Field(NUM_BINS, ge=2)
     """Bins of the histograms over cosines from -1 to 1; the overlap depends on them."""
     background: bool = False
     """Background takes part as one more category."""
-    max_images: int = Field(0, ge=0)
-    """Only the first images; 0: all."""
 
 
-class Similarity(Protocol):
+class Similarity(ObjectProtocol):
     """Similarity overlap: cosines of patch pairs of one category and of different ones within an image, and how far the two lie over each
     other.
 
@@ -48,7 +37,6 @@ class Similarity(Protocol):
     title = "Similarities of patches within and between categories"
     Settings = SimilaritySettings
     settings: SimilaritySettings
-    recipes = ("patches",)
 
     def figures(self) -> list[Figure]:
         return [
@@ -57,24 +45,13 @@ class Similarity(Protocol):
             Figure("inter_mean", "mean between", unit="", higher_is_better=False),
         ]
 
-    def prepare(self, subject: Subject) -> list[str]:
-        patch_side(subject)
-        kind, _ = read_objects(Path(self.settings.data), self.settings.split)
-        if kind == "COCO":
-            needs("pycocotools.mask", "reading polygons of COCO")
-        return []
-
     def run(self, subject: Subject) -> Result:
         settings, notes = self.settings, self.prepare(subject)
-        kind, items = read_objects(Path(settings.data), settings.split)
-        total = len(items)
-        items = items[: settings.max_images or None]
-        side = subject.size_or(IMAGE_SIZE)
-        images = object_images(subject, Path(settings.data), items, side)
+        scan = self.scan(subject)
         rows = []
-        for position, tokens in tokens_of(subject, images):
+        for position, tokens in tokens_of(subject, scan.images):
             grid = tuple(next(iter(tokens.values())).shape[:2])
-            labels, cover = label_patches(items[position].read().category_map(), grid)
+            labels, cover = label_patches(scan.items[position].read().category_map(), grid)
             used = np.flatnonzero((cover > MORE_THAN_HALF) & ((labels > 0) | ((labels == 0) & settings.background)))
             rows.append(
                 (
@@ -93,11 +70,7 @@ class Similarity(Protocol):
         if any(np.isnan(value) for row in results.values() for value in row.values()):
             notes.append("There are no pairs of one category, or none of different ones: their figures are not numbers.")
         results = {name: {key: None if np.isnan(value) else value for key, value in row.items()} for name, row in results.items()}
-        departures = []
-        if kind != "COCO" or total != BENCHMARK or len(items) != total:
-            departures.append(f"The images are {len(items)} of {kind}; MMC's are those of COCO.")
-        if side != IMAGE_SIZE:
-            departures.append(f"Images are {side} px instead of {IMAGE_SIZE}.")
+        departures = scan.departures
         own = not departures and settings.bins == NUM_BINS and not settings.background
         departures.append(
             f"What MMC leaves open: {settings.bins} bins, pairs within an image, background {'in' if settings.background else 'out'}."
@@ -107,13 +80,13 @@ class Similarity(Protocol):
             results=results,
             data={"test": {"path": settings.data, "images": len(ordered)}},
             features="patches",
-            image_size=side,
+            image_size=scan.side,
             about=f"{int(merged[network].intra.sum()):,} pairs of one category and {int(merged[network].inter.sum()):,} of different "
             f"ones in "
             f"{len(ordered)} images of {settings.data}.",
             departures=departures,
             notes=notes,
-            unreadable=images.names_of_unreadable(),
+            unreadable=scan.images.names_of_unreadable(),
             published=[dict(who=f"{who} ViT-B/16", value=" ".join(map(str, values)), source="MMC") for who, values in PUBLISHED.items()]
             if own
             else [],

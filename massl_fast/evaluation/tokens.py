@@ -6,19 +6,22 @@ Position embeddings of a network that was built for one size are resampled for o
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from massl_fast.evaluation.features import eval_mode
-from massl_fast.evaluation.images import SizedImages, in_order
+from massl_fast.evaluation.features import FeatureFunction, SquareImages, eval_mode
+from massl_fast.evaluation.images import USUAL_SIDE, SizedImages, Square, in_order
 from massl_fast.evaluation.subject import RAW_PIXELS, Subject, backbone_of
 from massl_fast.models.backbone import patch_size
 from massl_fast.models.recipes import demand_recipe, features_of
 
 RAW_SIDE = 32
+MOST_KEPT = 2**34
+"""Bytes of patch tokens of one set that go to a store: 16 GiB."""
 
 
 def patch_side(subject: Subject) -> int:
@@ -107,8 +110,18 @@ def tokens_of(subject: Subject, images: SizedImages, *, colours: bool = True) ->
     """Yields (position, {network: patch tokens [h, w, C] float32 on the device}) of this rank's images.
 
     Images are cut to whole patches. Raw pixels, where the subject wants them and `colours` allows, are means and deviations of colours.
+    Tokens of images that are squeezed to a square go to the subject's store, where it has one, and come from there the next time, whatever
+    the protocol; sets of more than 16 GiB do not, and a warning says so. With a store and several ranks a collective call.
     """
     patch = patch_side(subject)
+    if subject.store is not None and isinstance(images.geometry, Square):
+        grid = max(1, images.geometry.side // patch)
+        numbers = sum(backbone_of(network).num_features for network in subject.networks.values())
+        size = 4 * len(images.positions) * grid**2 * numbers
+        if size <= MOST_KEPT:
+            yield from _kept_tokens(subject, images, patch, grid, colours)
+            return
+        warnings.warn(f"Patch tokens of {images.source.path} would take {size / 2**30:.0f} GiB; they are not kept.", stacklevel=2)
     for positions, pixels in images.batches(subject.batch_size, subject.num_workers):
         with evaluated(subject):
             pixels = cut_to_patches(pixels.float(), patch)
@@ -119,6 +132,49 @@ def tokens_of(subject: Subject, images: SizedImages, *, colours: bool = True) ->
         demand_finite(found)
         for row, position in enumerate(positions):
             yield position, {name: tokens[row] for name, tokens in found.items()}
+
+
+class _PatchTokens(nn.Module):
+    """Normalised images [N, 3, H, W] → patch tokens [N, h·w, C]."""
+
+    def __init__(self, network: nn.Module, patch: int) -> None:
+        super().__init__()
+        self.network, self.patch = network, patch
+
+    def forward(self, images: Tensor) -> Tensor:
+        return patch_tokens(self.network, cut_to_patches(images, self.patch), self.patch).flatten(1, 2)
+
+
+def _kept_tokens(subject: Subject, images: SizedImages, patch: int, grid: int, colours: bool) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    """What `tokens_of` yields, by way of the store."""
+    functions: dict[str, FeatureFunction] = {name: _PatchTokens(network, patch) for name, network in subject.networks.items()}
+    if colours and subject.raw_pixels:
+
+        def patch_colours_of(batch: Tensor) -> Tensor:
+            return patch_colours(cut_to_patches(batch, patch), patch).flatten(1, 2)
+
+        patch_colours_of.__name__ = f"colours of patches of {patch}"
+        functions[RAW_PIXELS] = patch_colours_of
+    squares = SquareImages(images.source, images.geometry.side, positions=images.positions, shard=subject.shard)
+    kept = subject.store.features(
+        functions,
+        squares,
+        recipe="patches",
+        precision=subject.precision,
+        device=subject.device,
+        mean=subject.mean,
+        std=subject.std,
+        batch_size=max(1, subject.batch_size * USUAL_SIDE**2 // images.geometry.side**2),
+        num_workers=subject.num_workers,
+        amp_dtype=subject.amp_dtype,
+    )
+    row_of = {position: row for row, position in enumerate(next(iter(kept.values())).indices.tolist())}
+    images.unreadable = [position for position in images.mine if position not in row_of]
+    for position in images.mine:
+        if position in row_of:
+            rows = {name: part.features[row_of[position] : row_of[position] + 1].to(subject.device).float() for name, part in kept.items()}
+            demand_finite(rows)
+            yield position, {name: row[0].unflatten(0, (grid, grid)) for name, row in rows.items()}
 
 
 def vectors_of(

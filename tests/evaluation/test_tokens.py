@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from massl_fast.evaluation.images import LongerSide, SizedImages, files_below
+from massl_fast.evaluation.images import LongerSide, SizedImages, Square, files_below
+from massl_fast.evaluation.store import FeatureStore
 from massl_fast.evaluation.subject import Subject
 from massl_fast.evaluation.tokens import cut_to_patches, demand_finite, patch_colours, patch_side, patch_tokens, tokens_of, vectors_of
 from massl_fast.models.backbone import build_backbone
@@ -116,3 +117,29 @@ def test_tokens_that_overflow_in_half_precision_end_in_a_sentence(photos):
         net.norm.bias.fill_(3e38)
     with pytest.raises(ValueError, match="not finite"):
         list(tokens_of(subject_of(net), SizedImages(photos, LongerSide(40))))
+
+
+@pytest.mark.parametrize("side", [40, 44, 4])
+def test_kept_tokens_are_those_of_a_stream_and_are_made_once(photos, tmp_path, monkeypatch, side):
+    net = network()
+    streamed = SizedImages(photos, Square(side), positions=[3, 1, 0])
+    expected = sorted(tokens_of(subject_of(net), streamed), key=lambda row: row[0])
+    subject = subject_of(net, store=FeatureStore(tmp_path / "kept", quiet=True))
+    for _ in range(2):
+        images = SizedImages(photos, Square(side), positions=[3, 1, 0])
+        found = sorted(tokens_of(subject, images), key=lambda row: row[0])
+        assert [position for position, _ in found] == [position for position, _ in expected] == [0, 3]
+        assert images.names_of_unreadable() == streamed.names_of_unreadable() == ("broken.png",)
+        for (_place, kept), (_same, fresh) in zip(found, expected):
+            assert kept.keys() == fresh.keys() == {"network 0", "raw pixels"}
+            for name, values in fresh.items():
+                torch.testing.assert_close(kept[name], values, atol=1e-5, rtol=1e-5)
+        monkeypatch.setattr("massl_fast.evaluation.tokens.patch_tokens", None)  # the second time nothing is computed
+
+
+def test_tokens_of_too_large_a_set_are_not_kept_and_that_is_said(photos, tmp_path, monkeypatch):
+    monkeypatch.setattr("massl_fast.evaluation.tokens.MOST_KEPT", 1000)
+    subject = subject_of(network(), store=FeatureStore(tmp_path / "kept", quiet=True))
+    with pytest.warns(UserWarning, match="are not kept"):
+        assert len(list(tokens_of(subject, SizedImages(photos, Square(40))))) == 3
+    assert not (tmp_path / "kept").exists()
