@@ -19,6 +19,7 @@ from massl_fast.kernels.tiles import gather, tiles
 
 OPERATOR = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
 QUERIES = 256  # of the operator's largest tile
+FEWEST_ROWS = 192  # of the read-out; fewer make tiles of 32 queries, and streaming's loop multiplies them all at once
 MOST_ROWS = 1024  # at a time
 CHUNK = 4096  # entries at a time, 4 MB at a width of 256; 2048 are 2 % slower, 8192 1 % faster
 PART = 2048  # entries of a part at least
@@ -57,13 +58,13 @@ def memory_readout(
         parts = min(threads // math.gcd(threads, even), MOST_PARTS, block_size)
         chunk = min(block_size, max(CHUNK, parts * PART))
         shape = (chunk if partition is not None else 0, memory.shape[1])
-        key_buffer = rows.new_empty(shape, dtype=torch.float32)  # a fresh one per chunk would be fresh pages from the system
+        key_buffer = rows.new_empty(shape, dtype=torch.float32)
         value_buffer = None if values is None else torch.empty_like(key_buffer)
         for block in range(blocks):
             read: tuple[Tensor, Tensor] | None = None  # logsumexp [parts, r] and read-out [parts, r, D] of the chunks so far
             for where in tiles(partition, block, block_size, chunk):
-                keys = _fetch(memory, where, key_buffer)
-                mine = keys if values is None or value_buffer is None else _fetch(values, where, value_buffer)
+                keys = gather(memory, where, key_buffer)
+                mine = keys if values is None else gather(values, where, value_buffer)
                 rest = len(keys) % parts  # these go to the first part
                 for share, entries in ((parts, slice(len(keys) - rest)), (1, slice(len(keys) - rest, None))):
                     if len(keys[entries]) == 0:
@@ -79,6 +80,7 @@ def memory_readout(
             joined = total.logsumexp(0)
             readout[some] += sums.mul_((total - joined).exp_()[:, :, None]).sum(0)
             logsumexp[some, block if per_block else 0] += joined
+            del read, sums, out  # before the next block takes as much again
     return readout, logsumexp if per_block else logsumexp.squeeze(1)
 
 
@@ -116,16 +118,6 @@ def memory_readback(
                 result[where] = out[0]
 
 
-def _fetch(of_entries: Tensor, where: slice | Tensor, buffer: Tensor) -> Tensor:
-    """The entries of a tile in float32: into the buffer where they lie apart."""
-    if isinstance(where, slice):
-        return of_entries[where].float()
-    into = buffer[: len(where)]
-    if of_entries.dtype == torch.float32:
-        return torch.index_select(of_entries, 0, where, out=into)
-    return into.copy_(of_entries.index_select(0, where))
-
-
 def _attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """Values [b, k, D] read out by queries [b, q, D] from keys [b, k, D] under a mask [b, 1, k], and the logsumexp [b, q]."""
     assert OPERATOR is not None
@@ -136,7 +128,7 @@ def _attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) 
 
 def _merge(total: Tensor, sums: Tensor, more: Tensor, more_sums: Tensor) -> None:
     """Read-outs of two sets of entries become one, in place."""
-    joined = torch.logaddexp(total, more)
+    joined = torch.logaddexp(total, more)  # lerp_ with a weight per row does it in one pass that takes many times as long
     sums.mul_(total.sub_(joined).exp_()[:, :, None]).add_(more_sums.mul_(more.sub_(joined).exp_()[:, :, None]))
     total.copy_(joined)
 

@@ -46,16 +46,26 @@ def _prototype_gradient(upstream: Shape, student: Shape, weight: Shape, logsumex
 
 
 @register_flop_formula(_operators.partition_consistency)
-def _partition_consistency(student: Shape, teacher: Shape, keys: Shape, teacher_keys: Shape, block_size: int, *_: Any, **__: Any) -> int:
-    (views, images, width), teacher_views = student, teacher[0]
-    return _products(views * images, keys, block_size, width, teacher_views) + _products(teacher_views * images, keys, block_size, width)
+def _partition_consistency(
+    student: Shape, teacher: Shape, keys: Shape, teacher_keys: Shape, block_size: int, *others: Any, **_: Any
+) -> int:
+    logits, pairs, _ = _of_partitions(student, teacher, keys, block_size)
+    return logits + pairs + (logits if others[-1] == "triton" else 0)  # Triton reads its sums back
 
 
 @register_flop_formula(_operators.partition_consistency_gradient)
 def _partition_consistency_gradient(
     upstream: Shape, slope: Shape, student: Shape, teacher: Shape, keys: Shape, teacher_keys: Shape, block_size: int, *others: Any, **_: Any
 ) -> int:
+    logits, pairs, gradient = _of_partitions(student, teacher, keys, block_size)
+    backend, learned = others[-2:]
+    if backend == "triton":  # its tiles come once more where rows stay, and once more where entries stay
+        return logits + pairs + (1 + learned) * (logits + pairs + gradient)
+    return logits + 2 * pairs + (1 + learned) * gradient
+
+
+def _of_partitions(student: Shape, teacher: Shape, keys: Shape, block_size: int) -> tuple[int, int, int]:
+    """Of all logits, of all pairs of views, and of gradients with keys or rows."""
     (views, images, width), teacher_views = student, teacher[0]
-    learned = width if others[-1] else 0
-    again = _partition_consistency(student, teacher, keys, teacher_keys, block_size)
-    return again + _products(views * images, keys, block_size, teacher_views, width, learned)
+    logits = _products((views + teacher_views) * images, keys, block_size, width)
+    return logits, *(_products(views * images, keys, block_size, size) for size in (teacher_views, width))

@@ -17,9 +17,11 @@ from torch import Tensor
 from massl_fast.kernels import flash
 from massl_fast.kernels.tiles import gather, tiles
 
-# Rows × entries of one tile of logits. CPU: 2 MB of float32 stay in the cache between the two products. GPU: 64 MB, few launches.
+# Rows × entries of one tile of logits. CPU: 2 MB of float32 stay in the cache between the two products, and so do 512 entries. GPU: 64 MB,
+# few launches.
 CPU_TILE = (1024, 2**19)
 GPU_TILE = (8192, 2**24)
+CPU_ENTRIES = 512
 # float16 cannot hold weights below 6e-8, so they are kept e**10 times larger than the running maximum suggests (65504 is the limit).
 HALF_HEADROOM = 10.0
 
@@ -45,7 +47,8 @@ def memory_readout(
     they lie; ``inverse_temperature`` [R], 1/τ of each row, and ``key_bias`` [K] in the dtype of the result. Autocast stays outside: it
     would narrow the products again.
     """
-    if key_bias is None and row_group is None and (values is None or values.shape[1] == rows.shape[1]) and flash.obstacle(rows) is None:
+    plain = key_bias is None and row_group is None and (values is None or values.shape[1] == rows.shape[1])
+    if plain and rows.shape[0] >= flash.FEWEST_ROWS and flash.obstacle(rows) is None:
         return flash.memory_readout(rows, memory, partition, block_size, inverse_temperature, values, per_block)
     wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
     on_cpu = rows.device.type == "cpu"
@@ -63,14 +66,16 @@ def memory_readout(
         x, scale = rows[part].to(narrow), inverse_temperature[part, None]  # [r, D], [r, 1]
         if narrow == wide:
             x, scale = x * scale, None  # one pass less over each tile of logits
-        tile_size = min(block_size, max(64, most_logits // x.shape[0]))
+        tile_size = min(block_size, max(64, most_logits // x.shape[0]), CPU_ENTRIES if on_cpu else block_size)
+        key_buffer = memory.new_empty((tile_size if partition is not None else 0, memory.shape[1]), dtype=narrow)
+        value_buffer = None if values is None else values.new_empty((len(key_buffer), values.shape[1]), dtype=narrow)
         for block in range(blocks):
             total: Any = None  # with sums and pivot, of the tiles so far
             sums: Any = None
             pivot = None
             for where in tiles(partition, block, block_size, tile_size):
-                keys = gather(memory, where).to(narrow)  # [t, D]
-                tile = keys if values is None else gather(values, where).to(narrow)  # [t, Dv]
+                keys = gather(memory, where, key_buffer)  # [t, D]
+                tile = keys if values is None else gather(values, where, value_buffer)  # [t, Dv]
                 logits = _product(x, keys.T, wide)  # [r, t]
                 if scale is not None:
                     logits.mul_(scale)
@@ -143,7 +148,8 @@ def memory_readback(
     x, scale = rows.to(narrow), inverse_temperature
     if narrow == wide:
         x, scale = x * scale[:, None], None
-    tile_size = min(block_size, max(64, most_logits // min(most_rows, rows.shape[0])))
+    tile_size = min(block_size, max(64, most_logits // min(most_rows, rows.shape[0])), CPU_ENTRIES if on_cpu else block_size)
+    buffer = memory.new_empty((tile_size if partition is not None else 0, memory.shape[1]), dtype=narrow)
     for block in range(memory.shape[0] // block_size):
         if block == 0 or (row_weight is not None and row_weight.shape[1] > 1):
             y = given if row_weight is None else given * row_weight[:, min(block, row_weight.shape[1] - 1), None]  # c·y of this block
@@ -151,7 +157,7 @@ def memory_readback(
             size = y.abs().amax().clamp_(min=torch.finfo(wide).tiny) if narrow == torch.float16 else None
             y = y if size is None else y / size
         for where in tiles(partition, block, block_size, tile_size):
-            keys = gather(memory, where).to(narrow)  # [t, D]
+            keys = gather(memory, where, buffer)  # [t, D]
             bias = None if key_bias is None else gather(key_bias, where)[:, None]
             group = None if key_group is None else gather(key_group, where)[:, None]
             sums: Any = None  # [t, Dv]
@@ -178,6 +184,28 @@ def memory_readback(
             else:
                 result.index_copy_(0, where.long(), sums)
     return result if row_values is not None else result.squeeze(1)
+
+
+@torch.autocast("cpu", enabled=False)
+@torch.autocast("cuda", enabled=False)
+def sinkhorn_round(rows: Tensor, keys: Tensor, logsumexp: Tensor, inverse_temperature: float, *, last: bool) -> tuple[Tensor, Tensor]:
+    """Both halves of a round of Sinkhorn-Knopp in one pass, for w_rk = exp(x_r·c_k/τ − λ_r): Σ_r w_rk [K], and Σ_k w_rk / Σ_r w_rk [R],
+    which is e^(λ′ − λ), or zeros in the ``last`` round.
+
+    ``rows`` [R, D], ``keys`` [K, D], λ ``logsumexp`` [R]; in float32 (float64 for float64).
+    """
+    wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
+    on_cpu = rows.device.type == "cpu"
+    narrow = wide if on_cpu else rows.dtype
+    most = min(keys.shape[0], max(64, (CPU_TILE if on_cpu else GPU_TILE)[1] // max(1, rows.shape[0])), CPU_ENTRIES if on_cpu else 2**63)
+    x, least = rows.to(narrow).T, torch.finfo(wide).tiny
+    of_keys, of_rows = keys.new_zeros(keys.shape[0], dtype=wide), rows.new_zeros(rows.shape[0], dtype=wide)
+    for where in tiles(None, 0, keys.shape[0], most):
+        weights = _product(keys[where].to(narrow), x, wide).mul_(inverse_temperature).sub_(logsumexp).exp_()  # [t, R]
+        torch.sum(weights, 1, out=of_keys[where])
+        if not last:
+            of_rows.addmv_(weights.T, of_keys[where].clamp_min(least).reciprocal_())
+    return of_keys, of_rows
 
 
 def _product(a: Tensor, b: Tensor, wide: torch.dtype) -> Tensor:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor
 
 
@@ -12,6 +13,17 @@ def tiles(partition: Tensor | None, block: int, block_size: int, tile_size: int)
         yield tile if partition is None else partition[tile]
 
 
-def gather(of_entries: Tensor, where: slice | Tensor) -> Tensor:
-    """What belongs to the entries of a tile; a view where they lie together."""
-    return of_entries[where] if isinstance(where, slice) else of_entries.index_select(0, where)
+def gather(of_entries: Tensor, where: slice | Tensor, into: Tensor | None = None) -> Tensor:
+    """What belongs to the entries of a tile: a view where they lie together, else a copy.
+
+    ``into``: a buffer for the copy, of as many entries or more, whose dtype the result has; a fresh copy per tile would be fresh pages
+    from the system.
+    """
+    if isinstance(where, slice):
+        return of_entries[where] if into is None else of_entries[where].to(into.dtype)
+    if into is None:
+        return of_entries.index_select(0, where)
+    into = into[: len(where)]
+    if into.dtype != of_entries.dtype:
+        return into.copy_(of_entries.index_select(0, where))
+    return torch.index_select(of_entries, 0, where, out=into)

@@ -49,3 +49,16 @@ def test_the_loss_costs_two_products_per_row_and_entries_without_a_block_nothing
 @pytest.mark.parametrize("name", ["memory_readback", "prototype_gradient", "partition_consistency", "partition_consistency_gradient"])
 def test_every_operator_that_multiplies_has_a_formula(name):
     assert getattr(OPERATORS, name) in flop_registry
+
+
+def test_triton_makes_carps_tiles_again_where_streaming_keeps_them():
+    shapes = [torch.empty(*size, D, device="meta") for size in ((V, N), (T, N), (K,), (K,))]
+    row = 2 * D * K * N  # one product of a view's rows with all keys
+    pairs = 2 * V * T * N * K
+    for backend, first, second in (("streaming", 0, 0), ("triton", V + T, 3)):
+        one = flop_registry[OPERATORS.partition_consistency](*shapes, BLOCK, 1e-7, None, 0, 0, None, backend, out_val=None)
+        assert one == (V + T + first) * row + pairs
+        gradient = flop_registry[OPERATORS.partition_consistency_gradient]
+        two = gradient(None, None, *shapes, BLOCK, 1e-7, None, 0, 0, None, backend, True, out_val=None)
+        tiles = second or 1
+        assert two == tiles * (V + T) * row + (3 if second else 2) * pairs + 2 * V * row
