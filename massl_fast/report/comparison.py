@@ -95,12 +95,13 @@ def _knn(runs: Sequence[RunFolder], names: Sequence[str]) -> list[Drawing]:
             untrained = run.headline_knn("untrained")
             start = ([0], [untrained[2][0]]) if untrained and untrained[0] == k else ([], [])
             curves.append(Curve(f"{name}, k = {k}", start[0] + steps, start[1] + values, colour, markers=True, line=line))
-    return [Drawing("Over training", curve_figure(curves, unit="%", wide=True))] if curves else []
+    return [Drawing("Over training", curve_figure(curves, unit="%", named=True))] if curves else []
 
 
 def _chart(runs: Sequence[RunFolder], names: Sequence[str], metric: Declared, logarithmic: bool = False) -> list[Drawing]:
     """One metric of all runs that have logged it; no figure where none has."""
     found = [(name, *run.series(metric.key), look) for run, name, look in zip(runs, names, LOOKS)]
     curves = [Curve(name, steps, values, colour, line=line) for name, steps, values, (colour, line) in found if values]
-    title = f"{metric.figure}: {metric.title}" if metric.figure else metric.title
-    return [Drawing(title, curve_figure(curves, unit=metric.unit, logarithmic=logarithmic), metric.note)] if curves else []
+    title = metric.title if metric.figure.lower() in metric.title.lower() else f"{metric.figure}: {metric.title}"
+    # Named even where one run alone has logged it, or nobody knew which.
+    return [Drawing(title, curve_figure(curves, unit=metric.unit, logarithmic=logarithmic, named=True), metric.note)] if curves else []

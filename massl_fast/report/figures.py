@@ -59,8 +59,12 @@ def curve_figure(
     logarithmic: bool = False,
     from_zero: bool = False,
     wide: bool = False,
+    named: bool = False,
 ) -> str:
-    """An SVG of curves over steps. At most 300 points a curve: longer ones are averaged over equal runs of points."""
+    """An SVG of curves over steps, with a legend where there are several or ``named`` says so.
+
+    At most 300 points per curve: longer ones are averaged over equal runs of points.
+    """
     with drawing(wide=wide) as (axes, finish):
         for curve in curves:
             _draw(axes, curve)
@@ -68,7 +72,7 @@ def curve_figure(
             axes.axhline(level.value, color=STAND_INS["--muted"], linewidth=1, linestyle=(0, (4, 3)), label=level.label, zorder=1)
         # A logarithmic axis needs something to show.
         logarithmic = logarithmic and any(value > 0 for curve in curves for value in curve.values)
-        _dress(axes, unit, logarithmic, from_zero, several=len(curves) + len(levels) > 1)
+        _dress(axes, unit, logarithmic, from_zero, several=named or len(curves) + len(levels) > 1)
         return finish()
 
 

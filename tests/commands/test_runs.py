@@ -126,6 +126,16 @@ def test_compare_draws_every_run_and_names_what_differs(tmp_path, capsys):
     assert "<a>" not in html and "<script" not in html and "http://" not in html.replace("http://www.w3.org", "")
 
 
+def test_a_curve_of_one_run_alone_says_whose_it_is(tmp_path):
+    pytest.importorskip("matplotlib")
+    from massl_fast.report.comparison import comparison_page
+
+    folders = [made(tmp_path / "mine"), made(tmp_path / "other")]
+    (folders[0] / "metrics.jsonl").write_text('{"step": 10, "gradient_norm": 1.0}\n{"step": 20, "gradient_norm": 2.0}\n')
+    figure = comparison_page(folders).partition('aria-label="Gradient norm"')[2].partition("</svg>")[0]
+    assert ">mine<" in figure and ">other<" not in figure
+
+
 @pytest.mark.parametrize(("count", "words"), [(1, "between 2 and"), (16, "between 2 and")])
 def test_compare_says_how_many_runs_it_takes(tmp_path, capsys, count, words):
     pytest.importorskip("matplotlib")
