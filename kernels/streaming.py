@@ -24,6 +24,8 @@ GPU_TILE = (8192, 2**24)
 CPU_ENTRIES = 512
 # float16 cannot hold weights below 6e-8, so they are kept e**10 times larger than the running maximum suggests (65504 is the limit).
 HALF_HEADROOM = 10.0
+# Whether a product of 16-bit matrices can be written in 32 bits; older releases of PyTorch round it to 16.
+WIDE_PRODUCTS = "dtype" in torch.ops.aten.mm.overloads()
 
 
 @torch.autocast("cpu", enabled=False)
@@ -210,4 +212,8 @@ def sinkhorn_round(rows: Tensor, keys: Tensor, logsumexp: Tensor, inverse_temper
 
 def _product(a: Tensor, b: Tensor, wide: torch.dtype) -> Tensor:
     """a @ b in ``wide``, the result never rounded to half precision on the way."""
-    return a @ b if a.dtype == wide else torch.mm(a, b, out_dtype=wide)
+    if a.dtype == wide:
+        return a @ b
+    if not WIDE_PRODUCTS:  # several times slower on a GPU with matrix units, and as exact
+        return a.to(wide) @ b.to(wide)
+    return torch.mm(a, b, out_dtype=wide)

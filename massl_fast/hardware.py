@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import importlib.metadata
 import os
@@ -146,6 +147,9 @@ def synchronize(device: torch.device) -> None:
 
 # This machine
 
+# mallopt(3): M_MMAP_THRESHOLD at the largest it takes (larger tensors are mapped as ever), M_TRIM_THRESHOLD, M_TOP_PAD.
+GLIBC_OPTIONS = {-3: 32 * 2**20, -1: 2**31 - 1, -2: 64 * 2**20}
+
 
 @functools.cache
 def machine() -> dict[str, Any]:
@@ -167,6 +171,27 @@ def processor_name() -> str:
     except OSError:
         lines = []
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+
+def processor_vendor() -> str:
+    """Such as GenuineIntel or AuthenticAMD; empty where the system does not tell."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id")), "")
+
+
+def keep_freed_memory() -> bool:
+    """Have glibc's allocator keep what this process frees, and whether it does.
+
+    By default it gives the top of its heap back to the system after each step, and the system clears every page that the next one takes
+    again: some ten thousand page faults per step of a small network on a CPU.
+    """
+    allocator = ctypes.CDLL(None)
+    if platform.libc_ver()[0] != "glibc" or not hasattr(allocator, "mallopt"):
+        return False
+    return all(allocator.mallopt(option, value) for option, value in GLIBC_OPTIONS.items())
 
 
 def _memory_gib() -> float:

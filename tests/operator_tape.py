@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 
@@ -41,6 +41,11 @@ class OperatorTape(TorchDispatchMode):
             for tensor, value in self.before.values():
                 tensor.copy_(value)
         return result
+
+    def between(self, exchange):
+        with _disable_current_modes():
+            exchange()
+        self.calls.append((exchange, (), {}, None))
 
     def replay(self) -> None:
         with torch.no_grad():

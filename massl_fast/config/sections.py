@@ -188,7 +188,7 @@ class ModelSection(Section):
     quarter more time). docs/performance.md has the figures."""
     residual: Literal["fp32", "bf16"] = "fp32"
     """Format of the tokens between transformer blocks when train.precision is bf16. With bf16 a step moves a quarter fewer bytes, for more
-    rounding; docs/performance.md has the figures."""
+    rounding; docs/performance.md has the figures. There is no fp16: it ends at 65504, and tokens add up over the blocks."""
 
     @field_validator("model_args")
     @classmethod
@@ -251,15 +251,21 @@ class TrainSection(Section):
     """auto: bf16 from compute capability 8, fp16 with loss scaling on older GPUs, fp32 on the CPU."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """auto: the GPU where there is one."""
+    cpu_products: Literal["auto", "onednn", "blas"] = "auto"
+    """Library of linear layers in fp32 on a CPU. onednn: faster where MKL leaves AVX-512 unused, with other roundings; blas: PyTorch's own
+    choice. auto: onednn on processors with AVX-512 that are not Intel's; the start of a run says which and why."""
     cuda_graph: bool = False
     """Record the whole step once as a CUDA graph and replay it: no launches from Python, for steps so short that the host cannot keep up.
-    One process on a GPU, with optimizer.name adamw_with_teacher."""
+    On GPUs, with optimizer.name adamw_with_teacher; in several processes a graph between each two exchanges."""
 
 
 class ParallelSection(Section):
     strategy: Literal["auto", "none", "ddp", "fsdp2"] = "auto"
     """auto: none in one process, DistributedDataParallel in several; fsdp2: parameters, gradients and optimizer sharded over all ranks, a
     transformer block at a time, for networks that one device does not hold."""
+    gradients: Literal["auto", "overlapped", "flat"] = "auto"
+    """How replicas exchange gradients. overlapped: DistributedDataParallel's buckets, while the backward pass computes, which a slow
+    network needs; flat: one buffer after it, which recorded steps need. auto: flat with train.cuda_graph, overlapped otherwise."""
     timeout_seconds: float = Field(600, gt=0, le=1e7)
     """After this long without an answer from a rank the others end and say which."""
     checksum_every_steps: Steps = Field(200, ge=1)

@@ -8,7 +8,8 @@ import socket
 import time
 import uuid
 import warnings
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from datetime import timedelta
 from itertools import groupby
 from typing import Any
@@ -21,13 +22,17 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from massl_fast.distributed.listening import LISTENER
-from massl_fast.hardware import demand_code
+from massl_fast.hardware import demand_code, keep_freed_memory
 
 # NCCL's own watchdog tears a process down without a word; it gets this much longer, so that the heartbeat speaks first.
 NCCL_EXTRA_SECONDS = 60
 MAX_RANK_LINES = 16
 POLL_SECONDS = 0.05
 KNOCK_SECONDS = 5
+
+
+def _at_once(collective: Callable[[], Any]) -> None:
+    collective()
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,8 @@ class World:
     device: torch.device
     round: int = 1
     """How many times the ranks have met at this store: 2 and more after torchrun has started them again."""
+    exchange: Callable[[Callable[[], Any]], None] = field(default=_at_once, compare=False)
+    """Calls what exchanges tensors within a step: at once, or between two recordings where a step is recorded."""
 
     @property
     def is_main(self) -> bool:
@@ -49,8 +56,9 @@ class World:
         """Rows [n, D] of every rank, in rank order: [size·n, D]."""
         if self.size == 1:
             return rows
+        rows = rows.contiguous()
         gathered = rows.new_empty(self.size * rows.shape[0], *rows.shape[1:])
-        dist.all_gather_into_tensor(gathered, rows.contiguous())
+        self.exchange(lambda: dist.all_gather_into_tensor(gathered, rows))
         return gathered
 
     def sum(self, values: Tensor) -> Tensor:
@@ -58,7 +66,7 @@ class World:
         if self.size == 1:
             return values
         values = values.clone()
-        dist.all_reduce(values)
+        self.exchange(lambda: dist.all_reduce(values))
         return values
 
     def mean(self, values: Tensor) -> Tensor:
@@ -154,6 +162,7 @@ def join_world(device: str = "auto", timeout_seconds: float = 600) -> World:
         torch.cuda.set_device(chosen)
     else:
         chosen = torch.device("cpu")
+        keep_freed_memory()
     number = 1
     if size > 1:
         # torchrun serves a store of its own, which outlives the ranks.
@@ -283,6 +292,32 @@ def choose_strategy(asked: str, world_size: int) -> tuple[str, str]:
             f"Choose auto, ddp or fsdp2, or start one process."
         )
     return ("ddp", f"{world_size} processes") if asked == "auto" else (asked, "parallel.strategy names it")
+
+
+def choose_exchange(asked: str, *, recorded: bool, sharded: bool, world_size: int) -> tuple[str, str]:
+    """(none, sharded, overlapped or flat, reason) for a ``parallel.gradients`` of auto, overlapped or flat.
+
+    ``recorded``: ``train.cuda_graph``. Raises ValueError where the settings exclude each other.
+    """
+    if world_size == 1:
+        return "none", "one process"
+    if sharded:
+        if asked == "flat":
+            raise ValueError("parallel.gradients is flat, but parallel.strategy fsdp2 reduces gradients to shards. Leave it at auto.")
+        return "sharded", "parallel.strategy is fsdp2"
+    if recorded and asked == "overlapped":
+        raise ValueError(
+            "train.cuda_graph is on, and parallel.gradients is overlapped, which happens in hooks that are not recorded. Choose "
+            "parallel.gradients auto, or leave train.cuda_graph off where the network between hosts is slow."
+        )
+    if asked == "flat":
+        return "flat", "asked for"
+    if recorded:
+        return "flat", (
+            "train.cuda_graph: one buffer between two recordings; where the network between hosts is slow, train.cuda_graph false lets the "
+            "exchange overlap with the backward pass instead"
+        )
+    return "overlapped", "asked for" if asked == "overlapped" else "DistributedDataParallel exchanges while the backward pass computes"
 
 
 def synchronise_batch_norms(module: nn.Module, world: World) -> tuple[nn.Module, str | None]:

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from massl_fast.config import Config
-from massl_fast.distributed.world import World
+from massl_fast.distributed.world import World, choose_exchange
 from massl_fast.engine.optimizer import build_optimizer
 from massl_fast.engine.step import TrainStep
 from massl_fast.models.backbone import Encoder, build_backbone
@@ -82,8 +83,10 @@ def build_step(
 ) -> TrainStep:
     """The step of ``pair`` and ``objective``, which lie on ``world.device``, with the optimizer and clipping of the settings.
 
-    Raises ValueError for an optimizer that cannot run here.
+    Raises ValueError for an optimizer that cannot run here, or an exchange of gradients that does not fit the rest.
     """
+    sharded = isinstance(pair.student, FSDPModule)
+    exchange, _ = choose_exchange(config.parallel.gradients, recorded=config.train.cuda_graph, sharded=sharded, world_size=world.size)
     return TrainStep(
         pair,
         objective,
@@ -93,4 +96,5 @@ def build_step(
         clip=config.optimizer.clip,
         clip_mode=config.optimizer.clip_mode,
         before_exchange=before_exchange,
+        flat_gradients=exchange == "flat",
     )

@@ -9,13 +9,15 @@ from massl_fast.distributed.sharding import shard_
 from massl_fast.distributed.world import World, synchronise_batch_norms
 from massl_fast.models.pair import StudentTeacher
 from massl_fast.models.precision import Precision
+from massl_fast.models.products import choose_products, multiply_by_onednn_
 
 
 def place(pair: StudentTeacher, config: Config, world: World, precision: Precision, strategy: str) -> tuple[StudentTeacher, list[str]]:
     """(the networks ready to train on ``world.device``, sentences for the user). Under fsdp2 a collective call."""
     pair, note = synchronise_batch_norms(pair, world)
     pair.to(world.device, memory_format=torch.channels_last)
-    pair.choose_attention(config.model.attention, world.device, precision)
+    notes = [note] if note else []
+    notes += choose_kernels(pair, config, world.device, precision)
     if config.model.compile:
         pair.compile_blocks()
     if strategy == "fsdp2":
@@ -25,4 +27,18 @@ def place(pair: StudentTeacher, config: Config, world: World, precision: Precisi
                 f"Choose optimizer.name adamw, or parallel.strategy ddp."
             )
         shard_(pair, world, precision)
-    return pair, [note] if note else []
+    return pair, notes
+
+
+def choose_kernels(pair: StudentTeacher, config: Config, device: torch.device, precision: Precision) -> list[str]:
+    """Choose how networks that lie on ``device`` attend and multiply; sentences for the user, the one on attention apart (it is in
+    ``Encoder.attention_reason``).
+
+    Raises ValueError for a choice that cannot be had.
+    """
+    pair.choose_attention(config.model.attention, device, precision)
+    by_onednn, reason = choose_products(config.train.cpu_products, device, precision.name)
+    if by_onednn:
+        multiply_by_onednn_(pair)
+        return [f"Linear layers are computed by oneDNN ({reason}; train.cpu_products)."]
+    return []

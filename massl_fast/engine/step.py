@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves, tree_map
 
+from massl_fast.distributed.flat_gradients import FlatGradients
 from massl_fast.distributed.sharding import local
 from massl_fast.distributed.world import World
 from massl_fast.engine.optimizer import update_weights_
@@ -56,6 +58,10 @@ class Verdict(NamedTuple):
     stop_votes: Tensor
 
 
+NUM_VOTES = 4
+"""Teacher, student and loss not finite, asked to stop: what rides with flat gradients."""
+
+
 class TrainStep:
     """Student, teacher, objective and optimizer, moved on by one step a call."""
 
@@ -70,8 +76,10 @@ class TrainStep:
         clip: float,
         clip_mode: str,
         before_exchange: Callable[[], None] = lambda: None,
+        flat_gradients: bool = False,
     ):
-        """``before_exchange`` is called where a rank first waits for others: before the backward pass whose gradients are exchanged."""
+        """``before_exchange`` is called where a rank first waits for others: before the backward pass whose gradients are exchanged, with
+        ``flat_gradients`` (see ``FlatGradients``) behind it."""
         self.pair = pair
         self.objective = objective
         self.optimizer = optimizer
@@ -80,7 +88,11 @@ class TrainStep:
         self.clip = clip
         self.clip_mode = clip_mode
         self.scaler = LossScaler(precision, world.device)
-        self.student: nn.Module = world.replicate(pair.student)
+        flat = flat_gradients and world.size > 1
+        self.flat = FlatGradients(pair.student, world, votes=NUM_VOTES) if flat else None
+        self.votes = torch.zeros(NUM_VOTES, device=world.device)
+        """Of the last step, where they rode with its gradients."""
+        self.student: nn.Module = pair.student if flat else world.replicate(pair.student)
         self.sharded = isinstance(pair.student, FSDPModule)
         self.parameters = [(name, p) for name, p in pair.student.named_parameters() if p.requires_grad]
         # The first step that was not finite and which tensor began it here, [step, index into culprits]; -1 while there is none.
@@ -119,7 +131,7 @@ class TrainStep:
             last = index + 1 == len(micro_batches)
             with self._exchanging_gradients(now=last):
                 outcome, teacher, student = self._forward(crops, at)
-                if last:
+                if last and self.flat is None:
                     self.before_exchange()
                 self.observe(BACKWARD)
                 (outcome.loss * (self.scaler.scale / len(micro_batches))).backward()
@@ -127,6 +139,10 @@ class TrainStep:
             sound &= torch.stack([_finite(teacher), _finite(student), outcome.loss.isfinite()])
             carried.append(outcome.carried)
             outcomes.append(torch.stack([outcome.loss, *outcome.metrics.values()]).detach())
+        if self.flat is not None:
+            self.observe(BACKWARD)
+            self.votes = self.flat.average_(torch.cat([~sound, self._vote(stopping)]), first=self.before_exchange)
+            self.observe(REST)
         gradient_norm, finite = self._update(settings, step, sound, stopping)
         self.observe(COMMIT)
         committed = self.objective.commit_(carried, finite, at)
@@ -134,6 +150,12 @@ class TrainStep:
         self.optimizer.zero_grad(set_to_none=True)
         loss, *metrics = torch.stack(outcomes).mean(0).unbind()
         return StepResult(loss, gradient_norm, dict(zip(outcome.metrics, metrics, strict=True)) | committed)
+
+    def exchange_by(self, exchange: Callable[[Callable[[], Any]], None]) -> None:
+        """Have ``exchange`` call what this step exchanges between ranks (see ``World.exchange``)."""
+        self.world = replace(self.world, exchange=exchange)
+        if self.flat is not None:
+            self.flat.world = self.world
 
     def _exchanging_gradients(self, now: bool) -> contextlib.AbstractContextManager:
         """Ranks exchange gradients once per step, with the last micro-batch; until then each keeps its own sum."""
@@ -198,11 +220,16 @@ class TrainStep:
         self.scaler.update(finite)
         return torch.linalg.vector_norm(norms), finite
 
+    def _vote(self, stopping: Tensor | None) -> Tensor:
+        return self.stop_votes.new_zeros((1,)) if stopping is None else stopping.view(1)
+
     def _agree(self, norms: Tensor, sound: Tensor, stopping: Tensor | None) -> tuple[Tensor, Verdict]:
-        """One sum over ranks; returns norms [P] of whole gradients, and the verdict."""
+        """One sum over ranks, or what rode with the gradients; returns norms [P] of whole gradients, and the verdict."""
         unsound = torch.cat([~sound[:3], ~sound[3:].all(0, keepdim=True)])
-        votes = self.stop_votes.new_zeros((1,)) if stopping is None else stopping.view(1)
-        parts = [unsound.double(), votes.double()]
+        if self.flat is not None:  # all ranks hold the same gradients, and have voted on the rest
+            teacher, student, loss, votes = self.votes.double().unbind()
+            return norms, Verdict(teacher > 0, student > 0, loss > 0, unsound[3], votes)
+        parts = [unsound.double(), self._vote(stopping).double()]
         if self.sharded:  # each rank has the norms of its shards
             parts.append(norms.double().square())
         unsound, votes, *squares = self.world.sum(torch.cat(parts)).split([len(part) for part in parts])

@@ -22,7 +22,7 @@ from massl_fast.distributed.heartbeat import Heartbeat, end_process
 from massl_fast.distributed.integrity import find_drift
 from massl_fast.distributed.signals import StopRequest
 from massl_fast.distributed.stragglers import StragglerClock
-from massl_fast.distributed.world import World, choose_strategy, device_name
+from massl_fast.distributed.world import World, choose_exchange, choose_strategy, device_name
 from massl_fast.engine.banner import banner
 from massl_fast.engine.build import build_objective, build_pair, build_step, demand_residual
 from massl_fast.engine.flops import step_flops
@@ -144,7 +144,7 @@ class Trainer:
             self.world,
             self.length,
             num_images=len(self.source),
-            strategy=f"{self.strategy} ({self.strategy_reason})",
+            strategy=f"{self.strategy} ({self.strategy_reason}){self._exchange()}",
             precision=self.precision,
             loader=self.loader,
             student=self.pair.student,
@@ -159,6 +159,16 @@ class Trainer:
         warnings += self.objective.warnings(self.length, len(self.source)) + self.checkpoints.passed_over()
         for sentence in warnings:
             self._warn(sentence)
+
+    def _exchange(self) -> str:
+        """How gradients are exchanged and why, for the line on the strategy."""
+        config, sharded = self.config, self.strategy == "fsdp2"
+        if self.world.size == 1 or sharded:
+            return ""
+        name, reason = choose_exchange(
+            config.parallel.gradients, recorded=config.train.cuda_graph, sharded=sharded, world_size=self.world.size
+        )
+        return f"; gradients {name} ({reason})"
 
     def _loop(self) -> None:
         config = self.config

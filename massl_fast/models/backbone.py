@@ -238,8 +238,9 @@ class Encoder(nn.Module):
 
         Raises ValueError where varlen is asked for and cannot be had.
         """
-        if self.pass_name == "packed":
-            layers = [block.attn for block in self.backbone.blocks]
+        if self.packed is not None and self.pass_name == "packed":
+            blocks: Any = self.backbone.blocks
+            layers = [block.attn for block in blocks]
             heads, width = layers[0].num_heads, layers[0].head_dim
             dropout = any(layer.attn_drop.p > 0 for layer in layers)
             function, reason = varlen.choose_attention(asked, device, precision, heads=heads, width=width, dropout=dropout)

@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
+from massl_fast.models.products import OneDnnLinear, linear
 from massl_fast.models.varlen import Sequences, Varlen, in_one_call, sequences_of
 
 Attend = Callable[[Tensor, Tensor, Tensor, float], Tensor]
@@ -377,8 +378,9 @@ def _attention(
     queries_from = _first_rows(tokens, shapes) if first_only else tokens
     if first_only:
         size, bias = heads * width, attn.qkv.bias
-        query = F.linear(queries_from, attn.qkv.weight[:size], None if bias is None else bias[:size])
-        other = F.linear(tokens, attn.qkv.weight[size:], None if bias is None else bias[size:])
+        multiply = linear if isinstance(attn.qkv, OneDnnLinear) else F.linear
+        query = multiply(queries_from, attn.qkv.weight[:size], None if bias is None else bias[:size])
+        other = multiply(tokens, attn.qkv.weight[size:], None if bias is None else bias[size:])
         parts = [
             (query_g.view(crops, -1, 1, heads, width), other_g.view(crops, length, 2, heads, width))
             for query_g, other_g, (crops, length) in zip(query.split(queries), other.split(rows), groups)

@@ -103,7 +103,7 @@ def trial(function: Varlen, device: torch.device, dtype: torch.dtype, heads: int
     sequences = sequences_of(shapes, device)
     drawn = torch.randn(sum(TRIAL_LENGTHS), 3, heads, width, device=device, generator=generator).to(dtype)
     upstream = torch.randn(sum(TRIAL_LENGTHS), heads, width, device=device, generator=generator).to(dtype)
-    found = []
+    found: list[tuple[Tensor, ...]] = []
     try:
         with torch.enable_grad(), torch.autocast(device.type, enabled=False):
             for attention in (function, one_by_one):

@@ -17,6 +17,7 @@ from massl_fast.engine.build import build_objective, build_pair, build_step, dem
 from massl_fast.engine.flops import step_flops
 from massl_fast.engine.graphed_step import GraphedStep
 from massl_fast.engine.phases import REST, Observer
+from massl_fast.engine.placement import choose_kernels
 from massl_fast.engine.schedules import Schedules, StepSettings
 from massl_fast.engine.step import StepResult, TrainStep
 from massl_fast.length import Length, in_micro_batches
@@ -102,7 +103,7 @@ def synthetic_run(
         _in_shapes_(pair)
     else:
         pair.to(world.device, memory_format=torch.channels_last)
-        pair.choose_attention(config.model.attention, world.device, precision)
+        choose_kernels(pair, config, world.device, precision)
     if config.model.compile and not fake:
         # What was compiled for other shapes counts against Dynamo's limit (8 a function), beyond which steps run uncompiled.
         torch.compiler.reset()

@@ -29,6 +29,7 @@ NOT_TOLD = (
     "train.stop_at_step",
     "train.device",
     "train.micro_batch",
+    "train.cpu_products",
     "train.cuda_graph",
     "parallel",
     "evaluation",

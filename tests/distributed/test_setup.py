@@ -1,5 +1,6 @@
 """Who this process is and how the run is spread: what is chosen, and the sentences where it cannot be."""
 
+import resource
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -22,11 +23,24 @@ from massl_fast.distributed.world import (
     synchronise_batch_norms,
 )
 from massl_fast.engine.build import build_objective, build_pair
+from massl_fast.hardware import keep_freed_memory
 from massl_fast.models.backbone import build_backbone
 from massl_fast.models.precision import Precision
 from massl_fast.objectives.base import At
 
 CPU = torch.device("cpu")
+
+
+def test_the_allocator_keeps_what_is_freed():
+    """A tensor of 24 MB that comes and goes touches new pages the first time only."""
+    kept = keep_freed_memory()
+    if not kept:
+        pytest.skip("this allocator is not glibc's")
+    torch.ones(6 * 2**20)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        torch.ones(6 * 2**20)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 6144, "ten times would be 61,440 pages"
 
 
 @pytest.mark.parametrize(

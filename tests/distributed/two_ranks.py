@@ -46,7 +46,7 @@ def configured(workplace: Path, folder: str, **sections: dict) -> Config:
     settings["run"] = {"folder": str(workplace / folder)}
     settings["data"]["train"] = str(workplace / "images")
     for section, values in sections.items():
-        settings[section].update(values)
+        settings.setdefault(section, {}).update(values)
     return validated(settings, "test")
 
 

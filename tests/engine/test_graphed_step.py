@@ -112,7 +112,7 @@ def test_crops_of_another_shape_are_refused():
     [
         ({}, OperatorTape, 1, "Choose optimizer.name adamw_with_teacher"),
         ({"optimizer": "adamw_with_teacher"}, None, 1, "which has no CUDA graphs"),
-        ({"optimizer": "adamw_with_teacher"}, OperatorTape, 2, "for one process only"),
+        ({"optimizer": "adamw_with_teacher"}, OperatorTape, 2, "Choose parallel.strategy ddp with parallel.gradients auto or flat"),
     ],
 )
 def test_where_a_step_cannot_be_recorded(options, tape, size, sentence):

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import case, loss_and_gradient
 
-from massl_fast.kernels import enqueue_, memory_cross_entropy, memory_readout, partition_indices
+from massl_fast.kernels import enqueue_, memory_cross_entropy, memory_readout, partition_indices, streaming
 
 GOLDEN = Path(__file__).parent / "golden"
 SHARED_GOLDEN = Path(__file__).parents[2] / "../shared/golden"
@@ -165,3 +165,13 @@ def test_readout_against_its_definition(backend):
         expected_logsumexp += logits.logsumexp(-1)
     torch.testing.assert_close(readout, expected_readout)
     torch.testing.assert_close(logsumexp, expected_logsumexp)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_an_older_pytorch_multiplies_16_bit_matrices_in_32_bits(dtype, monkeypatch):
+    """Without ``torch.mm(..., out_dtype=...)``: a sum of 4,096 products is not rounded to 16 bits, where it would be off by 1e-3."""
+    monkeypatch.setattr(streaming, "WIDE_PRODUCTS", False)
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(shape, generator=generator).to(dtype) for shape in ((5, 4096), (4096, 3)))
+    found, exact = streaming._product(a, b, torch.float32), a.double() @ b.double()
+    assert found.dtype == torch.float32 and (found - exact).norm() < 1e-6 * exact.norm()
