@@ -41,11 +41,19 @@ OBJECTIVES = {
     "moco_v3": "{objective: {name: moco_v3}, crops: {num_local: 0}}",
 }
 
+AS_ONE = {
+    "carp-as-one": OBJECTIVES["carp"],
+    "moco_v3-as-one": OBJECTIVES["moco_v3"],
+    "mmc-as-one": "{objective: {name: mmc, patch_weight: 0, alien_ratio: 0, block_share: 0.01}, crops: {num_local: 0}}",
+}
+"""What is left of these where nothing stays on a rank. Batch norms see all of them, as they do on GPUs (``BatchNormOfAllRanks``); of mmc
+neither patches of other images nor alien ones, and as many corrupted patches in each image."""
+
 
 def settings_of(name: str, workplace: Path | None = None, **sections: dict) -> Config:
-    """The run of an objective of ``OBJECTIVES``; with ``workplace`` in its folder ``name`` on its folder ``images``."""
+    """The run of an objective of ``OBJECTIVES`` or ``AS_ONE``; with ``workplace`` in its folder ``name`` on its folder ``images``."""
     settings = yaml.safe_load(COMMON)
-    more = [yaml.safe_load(OBJECTIVES[name]), sections]
+    more = [yaml.safe_load((OBJECTIVES | AS_ONE)[name]), sections]
     if workplace is not None:
         more.append({"run": {"folder": str(workplace / name)}, "data": {"train": str(workplace / "images")}})
     for part in more:
@@ -54,8 +62,8 @@ def settings_of(name: str, workplace: Path | None = None, **sections: dict) -> C
     return validated(settings, "test")
 
 
-def small_step(config: Config, dtype: torch.dtype = torch.float32, world: World | None = None) -> TrainStep:
-    precision = Precision("fp32", "test")
+def small_step(config: Config, dtype: torch.dtype = torch.float32, world: World | None = None, precision_name: str = "fp32") -> TrainStep:
+    precision = Precision(precision_name, "test")
     objective = build_objective(config, precision, rank=0)
     pair, _ = build_pair(config, objective)
     return build_step(config, pair.to(dtype), objective.to(dtype), world or World(0, 1, 0, CPU), precision)

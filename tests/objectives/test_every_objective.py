@@ -1,19 +1,25 @@
 """What holds for every objective: packed as separate, accumulated as whole, recorded as eager, frozen layers, commits undone, recipes."""
 
 import pytest
+import timm
 import torch
+from safetensors.torch import load_file
 
 from massl_fast.config import load_config, recipe_names
 from massl_fast.config.objectives import SETTINGS
 from massl_fast.distributed.world import World
 from massl_fast.engine.graphed_step import WARM_UP, GraphedStep
 from massl_fast.engine.optimizer import optimizer_tensors
+from massl_fast.engine.trainer import Trainer
 from massl_fast.length import Length
+from massl_fast.models.export import export_backbone
+from massl_fast.models.published import load_backbone
 from massl_fast.objectives import OBJECTIVES as REGISTERED
 from massl_fast.objectives import objective_class
 from massl_fast.objectives.base import At
 from operator_tape import OperatorTape
 from small import CPU, OBJECTIVES, crops_of, settings_of, small_step, step_settings
+from small_images import write_images
 
 LENGTH = Length(total_steps=20, steps_per_epoch=4, global_batch=8, accumulation=1, micro_batch=8)
 
@@ -106,6 +112,21 @@ def test_recorded_steps_are_eager_steps(name):
     assert graphed.result is not None and graphed.tape.calls, "nothing was recorded"
 
 
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_compiled_blocks_train_as_eager_ones(name):
+    """The graphs that ``model.compile`` takes; what Inductor makes of them is held in tests/engine/test_compiled_step.py."""
+    config = settings_of(name)
+    eager, compiled = small_step(config), small_step(config)
+    torch._dynamo.reset()
+    for encoder in (compiled.pair.student, compiled.pair.teacher):
+        encoder.compile_blocks(fullgraph=True, backend="aot_eager")
+    for number in range(3):
+        crops, settings = crops_of(config, 8, number), step_settings(number)
+        found, expected = compiled([crops], settings, number), eager([crops], settings, number)
+        torch.testing.assert_close(found.loss, expected.loss, rtol=1e-5, atol=0)
+    torch._dynamo.reset()
+
+
 def test_a_frozen_last_layer_stands_still_and_then_moves():
     config = settings_of("dino")
     step = small_step(config)
@@ -133,6 +154,50 @@ def test_a_centre_is_the_same_however_ranks_divide_the_images():
         at = At(0, {"teacher_temperature": 0.05}, rows.shape[1], 0, (), world)
         objective.commit_([{"mean": rows.mean((0, 1)), "prototypes": keys}], torch.tensor(True), at)
     torch.testing.assert_close(whole.center, half.center, rtol=1e-12, atol=1e-14)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Folder of a run of three steps of each objective."""
+    workplace = tmp_path_factory.mktemp("trained")
+    write_images(workplace / "images", classes=2, per_class=8)
+
+    def folder(name):
+        if not (workplace / name).exists():
+            Trainer(settings_of(name, workplace, train={"steps": 3}, checkpoint={"every_steps": 3}), World(0, 1, 0, CPU)).run()
+        return workplace / name
+
+    return folder
+
+
+def teacher_of(folder):
+    state = max(folder.glob("checkpoints/step_*/state.safetensors"))
+    prefix = "teacher/backbone."
+    return {name.removeprefix(prefix): tensor for name, tensor in load_file(state).items() if name.startswith(prefix)}
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_a_run_of_each_is_exported_for_timm(name, trained, tmp_path):
+    backbone, info = load_backbone(trained(name))
+    export_backbone(backbone, info, tmp_path / "out")
+    loaded = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
+    expected = teacher_of(trained(name))
+    assert loaded.state_dict().keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[key]) for key, tensor in loaded.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("source", "name"), [("ibot", "massl"), ("moco_v3", "dino"), ("mmc", "massl"), ("massl", "ibot"), ("dino", "mmc"), ("carp", "moco_v3")]
+)
+def test_one_objective_starts_from_the_weights_of_anothers_run(source, name, trained, tmp_path):
+    config = settings_of(name, run={"init_from": str(trained(source))})
+    step = small_step(config)
+    expected = teacher_of(trained(source))
+    for encoder in (step.pair.student, step.pair.teacher):
+        assert all(torch.equal(tensor, expected[key]) for key, tensor in encoder.backbone.state_dict().items())
+    fresh = small_step(settings_of(name)).pair.student.head.state_dict()
+    assert all(torch.equal(tensor, fresh[key]) for key, tensor in step.pair.student.head.state_dict().items()), "heads start anew"
+    assert step([crops_of(config, 8, 0)], step_settings(0), 0).loss.isfinite()
 
 
 @pytest.mark.parametrize("recipe", [name for name in recipe_names() if name.startswith(("dino", "carp", "mmc", "moco", "ibot"))])

@@ -14,23 +14,27 @@ from small import crops_of, settings_of, small_step, step_settings
 IMAGES, STEPS = 5, 3
 
 
-@pytest.mark.parametrize("name", published_objectives.STEPS)
-def test_a_published_way_and_ours_are_the_same_mathematics(name):
-    config = settings_of(name)
-    ours = small_step(config, torch.float64)
-    pair = ours.pair
-    copies = [published_encoder(copy.deepcopy(one.backbone), copy.deepcopy(one.head)) for one in (pair.student, pair.teacher)]
+def published_way(name, config, ours, dtype):
+    """Beside ``ours``, from the same weights and with its draws."""
+    encoders = [published_encoder(copy.deepcopy(one.backbone), copy.deepcopy(one.head)) for one in (ours.pair.student, ours.pair.teacher)]
 
     def drawn(step):
         if name == "carp":
             return published_objectives.Drawn(partition=partition_indices(40, seed=config.run.seed, step=step).long())
         at = At(step, step_settings(step).own, IMAGES, 0, (), ours.world, 4)
-        inputs = ours.objective.student_inputs(crops_of(config, IMAGES, step, torch.float64), at)
+        inputs = ours.objective.student_inputs(crops_of(config, IMAGES, step, dtype), at)
         hidden = inputs.masks and inputs.masks.extra.get("corrupted", inputs.masks.hidden)
         return published_objectives.Drawn(mask=hidden, corrupted=inputs.crops)
 
     kind = published_objectives.STEPS[name]
-    published = kind(copies[0].train(), copies[1], config.objective, drawn, clip=ours.clip, precision=ours.precision)
+    return kind(encoders[0].train(), encoders[1], config.objective, drawn, clip=ours.clip, precision=ours.precision)
+
+
+@pytest.mark.parametrize("name", published_objectives.STEPS)
+def test_a_published_way_and_ours_are_the_same_mathematics(name):
+    config = settings_of(name)
+    ours = small_step(config, torch.float64)
+    pair, published = ours.pair, published_way(name, config, ours, torch.float64)
     for step in range(STEPS):
         crops, settings = crops_of(config, IMAGES, step, torch.float64), step_settings(step)
         loss = published(crops, settings, step)
@@ -45,3 +49,22 @@ def test_a_published_way_and_ours_are_the_same_mathematics(name):
     for center in ("center", "patch_center"):
         if hasattr(ours.objective, center):
             torch.testing.assert_close(getattr(ours.objective, center), getattr(published, center), rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", published_objectives.STEPS)
+def test_bf16_errs_no_more_than_twice_as_much_as_the_published_way_in_bf16(name):
+    """Mean over batches of the distance of the loss from that of float64; where published logits are 16 bits, ours are not."""
+    config = settings_of(name)
+    settings = step_settings(0)._replace(learning_rate=0.0, teacher_momentum=1.0)
+    exact, ours = small_step(config, torch.float64), small_step(config, precision_name="bf16")
+    narrow = published_way(name, config, ours, torch.float32)
+    errors = []
+    for step in range(8):
+        crops = crops_of(config, IMAGES, step, torch.float64)
+        rounded = [crop.float() for crop in crops]
+        right = float(exact([crops], settings, step).loss)
+        found = ours([rounded], settings, step)
+        assert found.loss.isfinite() and found.gradient_norm.isfinite()
+        errors.append((abs(float(found.loss) - right), abs(narrow(rounded, settings, step) - right)))
+    mine, published = map(sum, zip(*errors))
+    assert mine <= 2 * published + 8 * 1e-4 * abs(right), f"{mine / 8} against {published / 8}"

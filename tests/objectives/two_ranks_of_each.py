@@ -9,21 +9,50 @@ import sys
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from massl_fast.distributed.world import join_world, leave_world
 from massl_fast.engine.trainer import Trainer
-from small import OBJECTIVES, settings_of
+from small import AS_ONE, OBJECTIVES, settings_of
 
 
 def main(workplace: Path) -> None:
     torch.set_num_threads(1)
     world = join_world("cpu", timeout_seconds=120)
-    for name in OBJECTIVES:
-        for strategy in ("ddp", "fsdp2"):
-            config = settings_of(name, workplace, parallel={"strategy": strategy}, train={"stop_at_step": 20, "steps": 21})
-            config.run.folder += f"-{strategy}"
-            Trainer(config, world).run()
+    for names in (OBJECTIVES, AS_ONE):
+        if names is AS_ONE:
+            torch.nn.BatchNorm1d = BatchNormOfAllRanks
+        for name in names:
+            for strategy in ("ddp", "fsdp2"):
+                config = settings_of(name, workplace, parallel={"strategy": strategy}, train={"stop_at_step": 20, "steps": 21})
+                config.run.folder += f"-{strategy}"
+                Trainer(config, world).run()
     leave_world()
+
+
+class SumOverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, values):
+        values = values.clone()
+        dist.all_reduce(values)
+        return values
+
+    @staticmethod
+    def backward(ctx, gradient):
+        gradient = gradient.clone()
+        dist.all_reduce(gradient)
+        return gradient
+
+
+class BatchNormOfAllRanks(torch.nn.BatchNorm1d):
+    """What SyncBatchNorm, which PyTorch has for GPUs alone, is in training: mean and variance of the rows of all ranks."""
+
+    def forward(self, rows):
+        assert self.training
+        mean = SumOverRanks.apply(rows.mean(0)) / dist.get_world_size()
+        variance = SumOverRanks.apply((rows - mean).square().mean(0)) / dist.get_world_size()
+        normalised = (rows - mean) * (variance + self.eps).rsqrt()
+        return normalised if self.weight is None else normalised * self.weight + self.bias
 
 
 if __name__ == "__main__":
