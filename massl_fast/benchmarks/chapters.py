@@ -234,7 +234,8 @@ def sides(ratio: str) -> Callable[[Sequence[Row]], list[Part]]:
         lines, drawn = [], []
         for row in rows:
             case, found = row["case"], row["details"]["sides"]
-            what = f"{published_model(row)}, {case['batch']} images, {case['precision']}, K {case['memory_size']}"
+            objective = case.get("objective") or f"K {case['memory_size']}"
+            what = f"{published_model(row)}, {case['batch']} images, {case['precision']}, {objective}"
             for side, result in found.items():
                 quartiles = " to ".join(f"{1000 * seconds:.0f}" for seconds in result.get("step_seconds_quartiles", ()))
                 processor = result.get("times_the_first_side_by_processor_time")
