@@ -41,13 +41,8 @@ OBJECTIVES = {
     "moco_v3": "{objective: {name: moco_v3}, crops: {num_local: 0}}",
 }
 
-AS_ONE = {
-    "carp-as-one": OBJECTIVES["carp"],
-    "moco_v3-as-one": OBJECTIVES["moco_v3"],
-    "mmc-as-one": "{objective: {name: mmc, patch_weight: 0, alien_ratio: 0, block_share: 0.01}, crops: {num_local: 0}}",
-}
-"""What is left of these where nothing stays on a rank. Batch norms see all of them, as they do on GPUs (``BatchNormOfAllRanks``); of mmc
-neither patches of other images nor alien ones, and as many corrupted patches in each image."""
+AS_ONE = {"carp-as-one": OBJECTIVES["carp"]}
+"""What two processes train as one where batch norms see both, as they do on GPUs (``BatchNormOfAllRanks``)."""
 
 
 def settings_of(name: str, workplace: Path | None = None, **sections: dict) -> Config:

@@ -56,7 +56,7 @@ def test_sharded_ranks_train_as_replicas(workplace, name):
 
 
 # On CPUs the batch norms of carp and moco_v3 see the images of their own process, and mmc's patches meet those of their own rank anywhere:
-# there two processes take another step than one, and AS_ONE is the nearest that is one.
+# there two processes take another step than one, and AS_ONE is the nearest that is one, of carp.
 @pytest.mark.parametrize("name", [*(name for name in OBJECTIVES if name not in ("carp", "mmc", "moco_v3")), *AS_ONE])
 def test_two_processes_train_as_one(workplace, name):
     expected = of_one_process(workplace, name)
