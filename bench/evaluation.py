@@ -4,16 +4,16 @@
     python bench/evaluation.py regressions
     python bench/evaluation.py extraction --images FOLDER_OF_CLASS_FOLDERS
 
-Both sides take turns in one process on one thread; a figure is the median of the turns, in seconds of processor time, worker processes
-included, so that others at work on the machine disturb less. The plain ways are what users write: a loop over ``nn.Linear`` and
+Both sides take turns in one process on one thread, images are decoded in it, too; a figure is the median of the turns, in seconds of
+processor time, so that others at work on the machine disturb less. The plain ways are what users write: a loop over ``nn.Linear`` and
 ``torch.optim.SGD``, scikit-learn penalty by penalty, torchvision's ImageFolder and a timm network.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
+import time
 import warnings
 from collections.abc import Callable
 
@@ -34,13 +34,13 @@ MOST_EXCESS = 1e-4
 
 
 def in_turns(ways: dict[str, Callable[[], object]], turns: int) -> dict[str, float]:
-    """Median processor seconds of each way, those of worker processes that have ended included."""
+    """Median processor seconds of each way."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(turns):
         for name, way in ways.items():
-            started = sum(os.times()[:4])
+            started = time.process_time()
             way()
-            seconds[name].append(sum(os.times()[:4]) - started)
+            seconds[name].append(time.process_time() - started)
     return {name: statistics.median(found) for name, found in seconds.items()}
 
 
@@ -127,14 +127,14 @@ def regressions(turns: int) -> None:
             print(f"    {name:24} {seconds:6.2f} s   {seconds / found['fit_logistic']:4.1f} ×   {excesses[name]}")
 
 
-def plain_extraction(images: str, network: nn.Module, workers: int, batch: int) -> Tensor:
+def plain_extraction(images: str, network: nn.Module, batch: int) -> Tensor:
     """The loop that users write."""
     from torchvision import transforms
     from torchvision.datasets import ImageFolder
 
     steps = [transforms.Resize(256, transforms.InterpolationMode.BICUBIC), transforms.CenterCrop(224), transforms.ToTensor()]
     steps.append(transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD))
-    loader = torch.utils.data.DataLoader(ImageFolder(images, transforms.Compose(steps)), batch, num_workers=workers)
+    loader = torch.utils.data.DataLoader(ImageFolder(images, transforms.Compose(steps)), batch)
     with torch.no_grad():
         return torch.cat([network(batch_images) for batch_images, _ in loader])
 
@@ -142,24 +142,14 @@ def plain_extraction(images: str, network: nn.Module, workers: int, batch: int) 
 def extraction(turns: int, images: str, architecture: str) -> None:
     network = timm.create_model(architecture, num_classes=0).eval()
     source = open_data(images, "--images", "train")
-    for workers in (0, 2):
-        ways = {
-            "timm and torchvision": lambda workers=workers: plain_extraction(images, network, workers, 64),
-            "extract_features": lambda workers=workers: extract_features(
-                network,
-                source,
-                image_size=224,
-                device="cpu",
-                mean=IMAGENET_MEAN,
-                std=IMAGENET_STD,
-                batch_size=64,
-                num_workers=workers,
-            ),
-        }
-        found = in_turns(ways, turns)
-        print(f"{len(source)} images of {images}, {architecture}, {workers} workers:")
-        for name, seconds in found.items():
-            print(f"    {name:24} {seconds:6.2f} s   {len(source) / seconds:6.1f} images per processor second")
+    arguments = dict(image_size=224, device="cpu", mean=IMAGENET_MEAN, std=IMAGENET_STD, batch_size=64)
+    ways = {
+        "timm and torchvision": lambda: plain_extraction(images, network, 64),
+        "extract_features": lambda: extract_features(network, source, **arguments),
+    }
+    print(f"{len(source)} images of {images}, {architecture}:")
+    for name, seconds in in_turns(ways, turns).items():
+        print(f"    {name:24} {seconds:6.2f} s   {len(source) / seconds:6.1f} images per processor second")
 
 
 def main() -> None:
