@@ -11,13 +11,12 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from massl_fast.benchmarks import records
+from massl_fast.benchmarks.beside import Call, time_variants
 from massl_fast.benchmarks.compare import SAME, WORSE, compare
 from massl_fast.kernels import memory_readout
 
@@ -32,18 +31,16 @@ def main() -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(1)
     plain, planted = call_of(BLOCK, device), call_of(round(SLOWER * BLOCK), device)
-    for call in (plain, planted):
-        for _ in range(3):
-            call()
     verdicts: dict[str, list[str]] = {"planted": [], "nothing": []}
     with tempfile.TemporaryDirectory() as folder:
         for number in range(args.tries):
             for name, other in (("planted", planted), ("nothing", plain)):
                 sides = [Path(folder, f"{name}-{number}-{side}.jsonl") for side in "ab"]
-                for path, samples in zip(sides, times_of(plain, other, device)):
-                    records.append(
-                        path, [records.record("kernels", {"operation": "readout"}, {"time": records.figure(samples, "s", "lower")})]
-                    )
+                timed = time_variants({"a": plain, "b": other}, [None], SAMPLES, device)
+                for path, times in zip(sides, timed.values()):
+                    samples = [wall if device.type == "cuda" else processor for wall, processor in times]
+                    row = records.record("kernels", {"operation": "readout"}, {"time": records.figure(samples, "s", "lower")})
+                    records.append(path, [row])
                 (difference,), _, _ = compare(*map(records.read, sides))
                 verdicts[name].append(difference.verdict)
                 print(f"{name:<8} {difference.percent:+6.1f} %  {difference.verdict}", flush=True)
@@ -54,7 +51,7 @@ def main() -> int:
     return int(found < 0.95 * args.tries or alarms > 0)
 
 
-def call_of(block: int, device: torch.device) -> Callable[[], object]:
+def call_of(block: int, device: torch.device) -> Call:
     """A call of the read-out over blocks of ``block`` entries."""
     generator = torch.Generator(device).manual_seed(0)
     unit = torch.nn.functional.normalize
@@ -62,31 +59,7 @@ def call_of(block: int, device: torch.device) -> Callable[[], object]:
     rows = unit(torch.randn(ROWS, WIDTH, device=device, generator=generator), dim=-1).to(dtype)
     memory = unit(torch.randn(BLOCKS * block, WIDTH, device=device, generator=generator), dim=-1).to(dtype)
     partition = torch.arange(len(memory), device=device, dtype=torch.int32)
-    return lambda: memory_readout(rows, memory, block_size=block, temperature=0.1, partition=partition)
-
-
-def times_of(first: Callable, second: Callable, device: torch.device) -> tuple[list[float], list[float]]:
-    """Seconds of single calls of both, in turn."""
-    samples: tuple[list[float], list[float]] = ([], [])
-    for _ in range(SAMPLES):
-        for call, times in zip((first, second), samples):
-            times.append(seconds_of(call, device))
-    return samples
-
-
-def seconds_of(call: Callable, device: torch.device, repeats: int = 3) -> float:
-    if device.type == "cpu":
-        start = time.process_time()
-        for _ in range(repeats):
-            call()
-        return (time.process_time() - start) / repeats
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    begin.record()
-    for _ in range(10 * repeats):
-        call()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end) / 1000 / (10 * repeats)
+    return lambda _: memory_readout(rows, memory, block_size=block, temperature=0.1, partition=partition)
 
 
 if __name__ == "__main__":

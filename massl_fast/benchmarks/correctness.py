@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from massl_fast.benchmarks import records
-from massl_fast.benchmarks.kernels import DTYPES, OURS, Case, errors, excess, variants
+from massl_fast.benchmarks.beside import DTYPES
+from massl_fast.benchmarks.kernels import OURS, Case, errors, excess, variants
 
 CHECKED = ("reference", *OURS)
 PEERS = ("reference", "randperm", "plain PyTorch")

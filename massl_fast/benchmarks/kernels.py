@@ -1,55 +1,40 @@
 """Loss and gradient, read-out, enqueue and partition, each beside its peers.
 
 Correctness comes first: every variant's error against float64 stands beside its time, and a backend of ours that errs more than twice as
-much as the reference of the same precision gets no time and ends the run with exit code 1. Then all variants of a case run in turn, a
-call (or a few) of each in every round, so that what else the machine does meets all of them; times are medians over the rounds, ratios
-medians of each round's ratio. Inputs are random and rotate over several copies. The rate of a large matrix product and the bandwidth of a
-copy are measured in the same rounds; the floor is 4·D·(V+T)·N·K operations at that rate.
-
-Extra memory is what a second call needs beyond its inputs, results included. GPU: peak of PyTorch's allocator. CPU: growth of the
-resident set's high-water mark (VmHWM, reset through /proc/self/clear_refs) during the call, in a process of its own for each variant;
-scratch memory of the matrix library and of threads is in it.
+much as the reference of the same precision gets no time and ends the run with exit code 1. How times and memory are taken:
+benchmarks.beside. Inputs are random; the floor is 4·D·(V+T)·N·K operations.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import functools
-import gc
 import os
-import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
-from multiprocessing import get_context
+from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from massl_fast import kernels
-from massl_fast.benchmarks import records
-from massl_fast.benchmarks.intervals import spread_percent
+from massl_fast.benchmarks import beside
+from massl_fast.benchmarks.beside import COPIES, DTYPES, Call, relative_error, scientific
 from massl_fast.hardware import device_slug
 from massl_fast.kernels import reference
 from massl_fast.kernels.backends import triton_obstacle
 from massl_fast.kernels.loss import assemble, count_pairs
 from massl_fast.kernels.shuffle import round_keys, shuffle
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Their ratio is a power of two, so that the attention composition can give all rows one scale without rounding them.
 STUDENT_TEMP, TEACHER_TEMP = 0.1, 0.05
 TUNED = "triton, tuned"
 """Stands in for triton where the tuner is on (MASSL_FAST_AUTOTUNE=1)."""
-OURS = ("triton", "streaming", TUNED)
+OURS = (*beside.OURS, TUNED)
 LOSS_ONLY = "reference, loss only"
 # Timed as a CUDA graph as well: short beside the launches from the host, which a training step under a graph does not pay.
 GRAPHED, GRAPH = ("triton", TUNED, "enqueue_", "partition_indices"), ", graph"
-MATRIX, COPY = "matrix product", "copy"
-COPIES = 3  # of the inputs
 ORACLE_IMAGES = 8  # at a time, in float64
 RESULTS = Path("bench") / "results"
 
@@ -73,6 +58,9 @@ class Case:
         kept = self.K // self.block * self.block
         return 4 * self.D * (self.V + self.T) * self.N * kept if self.operation in ("loss", "readout") else 0
 
+    def __str__(self) -> str:
+        return f"{self.operation}: V {self.V}, T {self.T}, N {self.N}, D {self.D}, K {self.K}, block {self.block}, {self.dtype}"
+
 
 @dataclass
 class Inputs:
@@ -88,9 +76,6 @@ class Inputs:
     @property
     def rows(self) -> Tensor:
         return torch.cat((self.student, self.teacher)).flatten(0, 1)
-
-
-Call = Callable[[Inputs], tuple[Tensor, ...]]
 
 
 def make_inputs(case: Case, seed: int, device: torch.device) -> Inputs:
@@ -282,11 +267,11 @@ def errors(case: Case, calls: dict[str, Call], device: torch.device) -> tuple[di
             found[name] = (float(missed if name == "randperm" else max(missed, int((results[0] != truth[0]).sum()))),)
         elif name.startswith("linear"):
             logits = (inputs.rows / STUDENT_TEMP).double() @ inputs.memory.double().T
-            found[name] = (_relative(results[0], F.cross_entropy(logits, inputs.targets)),)
+            found[name] = (relative_error(results[0], F.cross_entropy(logits, inputs.targets)),)
         elif case.operation == "loss":
-            found[name] = tuple(map(_relative, results, truth))
+            found[name] = tuple(map(relative_error, results, truth))
         else:
-            found[name] = (_relative(results[1], truth[1]), _relative(results[0], truth[0]))
+            found[name] = (relative_error(results[1], truth[1]), relative_error(results[0], truth[0]))
     return found, failed
 
 
@@ -313,10 +298,6 @@ def oracle(case: Case, inputs: Inputs) -> tuple[Tensor, ...]:
     return loss, torch.cat(gradients, 1)
 
 
-def _relative(found: Tensor, truth: Tensor) -> float:
-    return float((found.double() - truth).abs().max() / truth.abs().max())
-
-
 def excess(case: Case, found: dict[str, tuple[float, ...]]) -> dict[str, str]:
     """Which of our variants are wrong, and by how much."""
     if case.operation == "partition":
@@ -331,58 +312,13 @@ def excess(case: Case, found: dict[str, tuple[float, ...]]) -> dict[str, str]:
     least = 4 * torch.finfo(torch.float32).eps
     budget = tuple(max(2 * error, floor) for error, floor in zip(found["reference"], (max(unit, least), least)))
     return {
-        name: f"errors {_scientific(found[name])}, more than the {_scientific(budget)} that twice the reference's allows"
+        name: f"errors {scientific(found[name])}, more than the {scientific(budget)} that twice the reference's allows"
         for name in OURS
         if name in found and any(error > allowed for error, allowed in zip(found[name], budget))
     }
 
 
-# Time
-
-
-def time_variants(
-    calls: dict[str, Call], copies: Sequence[Inputs], rounds: int, device: torch.device
-) -> dict[str, list[tuple[float, float]]]:
-    """(wall, processor) seconds of a call, of each variant in each round; on a GPU wall is by events, processor 0."""
-    repeats = {}
-    for name, call in calls.items():
-        call(copies[0])
-        start = time.perf_counter()
-        call(copies[-1])
-        _wait(device)
-        # A clock's resolution and a launch's latency vanish in 2 ms; no more calls than that, to keep rounds short.
-        repeats[name] = max(1, min(200, int(2e-3 / max(time.perf_counter() - start, 1e-6))))
-    samples: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
-    gc.collect()
-    gc.disable()
-    try:
-        for number in range(rounds):
-            for name, call in calls.items():
-                samples[name].append(_time(call, copies, number, repeats[name], device))
-    finally:
-        gc.enable()
-    return samples
-
-
-def _time(call: Call, copies: Sequence[Inputs], first: int, repeats: int, device: torch.device) -> tuple[float, float]:
-    _wait(device)
-    if device.type == "cuda":
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        for number in range(first, first + repeats):
-            call(copies[number % len(copies)])
-        end.record()
-        end.synchronize()
-        return begin.elapsed_time(end) / 1e3 / repeats, 0.0
-    wall, processor = time.perf_counter(), time.process_time()
-    for number in range(first, first + repeats):
-        call(copies[number % len(copies)])
-    return (time.perf_counter() - wall) / repeats, (time.process_time() - processor) / repeats
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+# CUDA graphs
 
 
 def graphed(call: Call, copies: Sequence[Inputs]) -> Call:
@@ -426,55 +362,8 @@ def graphs(case: Case, calls: dict[str, Call], copies: Sequence[Inputs]) -> tupl
     return found, differing
 
 
-def machine_calls(dtype: torch.dtype, device: torch.device) -> tuple[dict[str, Call], dict[str, float]]:
-    """A large matrix product and a large copy, and the operations or bytes of a call of each."""
-    side = 8192 if device.type == "cuda" else 2048
-    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    source = torch.zeros((2**30 if device.type == "cuda" else 2**27), dtype=torch.uint8, device=device)
-    target = torch.zeros_like(source)
-    calls = {MATRIX: lambda inputs: (a @ b,), COPY: lambda inputs: (target.copy_(source),)}
-    return calls, {MATRIX: 2.0 * side**3, COPY: 2.0 * source.numel()}
-
-
-# Memory
-
-
-def extra_bytes(case: Case, name: str, compiled: bool, device: torch.device) -> int:
-    """What a variant's second call needs beyond its inputs; see above for the method."""
-    if device.type == "cpu":
-        # Spawned, so that nothing of this process's pools is reused.
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as executor:
-            return executor.submit(_growth, case, name, compiled, torch.get_num_threads()).result()
-    call, inputs = variants(case, device, compiled)[0][name], make_inputs(case, 0, device)
-    call(inputs)
-    gc.collect()
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    call(inputs)
-    _wait(device)
-    return torch.cuda.max_memory_allocated(device) - before
-
-
-def _growth(case: Case, name: str, compiled: bool, threads: int) -> int:
-    torch.set_num_threads(threads)
-    device = torch.device("cpu")
-    call, inputs = variants(case, device, compiled)[0][name], make_inputs(case, 0, device)
-    call(inputs)
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # what the first call freed goes back to the system
-    Path("/proc/self/clear_refs").write_text("5")
-    before = _status("VmRSS")
-    results = call(inputs)
-    peak = _status("VmHWM")
-    del results
-    return max(0, peak - before)
-
-
-def _status(key: str) -> int:
-    """A line of /proc/self/status in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key + ":"))
+def prepared(case: Case, name: str, compiled: bool, device: torch.device) -> tuple[Call, Inputs]:
+    return variants(case, device, compiled)[0][name], make_inputs(case, 0, device)
 
 
 # The command
@@ -529,120 +418,35 @@ def slug(device: torch.device) -> str:
 
 def measure(case: Case, wanted: Sequence[str], rounds: int, compiled: bool, device: torch.device) -> tuple[list[dict], dict[str, str]]:
     """Records of all variants of a case, printed as they come, and what was wrong."""
-    print(f"\n{case.operation}: V {case.V}, T {case.T}, N {case.N}, D {case.D}, K {case.K}, block {case.block}, {case.dtype}")
+    print(f"\n{case}")
     calls, missing = variants(case, device, compiled)
-    baseline = next(iter(calls))
-    keep = (baseline, "reference")
+    keep = (next(iter(calls)), "reference")
     calls = {name: call for name, call in calls.items() if not wanted or name in keep or any(word in name for word in wanted)}
     found, failed = errors(case, calls, device)
     mistakes = excess(case, found)
-    for name, why in (missing | failed).items():
-        print(f"  {name:<30} not measured: {why}")
-    for name, why in mistakes.items():
-        print(f"  {name:<30} WRONG: {why}")
     timed = {name: call for name, call in calls.items() if name in found and name not in mistakes}
     copies = [make_inputs(case, seed, device) for seed in range(COPIES)]
     if device.type == "cuda":
         replays, differing = graphs(case, timed, copies)
         mistakes |= differing
-        for name, why in differing.items():
-            print(f"  {name:<30} WRONG: {why}")
         timed |= replays
         found |= {name: found[name.removesuffix(GRAPH)] for name in replays}
-    work: dict[str, float] = {}
-    if case.flops:
-        machine, work = machine_calls(DTYPES[case.dtype], device)
-        timed |= machine
-    samples = time_variants(timed, copies, rounds, device)
-    del copies
-    walls = {name: [wall for wall, _ in pairs] for name, pairs in samples.items()}
-    rates = {name: [amount / wall for wall in walls[name]] for name, amount in work.items()}
-    if rates:
-        print(f"  {MATRIX} {median(rates[MATRIX]) / 1e12:.3f} TFLOP/s, {COPY} {median(rates[COPY]) / 1e9:.1f} GB/s", end=", ")
-        print(f"floor {1e3 * case.flops / median(rates[MATRIX]):.3f} ms")
-    print(
-        f"  {'variant':<30}{'ms':>11}{'spread':>8}{'× first':>9}{'× CPU':>8}{'error':>18}"
-        f"{'TFLOP/s':>9}{'% rate':>8}{'× floor':>9}{'extra MiB':>11}"
-    )
-    rows = []
-    for name in (n for n in timed if n not in work):
-        is_graph = name.endswith(GRAPH)
-        extra = extra_bytes(case, name, compiled, device) if case.flops and not is_graph else None
-        rows.append(_record(case, name, samples, samples.get(baseline), rates, found[name], extra, rounds, device))
-        _print(rows[-1], name)
+    beside.tell(missing | failed, mistakes)
+
+    def memory(name: str) -> tuple[int, int] | None:
+        if not case.flops or name.endswith(GRAPH):
+            return None
+        return beside.extra_bytes(functools.partial(prepared, case, name, compiled, device), device)
+
+    names = ("error of the sum", "error")
+    told = {name: dict(zip(names[-len(found[name]) :], found[name])) for name in timed}
+    # The linear cross-entropy is half of the problem: it does not do these operations.
+    operations = {name: 0 if name.startswith("linear") else case.flops for name in timed}
+    details = {"temperatures": [STUDENT_TEMP, TEACHER_TEMP]}
+    rows = beside.measure("kernels", case, timed, copies, told, operations, memory, rounds, device, details)
+    for row in rows:
+        if row["case"]["variant"] == TUNED:
+            from massl_fast.kernels.fused import tuned_milliseconds  # imports Triton
+
+            row["details"]["tuner"] = [[shape, {str(choice): ms for choice, ms in times.items()}] for shape, times in tuned_milliseconds()]
     return rows, mistakes
-
-
-def _record(
-    case: Case,
-    name: str,
-    samples: dict[str, list[tuple[float, float]]],
-    baseline: list[tuple[float, float]] | None,
-    rates: dict[str, list[float]],
-    error: tuple[float, ...],
-    extra: int | None,
-    rounds: int,
-    device: torch.device,
-) -> dict:
-    times = samples[name]
-    walls = [wall for wall, _ in times]
-    figures = {"time": records.figure([1e3 * wall for wall in walls], "ms", "lower")}
-    figures["error"] = records.figure(error[-1], "relative" if case.flops else "absolute", "lower")
-    if len(error) > 1:
-        figures["error of the sum"] = records.figure(error[0], "relative", "lower")
-    if baseline:
-        figures["time ratio"] = records.figure([wall / first for (wall, _), (first, _) in zip(times, baseline)], "×", "lower")
-        if device.type == "cpu":
-            ratios = [mine / first for (_, mine), (_, first) in zip(times, baseline) if first]
-            if ratios:
-                figures["processor time ratio"] = records.figure(ratios, "×", "lower")
-    if device.type == "cpu":
-        figures["processor time"] = records.figure([1e3 * processor for _, processor in times], "ms", "lower")
-    half = name.startswith("linear")  # it does not do these operations
-    if rates and not half:
-        figures["rate"] = records.figure([case.flops / wall / 1e12 for wall in walls], "TFLOP/s", "higher")
-        shares = [100 * case.flops / wall / rate for wall, rate in zip(walls, rates[MATRIX])]
-        figures["share of the matrix rate"] = records.figure(shares, "%", "higher")
-        figures["time, of the floor"] = records.figure([100 / share for share in shares], "×", "lower")
-    if rates:
-        figures[MATRIX] = records.figure([rate / 1e12 for rate in rates[MATRIX]], "TFLOP/s")
-        figures[COPY] = records.figure([rate / 1e9 for rate in rates[COPY]], "GB/s")
-    if extra is not None:
-        figures["extra memory"] = records.figure(extra / 2**20, "MiB", "lower")
-    details = {
-        "first": next(iter(samples)),
-        "threads": torch.get_num_threads(),
-        "rounds": rounds,
-        "temperatures": [STUDENT_TEMP, TEACHER_TEMP],
-        "half of the problem": half,
-    }
-    if name == TUNED:
-        from massl_fast.kernels.fused import tuned_milliseconds  # imports Triton
-
-        details["tuner"] = [[shape, {str(choice): ms for choice, ms in times.items()}] for shape, times in tuned_milliseconds()]
-    return records.record("kernels", asdict(case) | {"variant": name, "device": device.type}, figures, details)
-
-
-def _print(row: dict, name: str) -> None:
-    figures = row["figures"]
-
-    def value(key: str, form: str, width: int) -> str:
-        return f"{format(figures[key]['median'], form) if key in figures else '–':>{width}}"
-
-    error = "/".join(f"{figures[key]['median']:.1e}" for key in ("error of the sum", "error") if key in figures)
-    cells = (
-        ("time ratio", ".3f", 9),
-        ("processor time ratio", ".2f", 8),
-        ("rate", ".3f", 9),
-        ("share of the matrix rate", ".0f", 8),
-        ("time, of the floor", ".2f", 9),
-        ("extra memory", ".1f", 11),
-    )
-    texts = [value(*cell) for cell in cells]
-    texts.insert(2, f"{error:>18}")
-    spread = spread_percent(figures["time"]["samples"])
-    print(f"  {name:<30}{value('time', '.4f', 11)}{spread:>7.0f}%" + "".join(texts), flush=True)
-
-
-def _scientific(values: Sequence[float]) -> str:
-    return "/".join(f"{value:.1e}" for value in values)

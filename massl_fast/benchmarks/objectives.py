@@ -4,38 +4,28 @@ The published way holds the logits: plain PyTorch, written after the losses' pub
 iBOT, a product per pair in CARP). "reference" is the same mathematics with every logit made once and masked rows alone, the stricter
 baseline. A call is loss and gradients, of student rows and of prototypes; of Sinkhorn-Knopp the bias, or the assignment.
 
-Errors are the largest of a tensor relative to its largest value, against float64. Time, extra memory and rounds are those of
-``massl-fast bench kernels``; the results of a call are counted apart, for a gradient of [K, D] is the parameter's own and no way can do
-without it.
+Errors are the largest of a tensor relative to its largest value, against float64. How times and memory are taken: benchmarks.beside. The
+results of a call are counted apart, for a gradient of [K, D] is the parameter's own and no way can do without it.
 """
 
 from __future__ import annotations
 
-import ctypes
 import functools
-import gc
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context
-from pathlib import Path
-from statistics import median
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from massl_fast import kernels
-from massl_fast.benchmarks import records
-from massl_fast.benchmarks.intervals import spread_percent
-from massl_fast.benchmarks.kernels import COPIES, COPY, DTYPES, MATRIX, _status, machine_calls, time_variants
+from massl_fast.benchmarks import beside
+from massl_fast.benchmarks.beside import COPIES, DTYPES, OURS, Call, relative_error, scientific
 from massl_fast.kernels.backends import triton_obstacle
 
 PUBLISHED, REFERENCE = "published way", "reference"
-OURS = ("triton", "streaming")
 MASKED = 0.15  # share of patches, iBOT's mean
 Inputs = dict[str, Tensor]
-Call = Callable[[Inputs], tuple[Tensor, ...]]
 
 
 @dataclass(frozen=True)
@@ -61,7 +51,7 @@ class Case:
             "ibot": (8 * round(MASKED * self.rows), 4 * self.rows),
             "carp": ((4 * V + 2 * T) * N, (3 * V + T) * N),
             "moco_v3": (4 * self.rows, 4 * self.rows),
-            "sinkhorn": (5 * self.rows, self.rows),
+            "sinkhorn": (3 * self.rows, self.rows),
         }[self.loss]
 
 
@@ -281,7 +271,7 @@ def errors(case: Case, calls: dict[str, Call], device: torch.device) -> dict[str
     right, found = truth(case, inputs), {}
     for name, call in calls.items():
         results = _comparable(case, inputs, call(inputs))
-        found[name] = tuple(float((r.double() - t).abs().max() / t.abs().max()) for r, t in zip(results, right))
+        found[name] = tuple(map(relative_error, results, right))
     return found
 
 
@@ -292,47 +282,22 @@ def excess(case: Case, found: dict[str, tuple[float, ...]]) -> dict[str, str]:
     for name in (n for n in OURS if n in found):
         allowed = [max(2 * max(pair), 4 * unit) for pair in zip(found[PUBLISHED], found[REFERENCE])]
         if any(error > most for error, most in zip(found[name], allowed)):
-            wrong[name] = f"errors {_scientific(found[name])}, more than the {_scientific(allowed)} that twice the baselines' allow"
+            wrong[name] = f"errors {scientific(found[name])}, more than the {scientific(allowed)} that twice the baselines' allow"
     return wrong
 
 
-# Memory
-
-
-def extra_bytes(case: Case, name: str, device: torch.device) -> tuple[int, int]:
-    """(what a second call needs beyond its inputs, what of it are results), in bytes."""
-    if device.type == "cpu":
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as executor:  # nothing of this process's pools is reused
-            return executor.submit(_growth, case, name, torch.get_num_threads()).result()
-    call, inputs = variants(case, device)[0][name], make_inputs(case, 0, device)
-    call(inputs)
-    gc.collect()
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    results = call(inputs)
-    torch.cuda.synchronize(device)
-    return torch.cuda.max_memory_allocated(device) - before, _bytes(results)
-
-
-def _growth(case: Case, name: str, threads: int) -> tuple[int, int]:
-    torch.set_num_threads(threads)
-    device = torch.device("cpu")
-    call, inputs = variants(case, device)[0][name], make_inputs(case, 0, device)
-    call(inputs)
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-    before = _status("VmRSS")
-    results = call(inputs)
-    return max(0, _status("VmHWM") - before), _bytes(results)
-
-
-def _bytes(results: tuple[Tensor, ...]) -> int:
-    return sum(r.untyped_storage().nbytes() for r in results)
-
-
 # A case
+
+
+def prepared(case: Case, name: str, device: torch.device) -> tuple[Call, Inputs]:
+    return variants(case, device)[0][name], make_inputs(case, 0, device)
+
+
+def operations_of(case: Case, name: str) -> float:
+    operations = 2 * case.D * case.K * case.products[name in (PUBLISHED, REFERENCE)]
+    if case.loss == "ibot" and name == REFERENCE:
+        return operations * MASKED
+    return operations * 5 / 3 if case.loss == "sinkhorn" and name == "triton" else operations  # in two passes per round but the last
 
 
 def measure(case: Case, rounds: int, device: torch.device) -> tuple[list[dict], dict[str, str]]:
@@ -341,71 +306,13 @@ def measure(case: Case, rounds: int, device: torch.device) -> tuple[list[dict], 
     calls, missing = variants(case, device)
     found = errors(case, calls, device)
     mistakes = excess(case, found)
-    for name, why in missing.items():
-        print(f"  {name:<16} not measured: {why}")
-    for name, why in mistakes.items():
-        print(f"  {name:<16} WRONG: {why}")
+    beside.tell(missing, mistakes)
     timed = {name: call for name, call in calls.items() if name not in mistakes}
-    machine, work = machine_calls(DTYPES[case.dtype], device)
-    samples = time_variants(timed | machine, [make_inputs(case, seed, device) for seed in range(COPIES)], rounds, device)
-    walls = {name: [wall for wall, _ in pairs] for name, pairs in samples.items()}
-    rates = {name: [amount / wall for wall in walls[name]] for name, amount in work.items()}
-    print(f"  {MATRIX} {median(rates[MATRIX]) / 1e12:.3f} TFLOP/s, {COPY} {median(rates[COPY]) / 1e9:.1f} GB/s")
-    print(f"  {'way':<16}{'ms':>10}{'spread':>8}{'× first':>9}{'× CPU':>8}{'% rate':>8}{'extra MiB':>11}{'results':>9}  errors")
-    rows = []
-    for name in timed:
-        rows.append(_record(case, name, samples, rates, found[name], extra_bytes(case, name, device), rounds, device))
-        _print(rows[-1], name, found[name])
-    return rows, mistakes
+    copies = [make_inputs(case, seed, device) for seed in range(COPIES)]
+    told = {name: {"error": of[0]} | ({"error of gradients": max(of[1:])} if of[1:] else {}) for name, of in found.items()}
+    operations = {name: operations_of(case, name) for name in timed}
 
+    def memory(name: str) -> tuple[int, int]:
+        return beside.extra_bytes(functools.partial(prepared, case, name, device), device)
 
-def _record(
-    case: Case,
-    name: str,
-    samples: dict[str, list[tuple[float, float]]],
-    rates: dict[str, list[float]],
-    error: tuple[float, ...],
-    memory: tuple[int, int],
-    rounds: int,
-    device: torch.device,
-) -> dict:
-    times, baseline = samples[name], samples[PUBLISHED]
-    walls = [wall for wall, _ in times]
-    operations = 2 * case.D * case.K * case.products[name in (PUBLISHED, REFERENCE)]
-    if case.loss == "ibot" and name == REFERENCE:
-        operations *= MASKED
-    figures = {
-        "time": records.figure([1e3 * wall for wall in walls], "ms", "lower"),
-        "time ratio": records.figure([wall / first for wall, (first, _) in zip(walls, baseline)], "×", "lower"),
-        "error": records.figure(error[0], "relative", "lower"),
-        "share of the matrix rate": records.figure([100 * operations / w / r for w, r in zip(walls, rates[MATRIX])], "%", "higher"),
-        "extra memory": records.figure(memory[0] / 2**20, "MiB", "lower"),
-        "results": records.figure(memory[1] / 2**20, "MiB", exact=True),
-        MATRIX: records.figure([rate / 1e12 for rate in rates[MATRIX]], "TFLOP/s"),
-        COPY: records.figure([rate / 1e9 for rate in rates[COPY]], "GB/s"),
-    }
-    if error[1:]:
-        figures["error of gradients"] = records.figure(max(error[1:]), "relative", "lower")
-    if device.type == "cpu":
-        figures["processor time"] = records.figure([1e3 * processor for _, processor in times], "ms", "lower")
-        ratios = [mine / first for (_, mine), (_, first) in zip(times, baseline) if first]
-        if ratios:
-            figures["processor time ratio"] = records.figure(ratios, "×", "lower")
-    details = {"operations": operations, "threads": torch.get_num_threads(), "rounds": rounds}
-    return records.record("objectives", asdict(case) | {"variant": name, "device": device.type}, figures, details)
-
-
-def _print(row: dict, name: str, error: tuple[float, ...]) -> None:
-    def value(key: str, form: str) -> str:
-        return format(row["figures"][key]["median"], form) if key in row["figures"] else "–"
-
-    print(
-        f"  {name:<16}{value('time', '.2f'):>10}{spread_percent(row['figures']['time']['samples']):>7.0f}%{value('time ratio', '.3f'):>9}"
-        f"{value('processor time ratio', '.3f'):>8}{value('share of the matrix rate', '.0f'):>8}{value('extra memory', '.1f'):>11}"
-        f"{value('results', '.1f'):>9}  {_scientific(error)}",
-        flush=True,
-    )
-
-
-def _scientific(values: Sequence[float]) -> str:
-    return "/".join(f"{value:.1e}" for value in values)
+    return beside.measure("objectives", case, timed, copies, told, operations, memory, rounds, device), mistakes

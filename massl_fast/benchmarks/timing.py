@@ -12,17 +12,23 @@ from typing import Any
 
 import torch
 
+from massl_fast.engine.phases import END
 from massl_fast.hardware import synchronize
-from massl_fast.profiling.synthetic import END
 
 
 def timed(work: Callable[[], Any], device: torch.device) -> tuple[float, float]:
-    """Wall and processor seconds of some work, the device's included."""
+    """Wall and processor seconds of some work; on a GPU those between its events, in which waiting for it is not."""
     synchronize(device)
+    begin, end = (torch.cuda.Event(enable_timing=True) if device.type == "cuda" else None for _ in range(2))
     start, spent = time.perf_counter(), time.process_time()
+    if begin:
+        begin.record()
     work()
+    if end:
+        end.record()
     synchronize(device)
-    return time.perf_counter() - start, time.process_time() - spent
+    processor = time.process_time() - spent
+    return (begin.elapsed_time(end) / 1000 if begin else time.perf_counter() - start), processor
 
 
 def in_turn(

@@ -8,7 +8,8 @@ import os
 import torch
 
 from massl_fast.benchmarks import kernels
-from massl_fast.benchmarks.kernels import DTYPES, RESULTS, check_names, chosen_cases, slug
+from massl_fast.benchmarks.beside import DTYPES
+from massl_fast.benchmarks.kernels import RESULTS, check_names, chosen_cases, slug
 from massl_fast.commands.arguments import keeping, keeps_records
 from massl_fast.hardware import chosen_device, processor_name
 

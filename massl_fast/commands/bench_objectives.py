@@ -6,7 +6,8 @@ import argparse
 from dataclasses import replace
 
 from massl_fast.benchmarks import objectives
-from massl_fast.benchmarks.kernels import DTYPES, RESULTS, slug
+from massl_fast.benchmarks.beside import DTYPES
+from massl_fast.benchmarks.kernels import RESULTS, slug
 from massl_fast.benchmarks.objectives import CASES, QUICK
 from massl_fast.commands.arguments import keeping, keeps_records
 from massl_fast.hardware import chosen_device

@@ -17,6 +17,9 @@ TEACHER, STUDENT, LOSS, BACKWARD, CLIP, OPTIMIZER, AVERAGE, COMMIT, REST = PHASE
 )
 """``COMMIT`` is the objective's ``commit_``, ``REST`` lies between the others; ``AdamWWithTeacher`` moves the teacher in ``OPTIMIZER``."""
 
+END = ""
+"""Said by those who take many steps, after each."""
+
 Observer = Callable[[str], None]
 """Is called with the name of a phase as it begins."""
 

@@ -24,9 +24,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from massl_fast.engine import phases
+from massl_fast.engine.phases import END
 from massl_fast.kernels.operators import implementation
 from massl_fast.profiling.source_lines import calling_line
-from massl_fast.profiling.synthetic import END, SyntheticRun
+from massl_fast.profiling.synthetic import SyntheticRun
 
 WEIGHTS, TEACHER, OPTIMIZER, MEMORY, CROPS, GRADIENTS, ACTIVATIONS, LOSS, WORKSPACE = (
     "student weights",

@@ -16,7 +16,7 @@ from massl_fast.distributed.world import World
 from massl_fast.engine.build import build_objective, build_pair, build_step, demand_residual
 from massl_fast.engine.flops import step_flops
 from massl_fast.engine.graphed_step import GraphedStep
-from massl_fast.engine.phases import REST, Observer
+from massl_fast.engine.phases import END, REST, Observer
 from massl_fast.engine.placement import choose_kernels
 from massl_fast.engine.schedules import Schedules, StepSettings
 from massl_fast.engine.step import StepResult, TrainStep
@@ -25,8 +25,6 @@ from massl_fast.models.packed import Attend
 from massl_fast.models.precision import Precision
 
 NUM_CROP_SETS = 2
-END = ""
-"""What observers are told after a step."""
 
 
 @dataclass

@@ -16,10 +16,10 @@ from typing import Any
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from massl_fast.engine.phases import PHASES
+from massl_fast.engine.phases import END, PHASES
 from massl_fast.hardware import synchronize
 from massl_fast.profiling import profiler as quiet_profiler  # noqa: F401  sets the profiler's log level
-from massl_fast.profiling.synthetic import END, SyntheticRun
+from massl_fast.profiling.synthetic import SyntheticRun
 from massl_fast.profiling.waits import Wait
 
 STEP = "step"

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from massl_fast import hardware
-from massl_fast.benchmarks import kernels, records
+from massl_fast.benchmarks import beside, kernels, records
 from massl_fast.cli import main
 from massl_fast.hardware import chosen_device
 from massl_fast.kernels import fused
@@ -13,8 +13,8 @@ SMALL = ["--images", "2", "--entries", "64", "--block", "32", "--width", "8", "-
 
 
 def test_no_time_without_its_error(tmp_path, monkeypatch):
-    measured = kernels.extra_bytes  # in a process of its own, which takes seconds to start: once is enough
-    monkeypatch.setattr(kernels, "extra_bytes", lambda case, name, *rest: measured(case, name, *rest) if name == "streaming" else 0)
+    measured = beside.extra_bytes  # in a process of its own, which takes seconds to start: once is enough
+    monkeypatch.setattr(beside, "extra_bytes", lambda call, device: measured(call, device) if "streaming" in call.args else (0, 0))
     output = tmp_path / "records.jsonl"
     arguments = ["bench", "kernels", "--cases", "readout", "enqueue", "partition", "--variants", "streaming", "_", "plain", "rand", *SMALL]
     assert main([*arguments, "--output", str(output)]) == 0
@@ -37,7 +37,7 @@ def test_what_is_wrong_gets_no_time(monkeypatch, capsys):
         return (readout * 1.001, logsumexp) if backend == "streaming" else (readout, logsumexp)
 
     monkeypatch.setattr(kernels.kernels, "memory_readout", wrong)
-    monkeypatch.setattr(kernels, "extra_bytes", lambda *_: 0)  # of no matter here, and slow
+    monkeypatch.setattr(beside, "extra_bytes", lambda *_: (0, 0))  # of no matter here, and slow
     assert main(["bench", "kernels", "--cases", "readout", "--variants", "streaming", "--output", "none", *SMALL]) == 1
     told = capsys.readouterr().out
     assert "streaming                      WRONG: errors" in told

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from massl_fast.benchmarks import objectives, records
+from massl_fast.benchmarks import beside, objectives, records
 from massl_fast.benchmarks.page import page_of
 from massl_fast.cli import main
 
@@ -15,15 +15,17 @@ LOSSES = [case.loss for case in objectives.CASES]
 def no_products(monkeypatch):
     """A small product and a small copy in place of the machine's rates, whose size is of no matter here."""
     a = torch.ones(8, 8)
-    calls = {objectives.MATRIX: lambda inputs: (a @ a,), objectives.COPY: lambda inputs: (a.clone(),)}
-    monkeypatch.setattr(objectives, "machine_calls", lambda *_: (calls, {objectives.MATRIX: 1024.0, objectives.COPY: 512.0}))
+    calls = {beside.MATRIX: lambda inputs: (a @ a,), beside.COPY: lambda inputs: (a.clone(),)}
+    monkeypatch.setattr(beside, "machine_calls", lambda *_: (calls, {beside.MATRIX: 1024.0, beside.COPY: 512.0}))
 
 
 def test_every_loss_is_timed_beside_the_published_way_and_drawn(tmp_path, monkeypatch, no_products):
-    measured = objectives.extra_bytes  # in a process of its own, which takes seconds to start: once is enough
+    measured = beside.extra_bytes  # in a process of its own, which takes seconds to start: once is enough
     once = ("moco_v3", "streaming")
     monkeypatch.setattr(
-        objectives, "extra_bytes", lambda case, name, device: measured(case, name, device) if (case.loss, name) == once else (2**20, 2**10)
+        beside,
+        "extra_bytes",
+        lambda call, device: measured(call, device) if (call.args[0].loss, call.args[1]) == once else (2**20, 2**10),
     )
     output = tmp_path / "records.jsonl"
     assert main([*QUICK, "--output", str(output)]) == 0
@@ -50,10 +52,10 @@ def test_what_is_wrong_gets_no_time(monkeypatch, capsys, no_products):
         return found + torch.linspace(0, 0.01, len(found)) if backend == "streaming" else found
 
     monkeypatch.setattr(objectives.kernels, "sinkhorn_bias", wrong)
-    monkeypatch.setattr(objectives, "extra_bytes", lambda *_: (0, 0))
+    monkeypatch.setattr(beside, "extra_bytes", lambda *_: (0, 0))
     assert main([*QUICK, "--losses", "sinkhorn", "--output", "none"]) == 1
     told = capsys.readouterr().out
-    assert "streaming        WRONG: errors" in told and "1 results are wrong; they have no time." in told
+    assert "streaming                      WRONG: errors" in told and "1 results are wrong; they have no time." in told
     assert sum(line.startswith("  streaming") for line in told.splitlines()) == 1
 
 

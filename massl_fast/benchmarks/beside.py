@@ -1,0 +1,206 @@
+"""Calls of one case beside their peers: times in turn, extra memory, and what the machine does at best, as records and lines.
+
+A call (or a few) of each takes its turn in every round, so that what else the machine does meets all of them; times are medians over the
+rounds, ratios medians of each round's ratio. Inputs rotate over several copies. The rate of a large matrix product and the bandwidth of a
+copy are measured in the same rounds; the floor is a call's operations at that rate.
+
+Extra memory is what a second call needs beyond its inputs, results included. GPU: peak of PyTorch's allocator. CPU: growth of the
+resident set's high-water mark (VmHWM, reset through /proc/self/clear_refs) during the call, in a process of its own for each;
+scratch memory of the matrix library and of threads is in it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import itertools
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from massl_fast.benchmarks import records
+from massl_fast.benchmarks.intervals import spread_percent
+from massl_fast.benchmarks.timing import in_turn, timed
+from massl_fast.hardware import synchronize
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+OURS = ("triton", "streaming")
+MATRIX, COPY = "matrix product", "copy"
+COPIES = 3  # of the inputs
+
+Call = Callable[[Any], tuple[Tensor, ...]]
+Samples = list[tuple[float, float]]
+"""(wall, processor) seconds of a call in each round; on a GPU wall is by its events."""
+
+
+def measure(
+    kind: str,
+    case: Any,
+    calls: dict[str, Call],
+    copies: Sequence[Any],
+    errors: dict[str, dict[str, float]],
+    operations: dict[str, float],
+    memory: Callable[[str], tuple[int, int] | None],
+    rounds: int,
+    device: torch.device,
+    details: dict[str, Any] | None = None,
+) -> list[dict[str, Any]]:
+    """A record per call, printed as it comes. ``case``, a dataclass with a dtype, and the call's name identify it; the first is what others
+    are compared with.
+
+    ``errors`` and ``operations`` of each call, 0 where these are not counted; ``memory`` of one: (extra bytes, bytes of results).
+    """
+    counted = any(operations.values())
+    machine, work = machine_calls(DTYPES[case.dtype], device) if counted else ({}, {})
+    samples = time_variants(calls | machine, copies, rounds, device)
+    rates = {name: [amount / wall for wall, _ in samples[name]] for name, amount in work.items()}
+    if rates:
+        print(f"  {MATRIX} {median(rates[MATRIX]) / 1e12:.3f} TFLOP/s, {COPY} {median(rates[COPY]) / 1e9:.1f} GB/s")
+    print("  " + f"{'':<30}" + "".join(f"{head:>{width}}" for head, width, _ in COLUMNS))
+    rows = []
+    for name in calls:
+        figures = figures_of(samples[name], samples[next(iter(calls))], rates, operations[name], device)
+        for error, value in errors[name].items():
+            figures[error] = records.figure(value, "relative" if counted else "absolute", "lower")
+        if (taken := memory(name)) is not None:
+            figures["extra memory"] = records.figure(taken[0] / 2**20, "MiB", "lower")
+            figures["results"] = records.figure(taken[1] / 2**20, "MiB", exact=True)
+        about = {"first": next(iter(calls)), "threads": torch.get_num_threads(), "rounds": rounds, "operations": operations[name]}
+        rows.append(records.record(kind, asdict(case) | {"variant": name, "device": device.type}, figures, about | (details or {})))
+        print(f"  {name:<30}" + "".join(f"{cell(figures):>{width}}" for _, width, cell in COLUMNS), flush=True)
+    return rows
+
+
+def tell(missing: dict[str, str], wrong: dict[str, str]) -> None:
+    """What gets no time, and why."""
+    for word, reasons in (("not measured", missing), ("WRONG", wrong)):
+        for name, why in reasons.items():
+            print(f"  {name:<30} {word}: {why}")
+
+
+def figures_of(times: Samples, first: Samples, rates: dict[str, list[float]], operations: float, device: torch.device) -> dict[str, Any]:
+    walls = [wall for wall, _ in times]
+    figures = {"time": records.figure([1e3 * wall for wall in walls], "ms", "lower")}
+    figures["time ratio"] = records.figure([mine / theirs for mine, (theirs, _) in zip(walls, first)], "×", "lower")
+    if device.type == "cpu":
+        figures["processor time"] = records.figure([1e3 * processor for _, processor in times], "ms", "lower")
+        if ratios := [mine / theirs for (_, mine), (_, theirs) in zip(times, first) if theirs]:
+            figures["processor time ratio"] = records.figure(ratios, "×", "lower")
+    if rates and operations:
+        shares = [100 * operations / wall / rate for wall, rate in zip(walls, rates[MATRIX])]
+        figures["rate"] = records.figure([operations / wall / 1e12 for wall in walls], "TFLOP/s", "higher")
+        figures["share of the matrix rate"] = records.figure(shares, "%", "higher")
+        figures["time, of the floor"] = records.figure([100 / share for share in shares], "×", "lower")
+    if rates:
+        figures[MATRIX] = records.figure([rate / 1e12 for rate in rates[MATRIX]], "TFLOP/s")
+        figures[COPY] = records.figure([rate / 1e9 for rate in rates[COPY]], "GB/s")
+    return figures
+
+
+def _cell(name: str, form: str) -> Callable[[dict[str, Any]], str]:
+    return lambda figures: format(figures[name]["median"], form) if name in figures else "–"
+
+
+COLUMNS: tuple[tuple[str, int, Callable[[dict[str, Any]], str]], ...] = (
+    ("ms", 11, _cell("time", ".4f")),
+    ("spread", 8, lambda figures: f"{spread_percent(figures['time']['samples']):.0f}%"),
+    ("× first", 9, _cell("time ratio", ".3f")),
+    ("× CPU", 8, _cell("processor time ratio", ".3f")),
+    ("errors", 18, lambda figures: scientific([value["median"] for name, value in figures.items() if name.startswith("error")])),
+    ("TFLOP/s", 9, _cell("rate", ".3f")),
+    ("% rate", 8, _cell("share of the matrix rate", ".0f")),
+    ("× floor", 9, _cell("time, of the floor", ".2f")),
+    ("extra MiB", 11, _cell("extra memory", ".1f")),
+    ("results", 9, _cell("results", ".1f")),
+)
+
+
+def scientific(values: Sequence[float]) -> str:
+    return "/".join(f"{value:.1e}" for value in values)
+
+
+def relative_error(found: Tensor, truth: Tensor) -> float:
+    """The largest error relative to the largest value."""
+    return float((found.double() - truth).abs().max() / truth.abs().max())
+
+
+# Time
+
+
+def time_variants(calls: dict[str, Call], copies: Sequence[Any], rounds: int, device: torch.device) -> dict[str, Samples]:
+    def turns(call: Call, repeats: int) -> Callable[[], None]:
+        inputs = itertools.cycle(copies)
+
+        def turn() -> None:
+            for _ in range(repeats):
+                call(next(inputs))
+
+        return turn
+
+    repeats = {}
+    for name, call in calls.items():
+        call(copies[0])
+        # A clock's resolution and a launch's latency vanish in 2 ms; no more calls than that, to keep rounds short.
+        repeats[name] = max(1, min(200, int(2e-3 / max(timed(lambda: call(copies[-1]), device)[0], 1e-6))))  # noqa: B023
+    found = in_turn({name: turns(call, repeats[name]) for name, call in calls.items()}, rounds, device)
+    return {name: [(wall / repeats[name], processor / repeats[name]) for wall, processor in times] for name, times in found.items()}
+
+
+def machine_calls(dtype: torch.dtype, device: torch.device) -> tuple[dict[str, Call], dict[str, float]]:
+    """A large matrix product and a large copy, and the operations or bytes of a call of each."""
+    side = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    source = torch.zeros((2**30 if device.type == "cuda" else 2**27), dtype=torch.uint8, device=device)
+    target = torch.zeros_like(source)
+    calls: dict[str, Call] = {MATRIX: lambda inputs: (a @ b,), COPY: lambda inputs: (target.copy_(source),)}
+    return calls, {MATRIX: 2.0 * side**3, COPY: 2.0 * source.numel()}
+
+
+# Memory
+
+
+def extra_bytes(prepare: Callable[[], tuple[Call, Any]], device: torch.device) -> tuple[int, int]:
+    """(what a second call needs beyond its inputs, what of it are results). ``prepare``, which another process can be given, makes the call
+    and its inputs."""
+    if device.type == "cpu":
+        # Spawned, so that nothing of this process's pools is reused.
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as executor:
+            return executor.submit(_growth, prepare, torch.get_num_threads()).result()
+    call, inputs = prepare()
+    call(inputs)
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    results = call(inputs)
+    synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before, _bytes(results)
+
+
+def _growth(prepare: Callable[[], tuple[Call, Any]], threads: int) -> tuple[int, int]:
+    torch.set_num_threads(threads)
+    call, inputs = prepare()
+    call(inputs)
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what the first call freed goes back to the system
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _status("VmRSS")
+    results = call(inputs)
+    return max(0, _status("VmHWM") - before), _bytes(results)
+
+
+def _status(key: str) -> int:
+    """A line of /proc/self/status in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key + ":"))
+
+
+def _bytes(results: tuple[Tensor, ...]) -> int:
+    return sum(r.untyped_storage().nbytes() for r in results)
