@@ -38,7 +38,6 @@ import yaml
 from torch import nn
 
 from massl_fast.benchmarks import records
-from massl_fast.benchmarks.chapters import latest
 from massl_fast.config import Config, load_config
 from massl_fast.data.loaders import loader_without_run, open_data
 from massl_fast.data.sources import expand_braces
@@ -424,7 +423,7 @@ def files_of_page() -> Iterator[tuple[Path, str]]:
     text = PAGE.read_text(encoding="utf-8")
     for suite in ("search", "side_by_side", "tables", "failures", "runs"):
         path = RESULTS / f"{suite}.jsonl"
-        rows = latest(records.read(path)) if path.is_file() else []
+        rows = records.latest(records.read(path)) if path.is_file() else []
         parts = [taken(rows), table(*of_suite(rows, suite))] if rows else ["Not run."]
         for name, svg in drawings(rows, suite):
             yield PLOTS / f"{name}.svg", alone(svg)

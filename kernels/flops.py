@@ -68,4 +68,4 @@ def _of_partitions(student: Shape, teacher: Shape, keys: Shape, block_size: int)
     """Of all logits, of all pairs of views, and of gradients with keys or rows."""
     (views, images, width), teacher_views = student, teacher[0]
     logits = _products((views + teacher_views) * images, keys, block_size, width)
-    return logits, *(_products(views * images, keys, block_size, size) for size in (teacher_views, width))
+    return logits, _products(views * images, keys, block_size, teacher_views), _products(views * images, keys, block_size, width)

@@ -53,7 +53,8 @@ class Prototypes(nn.Module):
         self.g = nn.Parameter(torch.ones(count, 1), requires_grad=free_norm)
 
     def forward(self) -> Tensor:
-        return self.g * F.normalize(self.v, dim=1)
+        # PyTorch's fused weight norm, as nn.utils.parametrizations calls it: one pass each way, where g · normalize(v) takes five backward.
+        return torch._weight_norm(self.v, self.g, 0)
 
 
 class PrototypeHead(nn.Module):

@@ -12,11 +12,12 @@ from massl_fast import kernels
 _PROFILING = os.path.dirname(os.path.abspath(__file__))
 _PACKAGE = os.path.dirname(_PROFILING)
 _KERNELS = os.path.dirname(os.path.abspath(kernels.__file__))
-_NOT_CALLERS = (os.path.dirname(os.path.abspath(torch.__file__)), _PROFILING, "<")
+_LINEAR = os.path.join(_PACKAGE, "models", "products.py")  # stands where PyTorch's linear layer would
+_NOT_CALLERS = (os.path.dirname(os.path.abspath(torch.__file__)), _PROFILING, _LINEAR, "<")
 
 
 def calling_line() -> str:
-    """File and line of the innermost caller outside PyTorch and profiling, such as massl_fast/engine/step.py:92 or timm/layers/mlp.py:48.
+    """File and line of the innermost caller outside PyTorch, linear layers and profiling: massl_fast/engine/step.py:92.
 
     While autograd runs, that is the line that called ``backward``. Paths are relative to where packages lie or to the current folder, so
     that records tell nothing of the machine.

@@ -117,7 +117,7 @@ def test_help_shows_the_chosen_objective_and_lists_the_others(pairs, tmp_path, c
             "--objective.memory_size" not in text and "--objective.margin (number, default 0.5)" in text and "massl: Learning from" in text
         )
     assert main(["train"]) == 2
-    assert "--recipe is missing" in capsys.readouterr().err
+    assert "--recipe and --data.train are missing" in capsys.readouterr().err
 
 
 PLUGIN = '''

@@ -174,4 +174,4 @@ def test_an_older_pytorch_multiplies_16_bit_matrices_in_32_bits(dtype, monkeypat
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(shape, generator=generator).to(dtype) for shape in ((5, 4096), (4096, 3)))
     found, exact = streaming._product(a, b, torch.float32), a.double() @ b.double()
-    assert found.dtype == torch.float32 and (found - exact).norm() < 1e-6 * exact.norm()
+    assert found.dtype == torch.float32 and (found - exact).norm() < 1e-5 * exact.norm()
