@@ -19,7 +19,6 @@ from massl_fast.kernels.tiles import gather, tiles
 
 OPERATOR = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
 QUERIES = 256  # of the operator's largest tile
-FEWEST_ROWS = 192  # of the read-out; fewer make tiles of 32 queries, and streaming's loop multiplies them all at once
 MOST_ROWS = 1024  # at a time
 CHUNK = 4096  # entries at a time, 4 MB at a width of 256; 2048 are 2 % slower, 8192 1 % faster
 PART = 2048  # entries of a part at least

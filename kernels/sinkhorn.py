@@ -5,12 +5,7 @@ bias goes where a centre goes. From α = 0 and any constant λ, each round is
 
     α_k ← α_k − log readback(rows, C; logsumexp λ, bias α)_k,    λ ← logsumexp of the read-out with bias α
 
-where the last λ comes with the read-out that uses the bias. Sums over rows are sums over the rows of all ranks. On one rank a tile of keys
-meets all rows, so that plain PyTorch takes both lines from one product and one exponential: with w = exp(x·c/τ − λ)
-
-    α_k ← −log Σ_r w_rk,    λ_r ← λ_r + log Σ_k w_rk / Σ_r w_rk
-
-where 2/τ is far from what underflows float32 (``LARGEST_RANGE``), for these sums have no running maximum.
+where the last λ comes with the read-out that uses the bias. Sums over rows are sums over the rows of all ranks.
 """
 
 from collections.abc import Callable
@@ -18,11 +13,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from massl_fast.kernels import checks, reference, streaming
+from massl_fast.kernels import checks, reference
 from massl_fast.kernels.backends import autocast, choose_backend, wide_dtype
 from massl_fast.kernels.readout import read_back, read_out
-
-LARGEST_RANGE = 60.0  # of logits, where e^-87 underflows
 
 
 @torch.no_grad()
@@ -59,8 +52,6 @@ def sinkhorn_bias(
     if backend == "reference":
         return reference.sinkhorn_bias(rows, prototypes, temperature, iterations, sum_over_ranks)
     forth, back = choose_backend(backend, prototypes, "memory_readout"), choose_backend(backend, prototypes, "memory_readback")
-    if sum_over_ranks is None and forth == back == "streaming" and not isinstance(temperature, Tensor) and 2 / temperature <= LARGEST_RANGE:
-        return _in_one_pass(rows, prototypes, 1 / temperature, iterations)
     # Only the logsumexp is wanted: plain PyTorch reads out values of no width, the fused pass the prototypes.
     values = prototypes[:, :0] if forth == "streaming" else None
     bias = torch.zeros(entries, device=rows.device, dtype=wide)
@@ -75,14 +66,3 @@ def sinkhorn_bias(
                 :, None
             ]
     return bias
-
-
-def _in_one_pass(rows: Tensor, prototypes: Tensor, inverse_temperature: float, iterations: int) -> Tensor:
-    logsumexp = torch.full((rows.shape[0],), inverse_temperature, device=rows.device, dtype=wide_dtype(prototypes))
-    least = torch.finfo(logsumexp.dtype).tiny
-    for iteration in range(iterations):
-        last = iteration + 1 == iterations
-        of_keys, of_rows = streaming.sinkhorn_round(rows, prototypes, logsumexp, inverse_temperature, last=last)
-        if not last:
-            logsumexp += of_rows.clamp_min_(least).log_()
-    return -of_keys.clamp_min_(least).log_()

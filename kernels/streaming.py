@@ -49,8 +49,7 @@ def memory_readout(
     they lie; ``inverse_temperature`` [R], 1/τ of each row, and ``key_bias`` [K] in the dtype of the result. Autocast stays outside: it
     would narrow the products again.
     """
-    plain = key_bias is None and row_group is None and (values is None or values.shape[1] == rows.shape[1])
-    if plain and rows.shape[0] >= flash.FEWEST_ROWS and flash.obstacle(rows) is None:
+    if key_bias is None and row_group is None and (values is None or values.shape[1] == rows.shape[1]) and flash.obstacle(rows) is None:
         return flash.memory_readout(rows, memory, partition, block_size, inverse_temperature, values, per_block)
     wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
     on_cpu = rows.device.type == "cpu"
@@ -186,28 +185,6 @@ def memory_readback(
             else:
                 result.index_copy_(0, where.long(), sums)
     return result if row_values is not None else result.squeeze(1)
-
-
-@torch.autocast("cpu", enabled=False)
-@torch.autocast("cuda", enabled=False)
-def sinkhorn_round(rows: Tensor, keys: Tensor, logsumexp: Tensor, inverse_temperature: float, *, last: bool) -> tuple[Tensor, Tensor]:
-    """Both halves of a round of Sinkhorn-Knopp in one pass, for w_rk = exp(x_r·c_k/τ − λ_r): Σ_r w_rk [K], and Σ_k w_rk / Σ_r w_rk [R],
-    which is e^(λ′ − λ), or zeros in the ``last`` round.
-
-    ``rows`` [R, D], ``keys`` [K, D], λ ``logsumexp`` [R]; in float32 (float64 for float64).
-    """
-    wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
-    on_cpu = rows.device.type == "cpu"
-    narrow = wide if on_cpu else rows.dtype
-    most = min(keys.shape[0], max(64, (CPU_TILE if on_cpu else GPU_TILE)[1] // max(1, rows.shape[0])), CPU_ENTRIES if on_cpu else 2**63)
-    x, least = rows.to(narrow).T, torch.finfo(wide).tiny
-    of_keys, of_rows = keys.new_zeros(keys.shape[0], dtype=wide), rows.new_zeros(rows.shape[0], dtype=wide)
-    for where in tiles(None, 0, keys.shape[0], most):
-        weights = _product(keys[where].to(narrow), x, wide).mul_(inverse_temperature).sub_(logsumexp).exp_()  # [t, R]
-        torch.sum(weights, 1, out=of_keys[where])
-        if not last:
-            of_rows.addmv_(weights.T, of_keys[where].clamp_min(least).reciprocal_())
-    return of_keys, of_rows
 
 
 def _product(a: Tensor, b: Tensor, wide: torch.dtype) -> Tensor:

@@ -175,7 +175,7 @@ def kernel_workspace(named: dict[str, Any], backend: str, device_type: str) -> i
     tile_entries = min(block_size, max(64, most_logits // tile_rows), streaming.CPU_ENTRIES if device_type == "cpu" else block_size)
     tile = tile_entries * (tile_rows * (4 if device_type == "cpu" else 6) + width * 8)
     partition = entries * 8 * 6 if named.get("partition") is None else 0
-    if device_type == "cpu" and flash.OPERATOR is not None and rows >= flash.FEWEST_ROWS:
+    if device_type == "cpu" and flash.OPERATOR is not None:
         parts = min(torch.get_num_threads(), flash.MOST_PARTS)
         tile = min(block_size, max(flash.CHUNK, parts * flash.PART)) * width * 8 + 2 * parts * tile_rows * (width + 1) * 4
     return max(tile + tile_rows * width * 8 + 3 * results, partition)
