@@ -75,6 +75,7 @@ OURS: dict[str, dict[str, str]] = {
 """How massl-fast takes its step: settings that differ from the trainer's defaults."""
 SIDES = ("published", *OURS)
 WITHOUT_LOCAL = ("moco_v3", "mmc")
+CARP_BLOCK = 512  # of its published command; the recipe that cases start from has MaSSL's blocks
 GPU_ALONE = tuple(side for side, settings in OURS.items() if "train.cuda_graph" in settings)
 ABLATION = tuple(side for side in OURS if side not in (*GPU_ALONE, "massl-fast compiled"))
 
@@ -106,6 +107,7 @@ class Case:
             "crops.num_local": self.num_local,
             "objective.name": self.objective,
             **({"objective.memory_size": self.memory_size, "objective.block_size": self.block_size} if self.objective == "massl" else {}),
+            **({"objective.block_size": CARP_BLOCK} if self.objective == "carp" else {}),
             "train.global_batch": self.batch,
             "train.precision": precision,
         }
