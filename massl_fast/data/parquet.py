@@ -11,20 +11,20 @@ import json
 import os
 import re
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 
-from massl_fast.data.source import Source
+from massl_fast.data.source import ShardedSource
 from massl_fast.extras import needs
 
 SPLIT = re.compile(r"(.+)-\d{5}-of-\d{5}(?:-[0-9a-f]+)?\.parquet", re.IGNORECASE)
 """How ``datasets`` names the files of a split."""
 
 
-class ParquetSource(Source):
+class ParquetSource(ShardedSource):
     """Rows of Parquet files; an image's name is its file's and the number of its row."""
 
     def __init__(
@@ -39,9 +39,8 @@ class ParquetSource(Source):
         classes: Sequence[str],
         notes: Iterable[str] = (),
     ) -> None:
-        super().__init__(path, names, labels, classes, notes)
-        self.shards, self._groups, self._column = tuple(shards), list(groups), column
-        self._positions = positions  # int64 [len, 2]: shard, row
+        super().__init__(path, shards, names, positions, labels, classes, notes)  # positions: shard, row
+        self._groups, self._column = list(groups), column
         self._local = threading.local()
 
     def read(self, i: int) -> bytes:
@@ -67,9 +66,6 @@ class ParquetSource(Source):
             raise OSError(f"{self.shards[shard]}, row {row} holds no bytes of an image")
         return data
 
-    def files(self) -> Iterator[str]:
-        return iter(self.shards)
-
     def _file(self, shard: int) -> Any:
         """The file, kept open by each thread until it needs another one."""
         state = self._local.__dict__
@@ -78,7 +74,7 @@ class ParquetSource(Source):
         return state["open"][1]
 
     def _keep(self, kept: list[int]) -> None:
-        self._positions = self._positions[kept]
+        super()._keep(kept)
         self._local = threading.local()
 
     def __getstate__(self) -> dict:

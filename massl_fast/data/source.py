@@ -102,3 +102,26 @@ class Source:
 
     def _keep(self, kept: list[int]) -> None:
         """Reduces what a subclass holds for each image."""
+
+
+class ShardedSource(Source):
+    """Images that lie many to a file. ``shards``: the files; ``positions`` int64 [len, n]: each image's shard, then where it lies there."""
+
+    def __init__(
+        self,
+        path: str,
+        shards: Sequence[str],
+        names: Sequence[str],
+        positions: np.ndarray,
+        labels: Sequence[int] | None,
+        classes: Sequence[str],
+        notes: Iterable[str] = (),
+    ) -> None:
+        super().__init__(path, names, labels, classes, notes)
+        self.shards, self._positions = tuple(shards), positions
+
+    def files(self) -> Iterator[str]:
+        return iter(self.shards)
+
+    def _keep(self, kept: list[int]) -> None:
+        self._positions = self._positions[kept]

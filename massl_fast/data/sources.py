@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from massl_fast.data.parquet import open_parquet
-from massl_fast.data.source import Source
+from massl_fast.data.source import ShardedSource, Source
 
 # fmt: off
 EXTENSIONS = frozenset({
@@ -39,7 +39,7 @@ class FolderSource(Source):
         return (os.path.join(self.path, self.name(i)) for i in range(len(self)))
 
 
-class TarSource(Source):
+class TarSource(ShardedSource):
     """Members of tar files, read in place: nothing is ever extracted, so a member's path is only a name."""
 
     def __init__(
@@ -52,9 +52,7 @@ class TarSource(Source):
         classes: Sequence[str],
         notes: Iterable[str] = (),
     ) -> None:
-        super().__init__(path, names, labels, classes, notes)
-        self.shards = tuple(shards)
-        self._positions = positions  # int64 [len, 3]: shard, offset, bytes
+        super().__init__(path, shards, names, positions, labels, classes, notes)  # positions: shard, offset, bytes
         self._open: OrderedDict[int, object] = OrderedDict()
 
     def read(self, i: int) -> bytes:
@@ -69,11 +67,8 @@ class TarSource(Source):
             raise OSError(f"{self.shards[shard]} ends before this member does")
         return data
 
-    def files(self) -> Iterator[str]:
-        return iter(self.shards)
-
     def _keep(self, kept: list[int]) -> None:
-        self._positions = self._positions[kept]
+        super()._keep(kept)
         self._open = OrderedDict()
 
     def __getstate__(self) -> dict:

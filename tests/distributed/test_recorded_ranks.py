@@ -4,19 +4,17 @@ Gradients are halved before they are summed, here as there, and of two numbers i
 """
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from recorded_ranks import STEPS
-from test_two_ranks import free_port, rows
+from test_two_ranks import rows
 
 from massl_fast.distributed.world import choose_exchange
 from massl_fast.run.checkpoint import read_checkpoint
+from rank_processes import run_two_ranks
 from small_images import write_images
 
 
@@ -24,26 +22,7 @@ from small_images import write_images
 def workplace(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("recorded")
     write_images(folder / "images", classes=2, per_class=14)
-    environment = os.environ | {
-        "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1",
-    }  # fmt: skip
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(Path(__file__).parent / "recorded_ranks.py"), str(folder)],
-            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        outputs = [rank.communicate(timeout=570)[0] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(outputs)
-    (folder / "output").write_text(outputs[0])
+    (folder / "output").write_text(run_two_ranks(Path(__file__).with_name("recorded_ranks.py"), folder, seconds=570))
     return folder
 
 

@@ -1,12 +1,8 @@
 """Two gloo processes against one: equality, change of world size and strategy, agreed stops, drift, a NaN on one rank."""
 
 import json
-import os
 import re
 import shutil
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,15 +14,10 @@ from massl_fast.distributed.world import World
 from massl_fast.models.published import load_backbone
 from massl_fast.run.checkpoint import read_checkpoint
 from massl_fast.run.outputs import CLOCK_KEYS
+from rank_processes import run_two_ranks
 from small_images import write_images
 
 ONE = World(0, 1, 0, torch.device("cpu"))
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def rows(folder: Path) -> list[dict]:
@@ -55,27 +46,7 @@ def workplace(tmp_path_factory) -> Path:
     shutil.copytree(folder / "one", folder / "one-then-fsdp2")
     for step in (15, 20):
         shutil.rmtree(folder / f"one-then-fsdp2/checkpoints/step_{step:08d}", ignore_errors=True)
-    environment = os.environ | {
-        "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1",
-    }  # fmt: skip
-    script = str(Path(__file__).with_name("two_ranks.py"))
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, script, str(folder)],
-            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        outputs = [rank.communicate(timeout=270)[0] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(outputs)
-    (folder / "output").write_text(outputs[0])
+    (folder / "output").write_text(run_two_ranks(Path(__file__).with_name("two_ranks.py"), folder, seconds=270))
     assert play(configured(folder, "fsdp2-then-one"), ONE) == ("finished", "")
     torch.set_num_threads(threads)
     return folder

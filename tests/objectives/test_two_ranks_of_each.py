@@ -1,10 +1,6 @@
 """Two processes train each objective as one does, replicated and sharded; and a run cut short continues as if it had not been."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +9,7 @@ import torch
 from massl_fast.distributed.world import World
 from massl_fast.engine.trainer import Trainer
 from massl_fast.run.outputs import CLOCK_KEYS
+from rank_processes import run_two_ranks
 from small import AS_ONE, CPU, OBJECTIVES, settings_of
 from small_images import write_images
 
@@ -28,17 +25,7 @@ def rows(folder: Path) -> list[dict]:
 def workplace(tmp_path_factory):
     folder = tmp_path_factory.mktemp("objectives")
     write_images(folder / "images", classes=2, per_class=16)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    processes = []
-    for rank in range(2):
-        environment = {**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{HERE}:{HERE.parent}"}
-        command = [sys.executable, str(HERE / "two_ranks_of_each.py"), str(folder)]
-        processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
-    outputs = [process.communicate(timeout=290)[0] for process in processes]
-    assert all(process.returncode == 0 for process in processes), outputs[0][-3000:]
+    run_two_ranks(HERE / "two_ranks_of_each.py", folder, seconds=290)
     return folder
 
 

@@ -219,7 +219,8 @@ def test_part_of_a_network(name, part):
 
 def test_the_command_tells_and_records(tmp_path, capsys):
     output = tmp_path / "memory.jsonl"
-    assert main(["profile", "memory", "--output", str(output), "--device-gib", "2", *VIT, *SMALL]) == 0
+    # The rest of the process counts as taken, so the device is larger than what pytest holds after other tests.
+    assert main(["profile", "memory", "--output", str(output), "--device-gib", "64", *VIT, *SMALL]) == 0
     told = capsys.readouterr().out
     for part in ("At the peak, MiB", "block 1", "off the measured peak", "No leak", "Largest micro-batch predicted"):
         assert part in told
