@@ -37,22 +37,22 @@ def available_backends(device: torch.device | str, dtype: torch.dtype) -> tuple[
         return ()
     if triton_obstacle(device, dtype) is not None:
         return ("streaming", "reference")
-    # Interpreted on a CPU, Triton is there for tests and slower than anything else.
+    # Triton's interpreter on a CPU serves tests and is slower than anything else.
     return ("triton", "streaming", "reference") if device.type == "cuda" else ("streaming", "reference", "triton")
 
 
-def choose_backend(asked: str, memory: Tensor, operation: str = "memory_readout") -> str:
-    """The backend that runs ``operation`` on rows like those of ``memory``. Raises ValueError where the one asked for cannot."""
-    if asked not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; found {asked!r}.")
-    if asked not in ("auto", "triton"):
-        return asked
+def choose_backend(name: str, memory: Tensor, operation: str = "memory_readout") -> str:
+    """The backend that runs ``operation`` on rows like those of ``memory``. Raises ValueError where the named one cannot run it."""
+    if name not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; found {name!r}.")
+    if name not in ("auto", "triton"):
+        return name
     obstacle = triton_obstacle(memory.device, memory.dtype, memory.shape[1], operation)
-    if asked == "triton" and obstacle is not None:
+    if name == "triton" and obstacle is not None:
         raise ValueError(f'backend "triton" cannot run here: {obstacle} Use "streaming" or "auto".')
     if operation not in TRITON and memory.device.type == "cuda" and not torch.compiler.is_compiling():
-        _say_once(f'{operation} takes the backend "streaming": {obstacle}')
-    return "triton" if obstacle is None and (asked == "triton" or memory.device.type == "cuda") else "streaming"
+        _say_once(f'{operation} takes the backend "streaming", because "triton" cannot run it: {obstacle}')
+    return "triton" if obstacle is None and (name == "triton" or memory.device.type == "cuda") else "streaming"
 
 
 def triton_obstacle(

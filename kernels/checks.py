@@ -1,4 +1,4 @@
-"""What the public functions demand of their arguments. Nothing here reads a GPU tensor's value unless asked to."""
+"""Checks of the public functions' arguments. None of them reads a value of a GPU tensor, unless MASSL_FAST_CHECK_PARTITION=1 is set."""
 
 import math
 import os
@@ -41,7 +41,7 @@ def check_views(student: Tensor, teacher: Tensor, memory: Tensor, of: str = "mem
 
 
 def check_rows(name: str, rows: Tensor, memory: Tensor, of: str = "memory") -> None:
-    """Rows and the entries that they read; ``of`` is the name of the argument that holds the entries."""
+    """Check rows and the entries that they read; ``of`` is the name of the argument that holds the entries."""
     if memory.ndim != 2 or memory.dtype not in DTYPES:
         raise ValueError(
             f"{of} must be [entries, width] of float32, bfloat16, float16 or float64; found {memory.dtype} of shape {list(memory.shape)}."
@@ -76,7 +76,7 @@ def check_blocks(memory: Tensor, block_size: int, of: str = "memory") -> None:
 
 
 def check_temperature(name: str, value: float | Tensor, memory: Tensor) -> float | Tensor:
-    """The temperature as a number, or as a 0-d tensor whose value stays unread.
+    """Return the temperature as a number, or as a 0-d tensor whose value stays unread.
 
     Compiled code gets a tensor in any case: an op's float argument is a constant of the graph, so a schedule would recompile every
     step, while a product of a tensor and a number stays symbolic.
@@ -94,7 +94,7 @@ def check_temperature(name: str, value: float | Tensor, memory: Tensor) -> float
 
 
 def check_partition(partition: Tensor | None, step: int | Tensor, memory: Tensor) -> int | Tensor:
-    """Shape, dtype and device of what decides the partition; returns the step as an integer or a 0-d tensor."""
+    """Check shape, dtype and device of partition and step; return the step as an integer or a 0-d tensor."""
     if partition is not None:
         if not isinstance(partition, Tensor) or partition.dtype not in (torch.int32, torch.int64):
             found = partition.dtype if isinstance(partition, Tensor) else type(partition).__name__
@@ -113,7 +113,7 @@ def check_partition(partition: Tensor | None, step: int | Tensor, memory: Tensor
 
 
 def check_permutation(partition: Tensor) -> None:
-    """That each entry is named once: always on the CPU, on a GPU (where the host would wait) when the environment asks for it."""
+    """Check that each entry is named once: always on the CPU; on a GPU, where the host would wait, if MASSL_FAST_CHECK_PARTITION=1."""
     if torch.compiler.is_compiling() or (partition.device.type != "cpu" and os.environ.get(CHECK_PARTITION) != "1"):
         return
     entries = partition.shape[0]
@@ -168,7 +168,7 @@ def check_groups(row_group: Tensor | None, key_group: Tensor | None, rows: Tenso
 
 
 def check_of_rows(name: str, tensor: Tensor, rows: Tensor, blocks: int) -> None:
-    """A number for each row, or for each row and block."""
+    """Check a tensor that has one number per row, or one per row and block."""
     shapes = (rows.shape[:-1], (*rows.shape[:-1], blocks))
     if tensor.shape not in shapes or not tensor.is_floating_point():
         raise ValueError(

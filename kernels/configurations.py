@@ -25,7 +25,7 @@ class Configuration:
     """Programs at a time on one multiprocessor."""
 
 
-# One table a class of GPU: bytes an element → padded width → choice (width 16 takes that of 32). Chosen from machine code
+# One table per class of GPU: bytes per element → padded width → choice (width 16 takes that of 32). Chosen from machine code
 # (bench/notes/kernels.md) for tensor cores, asynchronous copies, more than one tile in flight and no spill; a test holds them to it.
 _SMALL = {  # 99 KiB of shared memory: compute capability 8.6, 8.9, 12.0 and whatever is not known
     2: {

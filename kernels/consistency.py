@@ -15,8 +15,8 @@ u_k = log clamp(p̄_k) + [ε ≤ p̄_k ≤ 1−ε]
     g_ik = u_k/(B(V+T)N) − 1/(|P|NB) Σ_j [ε ≤ ⟨s_i,t_j⟩ ≤ 1−ε] t_jk/⟨s_i,t_j⟩
     G_i  = s_i ⊙ (g_i − ⟨s_i,g_i⟩),   ∂loss/∂z_i = Σ_k G_ik c_k,   ∂loss/∂c_k = Σ_i G_ik z_i
 
-so 4V + 2T products of one view's rows with all keys in place of the 3V + T with logits kept. Teacher rows count in p̄, and no gradient
-reaches C through them.
+This takes 4V + 2T products of one view's rows with all keys, where keeping the logits takes 3V + T. Teacher rows count in p̄, and no
+gradient reaches C through them.
 """
 
 import math
@@ -62,16 +62,17 @@ def partition_consistency(
     """CARP's loss. Consistent Assignment of Views over Random Partitions (NeurIPS 2023), section 3, as its published code computes it.
 
     Arguments:
-        student: rows [V, N, D], of any length; float32, bfloat16, float16, which are computed with in float32 (Triton: but for the
-            tile of gradients, which is rounded), or float64.
+        student: rows [V, N, D], of any length; float64, or float32, bfloat16 and float16, whose logits and probabilities are float32
+            (Triton rounds the tile of gradients).
         teacher: rows [T, N, D] of the same dtype; teacher view j is the same crop as student view j; receives no gradient.
         prototypes: C [K, D] of the same dtype; they get a gradient where they require one.
-        teacher_prototypes: C′ [K, D], as a rule another matrix (a moving average); receives no gradient.
+        teacher_prototypes: C′ [K, D], usually another matrix (a moving average); receives no gradient.
         block_size: prototypes of a block, K_b; a remainder of the partition is left out.
         partition, seed, step, backend: as in ``memory_cross_entropy``.
-        clamp: ε, 0 < ε < 1/2. Published: that of float32, in which the loss is evaluated.
-        sum_over_ranks: given a tensor [K + 1], its sum over ranks (a new tensor, or the same one changed); None: one rank. The gradient is
-            then that of this rank's rows; the mean over ranks of these gradients is that of mean consistency + entropy of the global mean.
+        clamp: ε, 0 < ε < 1/2. The published code takes 2⁻²³, the machine epsilon of float32, in which it evaluates the loss.
+        sum_over_ranks: a function that returns the sum over ranks of a tensor [K + 1] (a new tensor, or the same one changed); None: there
+            is one rank. The gradient is that of this rank's rows; the mean of these gradients over ranks is the gradient of the mean
+            consistency + the entropy of the global mean.
 
     Under autocast all rows and prototypes are cast to its dtype: rows in bfloat16 err by 2e-1 in −log⟨s,t⟩ at a length of 320. Raises
     ValueError with the argument's name for anything that does not fit.
@@ -106,7 +107,7 @@ def partition_consistency(
 
 
 class _Attach(torch.autograd.Function):
-    """The loss already computed; both gradients come from pass two, in backward."""
+    """Hands autograd a loss that is computed already; both gradients come from pass two, in backward."""
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, prototypes: Tensor, loss: Tensor, *rest: Any) -> Tensor:
@@ -240,7 +241,7 @@ class _Tile(NamedTuple):
     images: slice
 
     def probabilities(self) -> tuple[Tensor, Tensor]:
-        """Those of student and teacher, [b, n, V, block_size] and [b, n, T, block_size]."""
+        """Probabilities of student and teacher, [b, n, V, block_size] and [b, n, T, block_size]."""
         n = self.images.stop - self.images.start
         s = torch.matmul(self.student, self.keys.mT).softmax(-1)
         t = torch.matmul(self.teacher, self.teacher_keys.mT).softmax(-1)

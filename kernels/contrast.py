@@ -42,15 +42,15 @@ def contrast(
     row_weight: Tensor | None = None,
     backend: str = "auto",
 ) -> Contrast:
-    """InfoNCE of each query against all keys, its own key being the right one. MoCo v3 (ICCV 2021), equation 1, without the factor 2τ.
+    """InfoNCE of each query against all keys; its own key is the right one. Source: MoCo v3 (ICCV 2021), equation 1, without the factor 2τ.
 
     Arguments:
         query: [..., D], normalised here; float32, bfloat16, float16 (float64 for the reference and streaming backends).
-        key: [M, D], normalised here, of the same dtype; of all ranks, as a rule. Receives no gradient.
+        key: [M, D], normalised here, of the same dtype; usually the keys of all ranks. Receives no gradient.
         own: int64 [...], which key belongs to each query. Checked on the CPU alone.
         temperature: a positive number, or a float tensor of one element on the device.
-        row_group, key_group: integers [...] and [M]. A row does not see the keys of its own group but for its own key (MMC's patches: the
-            groups are images).
+        row_group, key_group: integers [...] and [M]. A row sees no key of its own group except its own key (MMC's patches: the groups
+            are images).
         row_weight: float [...]; None: the mean over rows. A row of weight 0 takes no part.
         backend: as in ``memory_cross_entropy``.
 

@@ -44,19 +44,20 @@ def memory_cross_entropy(
 ) -> MemoryCrossEntropy:
     """Cross-entropy of student views against teacher views, both seen as distributions over each block of the memory.
 
-    Learning from Memory (ICML 2024), section 3, equation 3: every student view i against every teacher view j ≠ i; teacher view j is
-    the same crop as student view j. The memory is cut into floor(K / block_size) blocks by the partition; a remainder is left out.
+    Source: Learning from Memory (ICML 2024), section 3, equation 3. Every student view i is compared with every teacher view j ≠ i;
+    teacher view j is the same crop as student view j. The partition cuts the memory into floor(K / block_size) blocks and leaves a
+    remainder out.
 
     Arguments:
         student: unit rows [V, N, D]; float32, bfloat16, float16 (float64 for the reference and streaming backends).
         teacher: unit rows [T, N, D] of the same dtype; receives no gradient.
         memory: unit rows [K, D] of the same dtype; receives no gradient. Under autocast all three are cast to its dtype.
         block_size: entries of a block, 1 to K.
-        student_temp, teacher_temp: positive numbers, or float tensors of one element on the device. A tensor's value is never read by
-            the host, hence not checked; a changing value then recompiles nothing and may change between replays of a CUDA graph.
-        partition: a permutation of [0, K), int32 or int64 [K]. None: ``partition_indices(K, seed=seed, step=step)``. Contents are checked
-            on the CPU; on a GPU, where that means waiting, when MASSL_FAST_CHECK_PARTITION=1.
-        seed, step: of the keyed partition; step is an integer or an int64 tensor of one element on the device.
+        student_temp, teacher_temp: positive numbers, or float tensors of one element on the device. The host never reads a tensor's
+            value, so it is not checked; it may change without recompiling, and between replays of a CUDA graph.
+        partition: a permutation of [0, K), int32 or int64 [K]. None: ``partition_indices(K, seed=seed, step=step)``. Its contents are
+            checked on the CPU, and on a GPU, where the check makes the host wait, only if MASSL_FAST_CHECK_PARTITION=1.
+        seed, step: they key the partition where none is given; step is an integer or an int64 tensor of one element on the device.
         block_reduction: "mean" (published code) or "sum" (paper) over blocks, for the loss; the other results are always means.
         backend: "auto" takes the first of ``available_backends`` that supports D; a named backend that cannot run is an error.
 

@@ -1,7 +1,7 @@
 """Machine code of NVIDIA GPUs as text, read: instructions, the inner loop, registers that change while tensor cores may still read them.
 
 The text is nvdisasm's, of compute capabilities 8.0 to 9.0. ptxas 12.8 and 12.9 are known to reuse a register before an asynchronous product
-has read it (triton#11781, fixed in ptxas 13.3); nothing but a look at each compiled loop tells.
+has read it (triton#11781, fixed in ptxas 13.3); only a look at each compiled loop shows whether it does.
 """
 
 import re
@@ -47,7 +47,7 @@ class Instruction:
 
     @property
     def bytes_per_thread(self) -> int:
-        """Of a load or store."""
+        """Bytes that a load or store moves per thread."""
         return next((int(bits) // 8 for bits in ("128", "64") if f".{bits}" in self.name), 4)
 
     def written(self) -> range:

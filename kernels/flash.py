@@ -3,10 +3,11 @@
 Read-out: rows are queries, a chunk of gathered entries is keys and values, and chunks are merged by their logsumexp. The operator deals
 tiles of 256 queries out to threads, and few rows are few tiles; so a chunk is seen as several parts in its batch dimension, as many as make
 the threads' shares equal, merged at the end of a block. Read-back: the same the other way round. Entries are queries, rows are keys under
-a mask of −L, and what rows give is the value: softmax times its own sum is the sum that is looked for.
+a mask of −L, and what rows give is the value: softmax times its own sum is the sum that entries get back.
 
-The operator is private to PyTorch and has kept its signature since 2.2: it is looked for once and tried on its first use. Streaming's loop
-takes over where it is missing, for float64, and for what it does not do (biases and groups in the read-out, values of another width).
+The operator is private to PyTorch and has kept its signature since 2.2: this module looks it up once and tries it on first use.
+Streaming's loop takes over where it is missing, for float64, and for what it does not do (biases and groups in the read-out, values of
+another width).
 16-bit rows are widened to float32. The last bits of results depend on the number of threads.
 """
 
@@ -27,7 +28,7 @@ _TRIED: list[str | None] = []
 
 
 def obstacle(rows: Tensor) -> str | None:
-    """A sentence saying why the operator cannot take these rows, or None."""
+    """A sentence that says why the operator cannot take these rows, or None."""
     if rows.device.type != "cpu" or rows.dtype == torch.float64:
         return f"It takes float32 and 16-bit rows on a CPU; found {rows.dtype} on {rows.device}."
     if rows.shape[0] == 0 or rows.shape[1] == 0:

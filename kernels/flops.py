@@ -1,7 +1,7 @@
 """Operations of this package's operators, registered with PyTorch's ``FlopCounterMode``, which sees an operator as one.
 
-From shapes alone: products of matrices, a multiplication and an addition counted as two, those that a second pass repeats included.
-Entries that no block takes count for nothing.
+The counts come from shapes alone. They hold the products of matrices, also those that a second pass repeats; a multiplication and an
+addition count as two operations. Entries that no block takes count for nothing.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _operators = torch.ops.massl_fast
 
 
 def _products(rows: int, memory: Shape, block_size: int, *widths: int) -> int:
-    """Of so many rows with the entries in blocks, one product per width."""
+    """Operations of so many rows with the entries in blocks, one product per width."""
     return 2 * rows * (memory[0] // block_size * block_size) * sum(widths)
 
 
@@ -65,7 +65,7 @@ def _partition_consistency_gradient(
 
 
 def _of_partitions(student: Shape, teacher: Shape, keys: Shape, block_size: int) -> tuple[int, int, int]:
-    """Of all logits, of all pairs of views, and of gradients with keys or rows."""
+    """Operations of all logits, of all pairs of views, and of gradients with keys or rows."""
     (views, images, width), teacher_views = student, teacher[0]
     logits = _products((views + teacher_views) * images, keys, block_size, width)
     return logits, _products(views * images, keys, block_size, teacher_views), _products(views * images, keys, block_size, width)

@@ -40,10 +40,10 @@ COMBINED_PARTIALS, COMBINED_COLUMNS = 32, 64
 INTERPRETED = Configuration(16, 32, 2, 4, 1)
 INTERPRETED_PROGRAMS = 5
 INTERPRETED_SPLITS = 2
-INTERPRETING = knobs.runtime.interpret  # read once: compiled code cannot ask for it
+INTERPRETING = knobs.runtime.interpret  # read once: compiled code cannot read it
 AUTOTUNE = "MASSL_FAST_AUTOTUNE"
 # Before it Triton put no fence.proxy.async between cp.async and the wgmma or tcgen05 that reads what was copied: results of B200 differed
-# from call to call (pytorch#181248, triton#9610); H100 was not seen to.
+# from call to call (pytorch#181248, triton#9610); H100's were never seen to.
 FENCED_SINCE = (3, 7, 1)
 FENCED = TorchVersion(triton.__version__) >= FENCED_SINCE
 
@@ -219,7 +219,7 @@ def _is_same(one: Tensor, other: Tensor) -> bool:
 
 
 def _or(tensor: Tensor | None, placeholder: Tensor) -> Tensor:
-    """A pointer that nothing reads where there is none."""
+    """The tensor, or in place of None one whose pointer no kernel reads."""
     return placeholder if tensor is None else tensor
 
 

@@ -67,7 +67,7 @@ def assemble(
 
 
 class AttachGradient(torch.autograd.Function):
-    """The loss already computed, with the gradient already computed: wide, so that a loss scale multiplies it before it is rounded."""
+    """Hands autograd a loss and a gradient computed already; the gradient is wide, so that a loss scale multiplies it before rounding."""
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, loss: Tensor, gradient: Tensor) -> Tensor:

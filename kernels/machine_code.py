@@ -1,4 +1,4 @@
-"""What the fused kernel becomes on a GPU that need not be here: ahead-of-time compile, machine code read, resources counted.
+"""The fused kernels' machine code, without a GPU: kernels are compiled ahead of time, the code is read, resources are counted.
 
 Every shipped configuration is compiled as the run-time would compile it for aligned inputs and blocks that fill their tiles. The figures
 come from the compiler's own tools that Triton carries: registers and stack from cuobjdump, instructions from nvdisasm, buffers from
@@ -31,9 +31,9 @@ class Architecture:
 
     capability: tuple[int, int]
     shared_bytes: int
-    """Of one program."""
+    """Shared memory that one program can have."""
     shared_bytes_total: int
-    """Of all programs resident, which cost 1 KiB more each."""
+    """Shared memory of all resident programs, each of which takes 1 KiB more."""
     warps: int
 
 
@@ -63,7 +63,7 @@ class Variant:
     even_blocks: bool = True
     back: bool = False
     extensions: tuple[str, ...] = ()
-    """Of EXTENSIONS."""
+    """Names from EXTENSIONS."""
 
     @property
     def name(self) -> str:
@@ -98,7 +98,7 @@ class Resources:
 
 
 def shipped(arch: str) -> Iterator[Variant]:
-    """Every configuration that ships for an architecture: dtypes × widths × pivots, then what the losses ask of both passes."""
+    """Every configuration that ships for an architecture: dtypes × widths × pivots, then the extensions that the losses use."""
     architecture = ARCHITECTURES[arch]
     capability, shared = architecture.capability, architecture.shared_bytes
     for dtype in TRITON_NAMES:

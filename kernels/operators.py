@@ -1,4 +1,4 @@
-"""How this package's PyTorch operators are defined, so that what is behind one can be asked for by instruments that look inside."""
+"""Definition of this package's PyTorch operators, and a way for profilers to find the Python function behind one."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ from massl_fast.kernels.shuffle import check_step, round_keys, shuffle
 
 
 def partition_indices(num_entries: int, *, seed: int, step: int | Tensor, device: torch.device | str | None = None) -> Tensor:
-    """The partition of one step, int32 [num_entries]: block b holds the entries [b·block_size : (b+1)·block_size] of it.
+    """The partition of one step, int32 [num_entries]; its slice [b·block_size : (b+1)·block_size] holds the entries of block b.
 
     ``step`` is an integer or an int64 tensor of one element on ``device`` (read there, never on the host). ``device`` defaults to the
     tensor's, else to torch's default device. Raises ValueError for fewer than 1 or at least 2**31 entries.
@@ -18,7 +18,7 @@ def partition_indices(num_entries: int, *, seed: int, step: int | Tensor, device
     if isinstance(step, Tensor):
         step = check_step(step)
         if device is not None and (device.type, device.index or 0) != (step.device.type, step.device.index or 0):
-            raise ValueError(f"step lies on {step.device} but the partition is to lie on {device}; move one of them.")
+            raise ValueError(f"step and device must name one device; found step on {step.device} and device {device}.")
         device = step.device
     elif device is None:
         device = torch.get_default_device()

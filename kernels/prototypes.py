@@ -50,19 +50,19 @@ def prototype_cross_entropy(
 ) -> PrototypeCrossEntropy:
     """Cross-entropy of student rows against teacher rows, both seen as distributions over prototypes.
 
-    DINO (ICCV 2021), equations 2 and 3 and section 3.1's centring; iBOT (ICLR 2022), equations 2 and 3; SwAV (NeurIPS 2020), equation 2
-    with ``sinkhorn_bias``. Nothing of size rows × K exists on any backend but the reference.
+    Sources: DINO (ICCV 2021), equations 2 and 3 and section 3.1's centring; iBOT (ICLR 2022), equations 2 and 3; SwAV (NeurIPS 2020),
+    equation 2 with ``sinkhorn_bias``. Nothing of size rows × K exists on any backend but the reference.
 
     Arguments:
         student: rows [V, N, D], or [..., D] for pairs of the same row; float32, bfloat16, float16 (float64 for the reference and
             streaming backends). Rows need not be of unit length.
         teacher: rows [T, N, D], or as many as the student's; the same dtype; receives no gradient.
         prototypes: C [K, D] of the same dtype. Where they require a gradient they get one, float32 until it is cast to their dtype.
-        teacher_prototypes: C′ [K, D], as a rule another matrix (a moving average); receives no gradient.
+        teacher_prototypes: C′ [K, D], usually another matrix (a moving average); receives no gradient.
         key_bias: α, float [K], added to the teacher's logits: -centre/τ_t for DINO and iBOT, ``sinkhorn_bias`` for SwAV and DINOv2.
-        student_temp, teacher_temp: positive numbers, or float tensors of one element on the device, never read by the host.
-        pairs: "other views": every student view i against every teacher view j ≠ i, where teacher view j is the same crop as student
-            view j. "same row": row r against row r (masked patches).
+        student_temp, teacher_temp: positive numbers, or float tensors of one element on the device, which the host never reads.
+        pairs: "other views" compares every student view i with every teacher view j ≠ i, where teacher view j is the same crop as student
+            view j. "same row" compares row r with row r (masked patches).
         row_weight: ω, float, of each student row: the weight of each of its pairs. None: the mean over pairs and images, or over rows. A
             row of weight 0 takes no part, so that rows can be padded to a bound.
         backend: as in ``memory_cross_entropy``.
@@ -132,7 +132,7 @@ def prototype_cross_entropy(
 
 
 class _Attach(torch.autograd.Function):
-    """The loss and the row gradient already computed; the prototypes' gradient still to come."""
+    """Hands autograd a loss and a row gradient that are computed already; the prototypes' gradient is computed in backward."""
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, prototypes: Tensor, loss: Tensor, gradient: Tensor, *rest: Any) -> Tensor:

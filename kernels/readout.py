@@ -1,6 +1,6 @@
 """The two passes that every loss is made of, as their users meet them: what rows read out of the entries, and what the entries get back.
 
-Both are custom ops of plain tensors without autograd; the losses put theirs around them.
+Both are custom operators on plain tensors, without autograd; each loss adds its own.
 """
 
 from typing import Any
@@ -37,7 +37,7 @@ def memory_readout(
     Arguments beyond those of ``memory_cross_entropy``:
         rows: [..., D] of the memory's dtype.
         values: [K, Dv] of the memory's dtype, what is read out; None: the memory itself.
-        key_bias: α, float [K]; computed with in the dtype of the results. An entry of bias -inf is left out.
+        key_bias: α, float [K], taken in the dtype of the results. An entry of bias -inf is left out.
         row_group, key_group: integers [...] and [K]; a row does not see the entries of its own group. A row that sees no entry of a block
             gets the read-out 0 and the logsumexp -inf from it.
         per_block: logsumexp of each block instead of their sum.
@@ -80,7 +80,7 @@ def memory_readback(
     """What each entry gets back from the rows that read it: [K, Dv], or [K] without ``row_values``; float32 (float64 for float64).
 
     Σ_r c_rb p_r(k) y_r with p_r(k) = exp(x_r·m_k/τ + α_k − L_rb), the transpose of the read-out: with the L of ``memory_readout`` p is the
-    row's softmax in the entry's block b. Entries that the partition leaves out get 0. No atomics: results repeat bit for bit.
+    row's softmax in the entry's block b. Entries that the partition leaves out get 0. There are no atomics, so results repeat bit for bit.
 
     Arguments beyond those of ``memory_readout``:
         logsumexp: L, float [..., B], or [...] where there is one block. A row of -inf sees nothing and gives nothing back.

@@ -2,7 +2,7 @@
 
 MaSSL's source: Silva, Pedrini, Ramírez Rivera, Learning from Memory, ICML 2024, section 3: logits of every view against every entry,
 gathered through the partition, a softmax within each block, cross-entropy of every pair of different views. It holds [(V+T)·N, K] logits
-several times over. Gradients are autograd's own, so it differentiates as often as you like.
+several times over. Gradients are autograd's own, so any number of derivatives can be taken.
 
 As under the published autocast, products stay in the dtype of the rows; softmax and sums are at least float32.
 """

@@ -11,7 +11,7 @@ def enqueue_(memory: Tensor, pointer: Tensor, rows: Tensor, *, enabled: Tensor |
 
     ``memory`` [K, D] floating point; ``pointer`` int64 [1] in [0, K), on the same device; ``rows`` [..., D] of any floating dtype, at most
     K of them, normalised to unit length (in float32 or wider) and cast to the memory's dtype. The row that entered last lies before the
-    pointer. No host synchronisation, capturable in a CUDA graph. Raises ValueError for arguments that do not fit each other.
+    pointer. Nothing waits for the host, so a CUDA graph can hold it. Raises ValueError for arguments that do not fit each other.
 
     ``enabled``: bool tensor of one element on the device; where it is false, memory and pointer stay as they are (a trainer that finds
     a step unsound only on the device uses it).

@@ -21,7 +21,7 @@ def _write_kernel(
     EPS: tl.constexpr,
     GUARDED: tl.constexpr,
 ):
-    """One program a row."""
+    """One program per row."""
     row = tl.program_id(0).to(tl.int64)
     o_column = tl.arange(0, PADDED_WIDTH)
     m_column = o_column < WIDTH
@@ -38,7 +38,7 @@ def _write_kernel(
 
 @triton.jit
 def _advance_kernel(pointer_ptr, enabled_ptr, entries, count, GUARDED: tl.constexpr):
-    """Apart from the writing, whose programs all have to read the pointer first."""
+    """Moves the pointer, in a launch after the writing, whose programs all have to read it first."""
     pointer = tl.load(pointer_ptr)
     moved = (pointer + count) % entries
     if GUARDED:

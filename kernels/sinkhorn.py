@@ -30,14 +30,17 @@ def sinkhorn_bias(
 ) -> Tensor:
     """The bias α [K], float32 (float64 for float64), that makes softmax(rows · Cᵀ/τ + α) the Sinkhorn-Knopp assignment of the rows.
 
-    SwAV (NeurIPS 2020), section 3.1 and equation 5; DINOv2 (TMLR 2024), section 4. Pass it as ``key_bias``. Constants in α mean nothing.
+    Sources: SwAV (NeurIPS 2020), section 3.1 and equation 5; DINOv2 (TMLR 2024), section 4. Pass it as ``key_bias``. A constant added to
+    α changes nothing.
 
     Arguments:
-        rows: unit rows [..., D]; float32, bfloat16, float16 (float64 for the reference and streaming backends). SwAV's queue joins them.
+        rows: unit rows [..., D]; float32, bfloat16, float16 (float64 for the reference and streaming backends). SwAV's queue may be among
+            them.
         prototypes: unit rows [K, D] of the same dtype.
         temperature: ε, a positive number, or a float tensor of one element on the device.
         iterations: rounds, at least 1.
-        sum_over_ranks: given a tensor [K], its sum over ranks (a new tensor, or the same one changed); None: one rank.
+        sum_over_ranks: a function that returns the sum over ranks of a tensor [K] (a new tensor, or the same one changed); None: there is
+            one rank.
         backend: as in ``memory_cross_entropy``.
 
     A key whose terms all underflow would get an infinite bias; its sum is clamped at the smallest normal number. Raises ValueError with the
@@ -52,7 +55,7 @@ def sinkhorn_bias(
     if backend == "reference":
         return reference.sinkhorn_bias(rows, prototypes, temperature, iterations, sum_over_ranks)
     forth, back = choose_backend(backend, prototypes, "memory_readout"), choose_backend(backend, prototypes, "memory_readback")
-    # Only the logsumexp is wanted: plain PyTorch reads out values of no width, the fused pass the prototypes.
+    # Only the logsumexp is needed: plain PyTorch reads out values of no width, the fused pass reads out the prototypes.
     values = prototypes[:, :0] if forth == "streaming" else None
     bias = torch.zeros(entries, device=rows.device, dtype=wide)
     logsumexp = torch.ones(rows.shape[0], 1, device=rows.device, dtype=wide) / temperature  # of unit rows no logit is larger

@@ -125,9 +125,9 @@ def memory_readback(
 ) -> Tensor:
     """What the entries get back from the rows, [K, Dv], or [K] without ``row_values``; in float32 (float64 for float64).
 
-    As the read-out, but the entries of a tile stay while the rows pass. ``logsumexp`` [R, B], of every row and block, makes a running
-    maximum needless; ``row_weight`` [R, 1] or [R, B]; both in the dtype of the result. ``add_to``: a result that is added to in place;
-    without a partition only.
+    It works as the read-out does, but the entries of a tile stay while the rows pass. ``logsumexp`` [R, B], of every row and block, makes
+    a running maximum needless; ``row_weight`` is [R, 1] or [R, B]; both have the dtype of the result. ``add_to`` is a result to add to in
+    place; it needs blocks of entries as they lie (no partition).
     """
     assert add_to is None or partition is None
     wide = torch.float64 if rows.dtype == torch.float64 else torch.float32

@@ -1,7 +1,7 @@
 """A model of the read kernel's speed: clocks that each unit of a multiprocessor needs for one turn of the inner loop, from machine code.
 
-Nothing here is measured. Each unit is given its peak: the figures say which unit bounds the loop and what a change of the code buys, not
-how long it takes. Rates per clock and multiprocessor: tensor cores from NVIDIA's A100 and H100 white papers (peak rate over
+Nothing here is measured. Each unit is taken at its peak: the figures say which unit bounds the loop and what a change of the code buys,
+not how long it takes. Rates per clock and multiprocessor: tensor cores from NVIDIA's A100 and H100 white papers (peak rate over
 multiprocessors and boost clock); transcendental unit, issue and shared memory from the CUDA C++ Programming Guide, arithmetic throughput
 and compute capabilities; the second cache from the A100 white paper, 5120 bytes per clock in all, which is taken for the H100, too.
 """
@@ -14,12 +14,12 @@ from massl_fast.kernels.disassembly import Instruction, inner_loop
 
 @dataclass(frozen=True)
 class Rates:
-    """Of one multiprocessor, per clock."""
+    """Rates of one multiprocessor, per clock."""
 
     dense_operations: int
-    """Of 16-bit products; half of it for TF32."""
+    """Operations of 16-bit products; TF32 products have half the rate."""
     cache_bytes: float
-    """Read from the second cache."""
+    """Bytes read from the second cache."""
     transcendental: int = 16
     issued: int = 4
     shared_bytes: int = 128
@@ -30,7 +30,7 @@ RATES = {"sm_80": Rates(2048, 5120 / 108), "sm_90": Rates(4096, 5120 / 132)}
 
 @dataclass(frozen=True)
 class Clocks:
-    """What all programs of a multiprocessor need for one turn each; all of it a model."""
+    """Clocks that all programs of a multiprocessor need for one turn each, by the model."""
 
     tensor_cores: float
     transcendental: float
@@ -38,9 +38,9 @@ class Clocks:
     shared_memory: float
     second_cache: float
     share_in_turns_percent: float
-    """Of the nominal rate, where products and everything else take turns: the least that the units allow."""
+    """Share of the nominal rate where products and everything else take turns: the least that the units allow."""
     share_overlapped_percent: float
-    """Of the nominal rate, where the busiest unit never waits: the most."""
+    """Share of the nominal rate where the busiest unit never waits: the most."""
 
 
 def check_architecture(arch: str) -> None:
@@ -51,7 +51,7 @@ def check_architecture(arch: str) -> None:
 def clocks(code: str, arch: str, operations: int, warps: int, programs: int = 1) -> Clocks:
     """The model for nvdisasm's text of a kernel of ``warps`` warps, ``programs`` of which share a multiprocessor.
 
-    ``operations``: what a turn of one program is for. Where warps compute the same product twice, tensor cores do more than that. Raises
+    ``operations``: those that one turn of one program serves. Where warps compute the same product twice, tensor cores do more. Raises
     ValueError where the code has no loop with products, or the rates of the architecture are not known.
     """
     check_architecture(arch)
