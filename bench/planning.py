@@ -1,6 +1,6 @@
 """What a training will take on machines that are not here: step time, efficiency, memory and GPU hours for 8 to 512 GPUs.
 
-    python bench/planning.py                          the tables of docs/scaling.md
+    python bench/planning.py                          the tables of docs/scaling.md and bench/notes/scaling.md
     python bench/planning.py --model vit_small --gpu H100 --images-per-second 1800 --launch-seconds 0.02
 
 Everything here is arithmetic on figures from elsewhere, and what comes out is a prediction. Sources of the figures stand beside them; a
@@ -286,28 +286,45 @@ CASES = (
 )
 
 
+SUMMARY_COUNTS = (8, 64, 512)
+
+
+def summary() -> str:
+    """The tables of docs/scaling.md: all cases at a few numbers of GPUs, and what fits."""
+    rows = []
+    for key, name, batch, strategy, rate in CASES:
+        network, gpu = NETWORKS[key], GPUS[name]
+        row = [network.name, name, str(batch) if batch else "64 per GPU", strategy]
+        for gpus in SUMMARY_COUNTS:
+            cluster = Cluster(gpu, gpus, rate or assumed_rate(network, gpu), LAUNCH_SECONDS)
+            step = STRATEGIES[strategy](network, cluster, batch or 64 * gpus)
+            row.append(f"{step.images_per_second:,.0f} ({100 * efficiency(step, cluster):.0f}%), {hours(step, 100):.1f} h")
+        rows.append(row)
+    header = ["network", "GPU", "global batch", "strategy", *(f"{gpus} GPUs" for gpus in SUMMARY_COUNTS)]
+    return "\n".join([*_table(header, rows), "", "## What fits", "", *capacity_table()]) + "\n"
+
+
 def report() -> str:
-    """The tables of docs/scaling.md."""
+    """The tables of bench/notes/scaling.md."""
     lines: list[str] = []
     for key, name, batch, strategy, rate in CASES:
         network, gpu = NETWORKS[key], GPUS[name]
         origin = "published for DINO's code" if rate else f"assumed: {100 * UTILIZATION:.0f}% of its peak"
         rate = rate or assumed_rate(network, gpu)
         lines += [
-            f"### {network.name}, {name}, {f'global batch {batch}' if batch else '64 images per GPU'}, {strategy}",
+            f"## {network.name}, {name}, {f'global batch {batch}' if batch else '64 images per GPU'}, {strategy}",
             "",
             f"Inputs: one GPU takes {rate:,.0f} images/s ({origin}); no step below {1000 * LAUNCH_SECONDS:.0f} ms (assumed).",
             "",
             *scaling_table(network, gpu, rate, LAUNCH_SECONDS, batch, strategy),
             "",
         ]
-    lines += ["### What fits", "", *capacity_table()]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines)
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python bench/planning.py", description=__doc__.split("\n")[0])
-    parser.add_argument("--model", choices=NETWORKS, help="one table instead of those of docs/scaling.md")
+    parser.add_argument("--model", choices=NETWORKS, help="one table instead of those of the pages")
     parser.add_argument("--gpu", choices=GPUS, default="H100")
     parser.add_argument("--strategy", choices=STRATEGIES, default="ddp")
     parser.add_argument("--images-per-second", type=float, help="measured on one GPU (default: assumed from its peak)")
@@ -315,7 +332,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--global-batch", type=int, default=1024, help="0: 64 images per GPU (default: 1024)")
     args = parser.parse_args(arguments)
     if args.model is None:
-        print(report(), end="")
+        print(summary(), report(), sep="\n", end="")
         return
     network, gpu = NETWORKS[args.model], GPUS[args.gpu]
     rate = args.images_per_second or assumed_rate(network, gpu)

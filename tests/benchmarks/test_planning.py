@@ -1,4 +1,4 @@
-"""The arithmetic of docs/scaling.md, against hand-made figures and limits."""
+"""The arithmetic of docs/scaling.md and bench/notes/scaling.md, against hand-made figures and limits."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -77,8 +77,10 @@ def test_what_fits_grows_with_the_device_and_with_shards():
     assert used < H100.bytes < used + 2 * SMALL.bytes_per_image
 
 
-def test_the_document_holds_what_the_script_prints():
-    assert planning.report() in (Path(__file__).parents[2] / "docs/scaling.md").read_text(encoding="utf-8")
+def test_the_pages_hold_what_the_script_prints():
+    root = Path(__file__).parents[2]
+    assert planning.summary() in (root / "docs/scaling.md").read_text(encoding="utf-8")
+    assert planning.report() in (root / "bench/notes/scaling.md").read_text(encoding="utf-8")
 
 
 def test_one_table_from_the_command_line(capsys):

@@ -113,7 +113,7 @@ def test_the_command(capsys, tmp_path):
 )
 def test_the_documents_table_is_the_commands(capsys):
     assert main(["profile", "budget", "--train.global_batch", "64", "--objective.memory_size", "65536"]) == 0
-    documents = (Path(__file__).parents[2] / "docs" / "performance.md").read_text(encoding="utf-8")
+    documents = (Path(__file__).parents[2] / "bench/notes/performance.md").read_text(encoding="utf-8")
     lines = capsys.readouterr().out.split("\n\n")
     assert lines[0] in documents and lines[1] in documents
 
