@@ -12,7 +12,7 @@ from pydantic import Field
 
 from massl_fast.data.decode import decode_rgb
 from massl_fast.evaluation.base import Figure, Protocol, Result, Settings
-from massl_fast.evaluation.images import SizedImages, in_order
+from massl_fast.evaluation.images import SizedImages, Square, in_order
 from massl_fast.evaluation.metrics.correspondence import correct_matches, correspondence_accuracy, matches, overlapping, patch_centres
 from massl_fast.evaluation.pictures import Picture, linked, spread
 from massl_fast.evaluation.subject import Subject, backbone_of
@@ -68,16 +68,6 @@ class View:
         return top / height, left / width, bottom / height, right / width
 
 
-@dataclass(frozen=True)
-class Whole:
-    """Squeezed to a square; for pairs of a class."""
-
-    side: int
-
-    def __call__(self, image: Image.Image, position: int) -> Image.Image:
-        return image.resize((self.side, self.side), Image.Resampling.BICUBIC)
-
-
 class Correspond(Protocol):
     """Sparse correspondence: every patch of one view is matched with the patch of the other of largest inner product.
 
@@ -115,7 +105,7 @@ class Correspond(Protocol):
         side = subject.size_or(IMAGE_SIZE) // patch_side(subject) * patch_side(subject)
         pairs = self._pairs(source, subject.seed)
         views = settings.pairs == "views"
-        geometries = [View(side, subject.seed, number) for number in (0, 1)] if views else [Whole(side)] * 2
+        geometries = [View(side, subject.seed, number) for number in (0, 1)] if views else [Square(side)] * 2
         sets = [
             SizedImages(source, geometry, positions=[pair[number] for pair in pairs], shard=subject.shard)
             for number, geometry in enumerate(geometries)

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 
+from massl_fast.models import plain_pickle
 from massl_fast.models.foreign_file import GLOBALS, ForeignFile, tensors_of
 
 
@@ -276,10 +277,8 @@ def test_reading_imports_nothing_that_a_file_names(tmp_path):
 
 def test_every_instruction_of_the_field_is_known():
     """Whatever torch.save writes with any protocol is made of instructions that the machine has."""
-    from massl_fast.models import foreign_file
-
     content = {key: value for key, value in training_checkpoint().items() if key not in ("teacher", "optimizer", "parameter")}
     for protocol in range(2, 5):
         for opcode, _, _ in pickletools.genops(io.BytesIO(pickle.dumps(content, protocol))):
-            known = {*foreign_file._ARGUMENTS, *foreign_file._CONSTANTS, *foreign_file._EMPTY, "STOP"}
-            assert opcode.name in known or hasattr(foreign_file._Machine, f"_op_{opcode.name.lower()}"), opcode.name
+            known = {*plain_pickle._ARGUMENTS, *plain_pickle._CONSTANTS, *plain_pickle._EMPTY, "STOP"}
+            assert opcode.name in known or hasattr(plain_pickle.Machine, f"_op_{opcode.name.lower()}"), opcode.name
