@@ -152,7 +152,9 @@ class Heads:
     @torch.no_grad()
     def drop_diverged(self) -> list[int]:
         """Take away heads whose weights are no longer finite; returns their numbers in the sweep."""
-        finite = self.weight.flatten(1).isfinite().all(1) & self.velocity.flatten(1).isfinite().all(1)
+        # Extremes are finite where all is, and nan is both. One pass over each, and nothing as large is made.
+        extremes = [value for of in (self.weight, self.velocity) for value in of.flatten(1).aminmax(dim=1)]
+        finite = torch.stack(extremes).isfinite().all(0)
         if bool(finite.all()):
             return []
         gone = self.numbers[~finite.cpu()].tolist()

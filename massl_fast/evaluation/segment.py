@@ -1,7 +1,7 @@
-"""Segmentation on frozen patches: a logistic regression and k-NN on cached patch features (CAPI's protocol), no detection library.
+"""Segmentation on frozen patches, without a detection library.
 
-Patches are labelled by the most frequent label of their pixels; masks are compared at the network's size. The long recipe of MMC and
-VICRegL (512 px crops, 40,000 iterations) needs a decoder and is not run here.
+CAPI's protocol is the default: a logistic regression and k-NN on cached patch features; patches are labelled by the most frequent label of
+their pixels, and masks are compared at the network's size. MMC's is the long one: a linear layer trained on crops (``segment_crops``).
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from typing import Literal
 import numpy as np
 import torch
 from PIL import Image
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
+from massl_fast.evaluation import segment_crops
 from massl_fast.evaluation.base import Figure, Protocol, Result, Settings
 from massl_fast.evaluation.cluster import scaling
 from massl_fast.evaluation.heads import fit_logistic
@@ -25,18 +26,27 @@ from massl_fast.evaluation.metrics.segmentation import confusion_matrix, scores_
 from massl_fast.evaluation.patch_knn import METRICS, most_frequent, patch_knn
 from massl_fast.evaluation.pictures import Picture, at_height, painted, row_of, spread
 from massl_fast.evaluation.selection import held_out
-from massl_fast.evaluation.subject import Subject
+from massl_fast.evaluation.subject import Subject, backbone_of
 from massl_fast.evaluation.tokens import demand_finite, patch_side, tokens_of
 
 IMAGE_SIZE = 224
 COSTS = tuple(10.0**power for power in range(-5, 3))
 KS = (1, 3, 10, 30)
 VALIDATION = 0.1
+OF_CAPI, OF_MMC = {"heads", "costs", "k", "iterations"}, {"steps", "crops", "rate"}
+# MMC, table of linear segmentation, ViT-B/16: mIoU of the validation images; and the images of each set, training and validation.
+PUBLISHED = {
+    "ADE20K": ((20_210, 2_000), {"DINO": 32.6, "iBOT": 34.7, "MMC": 37.0}),
+    "Cityscapes": ((2_975, 500), {"DINO": 59.1, "iBOT": 60.7, "MMC": 62.6}),
+    "VOC2012, augmented": ((10_582, 1_449), {"DINO": 73.5, "iBOT": 75.6, "MMC": 77.7}),
+}
 
 
 class SegmentSettings(Settings):
     data: str
     """Folder of VOC2012, ADE20K or Cityscapes; train and val are taken."""
+    train_like: Literal["capi", "mmc"] = "capi"
+    """capi: heads on cached patches, minutes; mmc: a linear layer trained on random crops, for days on a CPU."""
     heads: tuple[Literal["logistic", "knn"], ...] = ("logistic", "knn")
     """What is fitted to the patches."""
     costs: tuple[float, ...] = COSTS
@@ -47,6 +57,22 @@ class SegmentSettings(Settings):
     """Most iterations of a logistic regression."""
     max_train_images: int = Field(0, ge=0)
     """Only the first training images; 0: all."""
+    steps: int = Field(segment_crops.STEPS, ge=1)
+    """Of --train-like mmc: steps of the optimizer."""
+    crops: int = Field(segment_crops.CROPS, ge=1)
+    """Of --train-like mmc: crops per step, of all ranks together."""
+    rate: float = Field(segment_crops.RATE, gt=0)
+    """Of --train-like mmc: AdamW's largest learning rate."""
+
+    @model_validator(mode="after")
+    def _of_one_way(self) -> SegmentSettings:
+        strangers = OF_CAPI if self.train_like == "mmc" else OF_MMC
+        wrong = sorted(self.model_fields_set & strangers)
+        if wrong:
+            other = "capi" if self.train_like == "mmc" else "mmc"
+            names = " and ".join(name.replace("_", "-") for name in wrong)
+            raise ValueError(f"The settings {names} of segment belong to train-like {other}, and train-like is {self.train_like}.")
+        return self
 
 
 @dataclass(frozen=True)
@@ -69,7 +95,7 @@ class Segment(Protocol):
     """Segmentation on frozen patches: logistic regressions and k-NN on standardised patch features, mIoU on the validation images.
 
     Chosen: the penalty, or k and distance, that is best on held-out training images. Best: that which is best on the validation images
-    themselves, as published tables choose.
+    themselves, as published tables choose. With --train-like mmc: one linear layer after the last step, at the images' own size.
     """
 
     name = "segment"
@@ -79,6 +105,8 @@ class Segment(Protocol):
     recipes = ("patches",)
 
     def figures(self) -> list[Figure]:
+        if self.settings.train_like == "mmc":
+            return [Figure("linear_miou_percent", "linear"), Figure("linear_pixel_accuracy_percent", "pixels")]
         titles = {"logistic": "logistic", "knn": "k-NN"}
         pairs = [(head, how) for head in self.settings.heads for how in ("chosen", "best")]
         figures = [Figure(f"{head}_{how}_miou_percent", f"{titles[head]}, {how}") for head, how in pairs]
@@ -88,14 +116,101 @@ class Segment(Protocol):
         patch_side(subject)
         if not self.settings.heads or any(cost <= 0 for cost in self.settings.costs) or any(k < 1 for k in self.settings.k):
             raise ValueError("There must be a head at least, and C and k must be positive.")
-        scenes = read_scenes(Path(self.settings.data))
+        if self.settings.train_like == "mmc":
+            for network in subject.networks.values():
+                segment_crops.blocks_of(network)
+        scenes = self._scenes()
         if len(scenes.splits["train"]) < 2:
             raise ValueError(f"{self.settings.data} has {len(scenes.splits['train'])} training images; two are needed to hold one out.")
         return []
 
+    def _scenes(self) -> SceneSet:
+        return read_scenes(Path(self.settings.data), augmented=self.settings.train_like == "mmc")
+
     def run(self, subject: Subject) -> Result:
+        return self._like_mmc(subject) if self.settings.train_like == "mmc" else self._like_capi(subject)
+
+    def _like_mmc(self, subject: Subject) -> Result:
         settings, notes = self.settings, self.prepare(subject)
-        scenes = read_scenes(Path(settings.data))
+        scenes, patch = self._scenes(), patch_side(subject)
+        side = max(1, subject.size_or(segment_crops.SIDE) // patch) * patch
+        train, val = scenes.splits["train"][: settings.max_train_images or None], scenes.splits["val"]
+        sizes = dict(side=side, patch=patch)
+        found = segment_crops.trained(
+            subject, train, scenes.num_classes, **sizes, steps=settings.steps, crops=settings.crops, rate=settings.rate
+        )
+        matrices, accuracy, unreadable = segment_crops.confusions(subject, found.layers, val, scenes.num_classes, **sizes)
+        results, more = {}, {}
+        for name, matrix in matrices.items():
+            scores = scores_of_confusion(matrix)
+            keys = {
+                "miou": "miou",
+                "miou_present": "miou_present",
+                "pixel_accuracy": "pixel_accuracy",
+                "class_accuracy": "mean_class_accuracy",
+            }
+            results[name] = {f"linear_{key}_percent": 100 * float(scores[score]) for key, score in keys.items()}
+            more[name] = [None if np.isnan(value) else 100 * float(value) for value in scores["iou"]]
+        departures = []
+        if settings.steps != segment_crops.STEPS:
+            warm_up = segment_crops.warm_up_steps(settings.steps)
+            departures.append(f"Trained for {settings.steps:,} steps, {warm_up:,} of warm-up, instead of {segment_crops.STEPS:,}.")
+        if settings.crops != segment_crops.CROPS:
+            departures.append(f"A step sees {settings.crops} crops instead of {segment_crops.CROPS}.")
+        if settings.rate != segment_crops.RATE:
+            departures.append(f"The learning rate is {settings.rate:g} instead of {segment_crops.RATE:g}.")
+        if side != segment_crops.SIDE:
+            departures.append(f"Crops are {side} px instead of {segment_crops.SIDE}.")
+        if scenes.kind == "VOC2012":
+            departures.append(
+                "Training images are those of VOC's list train; published is the augmented one (trainaug, SegmentationClassAug)."
+            )
+        if settings.max_train_images:
+            departures.append(f"Only the first {len(train)} training images take part.")
+        depths = {len(backbone_of(network).blocks) for network in subject.networks.values()}
+        if depths != {12}:
+            departures.append(
+                "Tokens are those of the blocks at one half, two thirds, five sixths and all of the depth, as 6, 8, 10 and 12 of 12."
+            )
+        counts, rows = PUBLISHED.get(scenes.kind, ((0, 0), {}))
+        own = not departures and (len(train), len(val)) == counts
+        departures.append(
+            "What MMC leaves open is as in mmsegmentation: scales of 0.5 to 2, crops of which no class fills over three quarters, tokens "
+            "after the final norm, a loss that counts void pixels as 0, windows every two thirds of a crop in validation."
+        )
+        names = [train[number].name for number in found.unreadable] + [val[number].name for number in unreadable]
+        return Result(
+            results=results,
+            data={"train": {"path": settings.data, "images": len(train)}, "val": {"path": settings.data, "images": len(accuracy)}},
+            features="patches of four blocks",
+            image_size=side,
+            about=f"{scenes.kind}, {scenes.num_classes} classes: {len(train)} training and {len(accuracy)} validation images of "
+            f"{settings.data}. mIoU is over classes in truth or prediction, at the images' own size.",
+            departures=departures,
+            notes=notes,
+            unreadable=tuple(names),
+            published=[dict(who=f"{who} ViT-B/16", value=value, source=f"MMC, {scenes.kind}") for who, value in rows.items()]
+            if own
+            else [],
+            more={"iou_percent": more, "losses": found.losses[:: max(1, len(found.losses) // 100)]},
+            pictures=self._pictures_like_mmc(subject, found.layers, val, accuracy, **sizes) if subject.pictures else [],
+        )
+
+    def _pictures_like_mmc(
+        self, subject: Subject, layers: dict, val: list[Scene], accuracy: dict[int, float], **sizes: int
+    ) -> list[Picture]:
+        network, pictures = next(iter(subject.networks)), []
+        for rank, number in spread(accuracy):
+            image, labels = segment_crops.read_scene(val[number])
+            guess = segment_crops.predicted(subject, {network: layers[network]}, image, **sizes)[network].numpy()
+            caption = f"{rank} image, {val[number].name}: {100 * accuracy[number]:.1f} % of its pixels; image, truth, prediction"
+            shown = [painted(image, of) for of in (np.array(labels) % IGNORED, guess)]
+            pictures.append(Picture(f"segment_{rank}", caption, row_of([at_height(image), *map(at_height, shown)])))
+        return pictures
+
+    def _like_capi(self, subject: Subject) -> Result:
+        settings, notes = self.settings, self.prepare(subject)
+        scenes = self._scenes()
         side = subject.size_or(IMAGE_SIZE) // patch_side(subject) * patch_side(subject)
         lists = {"train": scenes.splits["train"][: settings.max_train_images or None], "val": scenes.splits["val"]}
         unreadable: list[str] = []

@@ -69,6 +69,20 @@ def patch_tokens(network: nn.Module, images: Tensor, patch: int) -> Tensor:
     return tokens.float().unflatten(1, (images.shape[-2] // patch, images.shape[-1] // patch))
 
 
+def block_tokens(network: nn.Module, images: Tensor, blocks: Sequence[int]) -> Tensor:
+    """Patch tokens of several blocks (from 0), each after the final norm: normalised images [N, 3, H, W] → [N, blocks · C, h, w].
+
+    Raises:
+        ValueError: the network does not take this size.
+    """
+
+    def of(backbone: nn.Module) -> Tensor:
+        arguments = dict(indices=list(blocks), norm=True, output_fmt="NCHW", intermediates_only=True)
+        return torch.cat(backbone.forward_intermediates(images, **arguments), 1)
+
+    return _taken(network, images, of)
+
+
 def _taken(network: nn.Module, images: Tensor, function: Callable[[nn.Module], Tensor]) -> Tensor:
     """What `function` makes of the backbone; a network that does not take the size says so in a sentence."""
     backbone = backbone_of(network)

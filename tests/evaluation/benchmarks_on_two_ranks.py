@@ -33,6 +33,7 @@ def protocols(root: Path) -> list:
         Similarity(SimilaritySettings(data=voc, background=True)),
         Segment(SegmentSettings(data=voc, costs=(0.1,), k=(1,), iterations=10)),
         Correspond(CorrespondSettings(data=str(root / "train"))),
+        Segment(SegmentSettings(data=voc, train_like="mmc", steps=6, crops=4, rate=0.05)),
     ]
 
 
@@ -42,7 +43,11 @@ def evaluate(rank: int, root: Path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{root}/meeting", rank=rank, world_size=2)
     for protocol in protocols(root):
         alone, shared = (protocol.run(small.subject_of(batch_size=1, shard=shard)) for shard in ((0, 1), (rank, 2)))
-        assert shared.results == alone.results, (protocol.name, rank, shared.results, alone.results)
+        for name, figures in alone.results.items():
+            for key, value in figures.items():
+                # Gradients of a layer on crops are added up in another order, which may move a pixel on the edge.
+                near = 0.5 if key.startswith("linear_") else 0
+                assert abs(shared.results[name][key] - value) <= near, (protocol.name, rank, name, key, shared.results, alone.results)
         assert shared.unreadable == alone.unreadable, (protocol.name, shared.unreadable)
     dist.destroy_process_group()
 

@@ -11,12 +11,14 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from massl_fast.evaluation import segment_crops
 from massl_fast.evaluation.attention import Attention, AttentionSettings
 from massl_fast.evaluation.backgrounds import Backgrounds, BackgroundsSettings, nine_of
 from massl_fast.evaluation.cluster import Cluster, ClusterSettings, scaling
 from massl_fast.evaluation.copies import Copies, CopiesSettings, whitened, whitening
 from massl_fast.evaluation.correspond import Correspond, CorrespondSettings, View
 from massl_fast.evaluation.layouts.objects import read_objects
+from massl_fast.evaluation.layouts.scenes import read_scenes
 from massl_fast.evaluation.multilabel import Multilabel, MultilabelSettings, drawn_positives
 from massl_fast.evaluation.pictures import spread
 from massl_fast.evaluation.prompt import CEILING, Prompt, PromptSettings, interior
@@ -226,6 +228,77 @@ def test_patches_of_another_colour_are_another_class(tmp_path):
     assert row["logistic_chosen_miou_percent"] > 80 and row["knn_chosen_miou_percent"] > 80
     assert row["knn_chosen_miou_percent"] <= row["knn_best_miou_percent"]
     assert result.more["heads"]["raw pixels"]["knn"]["best"].startswith("k = ") and result.pictures
+
+
+def test_a_linear_layer_on_crops_learns_the_colours_of_classes(tmp_path):
+    root = small.write_voc2012(tmp_path / "VOC2012")
+    (root / "JPEGImages/image 1.jpg").write_bytes(b"broken")
+    settings = SegmentSettings(data=str(root), train_like="mmc", steps=25, crops=4, rate=0.05)
+    result = Segment(settings).run(small.subject_of(pictures=True))
+    row = result.results["raw pixels"]
+    assert row["linear_miou_percent"] > 60 and row["linear_pixel_accuracy_percent"] > 80
+    assert result.more["losses"][-1] < result.more["losses"][0] and len(result.pictures) == 3
+    assert result.unreadable == ("image 1",) and result.published == []
+    for said in ("25 steps, 1 of warm-up", "4 crops instead of 16", "32 px", "list train", "half, two thirds", "leaves open"):
+        assert any(said in text for text in result.departures), said
+    assert Segment(settings).headline.key in row
+    with pytest.raises(ValueError, match=r"costs and k of segment belong to train-like capi"):
+        SegmentSettings(data="x", train_like="mmc", costs=(1.0,), k=(1,))
+    with pytest.raises(ValueError, match=r"steps of segment belong to train-like mmc"):
+        SegmentSettings(data="x", steps=3)
+
+
+def test_the_augmented_list_of_voc_is_taken_where_it_is(tmp_path):
+    root = small.write_voc2012(tmp_path / "VOC2012", 2)
+    shutil.copytree(root / "SegmentationClass", root / "SegmentationClassAug")
+    (root / "ImageSets/Segmentation/trainaug.txt").write_text("image 0\nimage 1\nimage 3\n")
+    scenes = read_scenes(root, augmented=True)
+    assert scenes.kind == "VOC2012, augmented" and [len(scenes.splits[split]) for split in ("train", "val")] == [3, 2]
+    assert scenes.splits["train"][0].mask.parent.name == "SegmentationClassAug" and len(read_scenes(root).splits["train"]) == 2
+
+
+def test_crops_depend_on_their_number_alone_and_labels_stay_with_their_pixels(tmp_path, monkeypatch):
+    scenes = read_scenes(small.write_voc2012(tmp_path / "VOC2012")).splits["train"]
+    monkeypatch.setattr(segment_crops, "distorted", lambda pixels, draw: pixels)
+    crops = segment_crops.Crops(scenes, 48, 7, range(12), (1, 2, 3))
+    again = segment_crops.Crops(scenes, 48, 7, range(1, 12, 2), (1, 2, 3))
+    seen = 0
+    for item in range(6):
+        assert all(torch.equal(one, other) for one, other in zip(again[item][:2], crops[2 * item + 1][:2]))
+    for item in range(12):
+        pixels, labels, missing = crops[item]
+        assert missing == -1 and pixels.shape == (3, 48, 48) and labels.dtype == torch.uint8
+        for label in (1, 2):
+            inside = pixels[:, labels == label].float()
+            if inside.shape[1] > 100:
+                seen += 1
+                assert (inside.median(1).values - torch.tensor(small.COLOURS[label - 1])).abs().max() < 40
+    assert seen > 4
+
+
+def test_distortion_keeps_the_shape_and_moves_hue_around_its_circle():
+    pixels = np.tile(np.array([200, 60, 60], np.uint8), (5, 4, 1))
+    found = [segment_crops.distorted(pixels, np.random.default_rng(seed)) for seed in range(100)]
+    assert all(one.shape == pixels.shape and one.dtype == np.uint8 for one in found)
+    assert any(np.array_equal(one, pixels) for one in found) and len({one.tobytes() for one in found}) > 20
+    assert any(one[0, 0, 2] > one[0, 0, 1] for one in found) and any(one[0, 0, 1] > one[0, 0, 2] for one in found)
+
+
+@pytest.mark.parametrize(
+    ("length", "starts"), [(512, [0]), (513, [0, 1]), (853, [0, 341]), (854, [0, 341, 342]), (1200, [0, 341, 682, 688])]
+)
+def test_windows_cover_the_image_to_its_end(length, starts):
+    assert segment_crops.window_starts(length, 512) == starts
+
+
+def test_blocks_are_as_deep_in_other_networks():
+    class Depth(torch.nn.Module):
+        def __init__(self, count):
+            super().__init__()
+            self.blocks = [None] * count
+
+    assert [segment_crops.blocks_of(Depth(count)) for count in (12, 24, 2)] == [[5, 7, 9, 11], [11, 15, 19, 23], [0, 1]]
+    assert segment_crops.scaled((1000, 500), 512) == (1024, 512) and segment_crops.scaled((5000, 500), 512, 0.5) == (1024, 102)
 
 
 def test_views_are_the_same_every_time_and_their_corners_tell_the_place(tmp_path):

@@ -31,14 +31,17 @@ class Scene:
 @dataclass(frozen=True)
 class SceneSet:
     kind: str
-    """VOC2012, ADE20K or Cityscapes."""
+    """VOC2012 (augmented or not), ADE20K or Cityscapes."""
     num_classes: int
     splits: dict[str, list[Scene]]
     """train and val."""
 
 
-def read_scenes(root: Path) -> SceneSet:
+def read_scenes(root: Path, *, augmented: bool = False) -> SceneSet:
     """The data set that the folders of `root` are those of.
+
+    With `augmented`, VOC's training images are those of ImageSets/Segmentation/trainaug.txt, with masks in SegmentationClassAug (Hariharan
+    et al. 2011), where that list is there; the set's kind is then "VOC2012, augmented".
 
     VOC: background counts as class 0, 255 is void. ADE20K: 0 is "other" and ignored, labels shift by one. Cityscapes: train ids.
 
@@ -46,11 +49,15 @@ def read_scenes(root: Path) -> SceneSet:
         ValueError: the folders are none of these, or masks are missing.
     """
     if (root / "ImageSets/Segmentation").is_dir():
-        splits = {
-            split: [Scene(item.name, item.image, item.class_file, _as_it_is) for item in voc.read_segmentation(root, split)]
-            for split in ("train", "val")
+        more = augmented and (root / "ImageSets/Segmentation/trainaug.txt").is_file()
+        items = {
+            "train": voc.read_segmentation(root, "trainaug", classes="SegmentationClassAug")
+            if more
+            else voc.read_segmentation(root, "train"),
+            "val": voc.read_segmentation(root, "val"),
         }
-        return SceneSet("VOC2012", 1 + len(voc.CLASSES), splits)
+        splits = {split: [Scene(item.name, item.image, item.class_file, _as_it_is) for item in part] for split, part in items.items()}
+        return SceneSet("VOC2012, augmented" if more else "VOC2012", 1 + len(voc.CLASSES), splits)
     if (root / "annotations/training").is_dir():
         folders = {"train": "training", "val": "validation"}
         splits = {

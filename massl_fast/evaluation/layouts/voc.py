@@ -78,8 +78,9 @@ class MaskedImage:
         return read_mask(self.object_file)
 
 
-def read_segmentation(root: Path, split: str, *, objects: bool = False) -> list[MaskedImage]:
-    """Images that ROOT/ImageSets/Segmentation/SPLIT.txt lists, with their class masks (and, with `objects`, those of objects).
+def read_segmentation(root: Path, split: str, *, objects: bool = False, classes: str = "SegmentationClass") -> list[MaskedImage]:
+    """Images that ROOT/ImageSets/Segmentation/SPLIT.txt lists, with their masks in the folder `classes` (and, with `objects`, those of
+    objects).
 
     Raises:
         ValueError: the list, an image or a mask is missing, or a name leads out of the folder.
@@ -89,7 +90,7 @@ def read_segmentation(root: Path, split: str, *, objects: bool = False) -> list[
         raise ValueError(f"There is no {listed}. Name the folder VOCdevkit/VOC2012.")
     found = []
     for name in read_lines(listed):
-        paths = [root / inside(root, f"JPEGImages/{name}.jpg", listed), root / f"SegmentationClass/{name}.png"]
+        paths = [root / inside(root, f"JPEGImages/{name}.jpg", listed), root / f"{classes}/{name}.png"]
         paths.append(root / f"SegmentationObject/{name}.png")
         needed = paths if objects else paths[:2]
         missing = next((path for path in needed if not path.is_file()), None)
