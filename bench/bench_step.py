@@ -33,7 +33,7 @@ import pytest
 import torch
 import yaml
 
-from massl_fast.benchmarks import records
+from massl_fast import records
 from massl_fast.benchmarks.step import WARM_UP
 from massl_fast.benchmarks.timing import in_turn, timed
 from massl_fast.config import Config, load_config

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from massl_fast.benchmarks import records
+from massl_fast import records
 from massl_fast.benchmarks.beside import Call, time_variants
 from massl_fast.benchmarks.compare import SAME, WORSE, compare
 from massl_fast.kernels import memory_readout

@@ -37,7 +37,7 @@ import torch
 import yaml
 from torch import nn
 
-from massl_fast.benchmarks import records
+from massl_fast import records
 from massl_fast.config import Config, load_config
 from massl_fast.data.loaders import loader_without_run, open_data
 from massl_fast.data.sources import expand_braces

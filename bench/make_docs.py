@@ -11,10 +11,10 @@ import re
 import sys
 from pathlib import Path
 
-from massl_fast.benchmarks import records
+from massl_fast import records
 from massl_fast.benchmarks.chapters import Part, Row, chapters, estimate_errors, published_model, times_the_first
 from massl_fast.benchmarks.page import device_of
-from massl_fast.benchmarks.records import latest
+from massl_fast.records import latest
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- benchmarks: made by bench/make_docs.py -->", "<!-- /benchmarks -->"

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from massl_fast.benchmarks import records
+from massl_fast import records
 from massl_fast.benchmarks.intervals import spread_percent
 from massl_fast.benchmarks.timing import in_turn, timed
 from massl_fast.hardware import synchronize

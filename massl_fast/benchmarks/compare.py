@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from massl_fast.benchmarks import records
+from massl_fast import records
 from massl_fast.benchmarks.intervals import shift
 
 WORSE, BETTER, SAME, NOISY, FEW = "worse", "better", "same", "too noisy", "too few samples"

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from massl_fast.benchmarks import records
+from massl_fast import records
 from massl_fast.benchmarks.beside import DTYPES
 from massl_fast.benchmarks.kernels import OURS, Case, errors, excess, variants
 

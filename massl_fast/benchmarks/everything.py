@@ -29,7 +29,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from massl_fast.benchmarks import records
+from massl_fast import records
 from massl_fast.extras import importable
 from massl_fast.hardware import ROOT
 

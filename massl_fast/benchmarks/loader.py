@@ -8,27 +8,27 @@ device is short of beyond PyTorch's own.
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
 import os
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 from PIL import Image, ImageFilter
 
-from massl_fast.benchmarks import records
+from massl_fast import records
+from massl_fast.benchmarks.timing import windows
 from massl_fast.data.crops import View, published_views
 from massl_fast.data.sources import Source, open_source
 from massl_fast.data.torchvision_loader import TorchvisionLoader
 from massl_fast.extras import importable
 from massl_fast.hardware import synchronize
+from massl_fast.processes import host_bytes, processor_seconds
 
 GENERATED = 256  # images
 WIDTH, HEIGHT, QUALITY = 500, 375, 87
@@ -38,7 +38,6 @@ PLACES = {
     "dali": (("cpu", "cpu"), ("cpu", "gpu"), ("mixed", "gpu")),
 }
 """Where each loader can decode and augment."""
-WINDOWS = 10
 SHORTEST_PROCESSOR_TIME = 0.2  # seconds
 FIGURES = {
     "images_per_second": ("images/s", "higher"),
@@ -137,17 +136,13 @@ def measure(setup: Setup) -> dict[str, list[float]]:
     for _ in range(2 * setup.workers + 2 if setup.loader != "dali" else 4):
         next(batches)
     synchronize(device)
-    result: dict[str, list[float]] = {"images_per_second": [], "images_per_core_second": []}
-    begin = time.perf_counter()
-    while time.perf_counter() - begin < setup.seconds:
-        images, start, processor = 0, time.perf_counter(), processor_seconds()
-        while (elapsed := time.perf_counter() - start) < setup.seconds / WINDOWS:
-            images += len(next(batches).indices)
-            synchronize(device)
-        result["images_per_second"].append(images / elapsed)
-        # Processor time comes in ticks of 10 ms: a window shorter than some of them has no sample of its own.
-        if (spent := processor_seconds() - processor) >= SHORTEST_PROCESSOR_TIME or not result["images_per_core_second"]:
-            result["images_per_core_second"].append(images / max(spent, 1 / os.sysconf("SC_CLK_TCK")))
+    processor = [processor_seconds()]
+    found = windows(lambda: next(batches), setup.seconds, device, lambda: processor.append(processor_seconds()))
+    result = {"images_per_second": [setup.batch * count / seconds for count, seconds in found]}
+    # Processor time comes in ticks of 10 ms: a window shorter than some of them has no sample of its own.
+    spent = [(count, max(stop - start, 1 / os.sysconf("SC_CLK_TCK"))) for (count, _), (start, stop) in zip(found, pairwise(processor))]
+    long = [window for window in spent if window[1] >= SHORTEST_PROCESSOR_TIME] or spent[:1]
+    result["images_per_core_second"] = [setup.batch * count / seconds for count, seconds in long]
     result["host_memory_mib"] = [(host_bytes() - memory_before) / 2**20]
     if on_gpu:
         reserved = torch.cuda.memory_reserved()
@@ -240,31 +235,6 @@ class PillowBlur(torch.nn.Module):
 
     def forward(self, image: Image.Image) -> Image.Image:
         return image.filter(ImageFilter.GaussianBlur(torch.empty(()).uniform_(*self.sigma).item()))
-
-
-def processes() -> list[psutil.Process]:
-    """This process and its descendants."""
-    own = psutil.Process()
-    return [own, *own.children(recursive=True)]
-
-
-def processor_seconds() -> float:
-    """Of this process and its descendants."""
-    total = 0.0
-    for process in processes():
-        with contextlib.suppress(psutil.NoSuchProcess):
-            times = process.cpu_times()
-            total += times.user + times.system
-    return total
-
-
-def host_bytes() -> int:
-    """Memory of this process and its descendants, pages that n processes share counted as 1/n."""
-    total = 0
-    for process in processes():
-        with contextlib.suppress(psutil.NoSuchProcess):
-            total += process.memory_full_info().pss
-    return total
 
 
 # Record

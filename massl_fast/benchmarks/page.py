@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from massl_fast.benchmarks.chapters import Row, chapters
-from massl_fast.benchmarks.records import latest
+from massl_fast.records import latest
 from massl_fast.report.html import render
 
 

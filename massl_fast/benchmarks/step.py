@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from massl_fast.benchmarks import records
+from massl_fast import records
 from massl_fast.benchmarks.intervals import FEWEST_SAMPLES, spread_percent
 from massl_fast.benchmarks.timing import PhaseClock, in_turn, matrix_rate, timed
 from massl_fast.config import Config

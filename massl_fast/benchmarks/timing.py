@@ -15,6 +15,8 @@ import torch
 from massl_fast.engine.phases import END
 from massl_fast.hardware import synchronize
 
+WINDOWS = 10
+
 
 def timed(work: Callable[[], Any], device: torch.device) -> tuple[float, float]:
     """Wall and processor seconds of some work; on a GPU those between its events, in which waiting for it is not."""
@@ -53,6 +55,24 @@ def in_turn(
     finally:
         gc.enable()
     return seconds
+
+
+def windows(
+    work: Callable[[], Any], seconds: float, device: torch.device, end_of_window: Callable[[], None] = lambda: None
+) -> list[tuple[int, float]]:
+    """(calls of ``work``, wall seconds) of windows of at least a tenth of ``seconds`` each, until ``seconds`` are over."""
+    found: list[tuple[int, float]] = []
+    synchronize(device)
+    begin = time.perf_counter()
+    while not found or time.perf_counter() - begin < seconds:
+        start, count = time.perf_counter(), 0
+        while not count or time.perf_counter() - start < seconds / WINDOWS:
+            work()
+            count += 1
+        synchronize(device)
+        found.append((count, time.perf_counter() - start))
+        end_of_window()
+    return found
 
 
 class PhaseClock:

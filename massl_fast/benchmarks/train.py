@@ -7,13 +7,9 @@ images.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
-import torch
-
+from massl_fast.benchmarks.timing import windows
 from massl_fast.config import Config
 from massl_fast.data.loader import Loader
 from massl_fast.distributed.world import World
@@ -23,7 +19,6 @@ from massl_fast.models.precision import Precision
 from massl_fast.profiling.synthetic import micro_batches_of, synthetic_run
 from massl_fast.run.outputs import WindowClock
 
-WINDOWS = 10
 KINDS = {"loader": "loader alone", "model": "model alone", "together": "together"}
 WAITING = 0.10
 """Share of waiting from which on the loader is said to bound a run."""
@@ -37,7 +32,6 @@ def measure(config: Config, world: World, precision: Precision, loader: Loader, 
     """Images per second of each window of loader, model and both together; shares of time spent waiting for images."""
     device = world.device
     accumulation, batch = micro_batches_of(config)
-    step_images = accumulation * batch
     synthetic = synthetic_run(config, world, precision, device_batch=batch, accumulation=accumulation)
     batches = loader.batches(0)
     clock = WindowClock()
@@ -60,34 +54,20 @@ def measure(config: Config, world: World, precision: Precision, loader: Loader, 
     # What lies ready before the clock starts would be counted as made: with workers, some batches.
     for _ in range(2 * loader.num_workers + 2):
         next(batches)
-    loaded = rates(load, step_images, seconds, device)
+    loaded = windows(load, seconds, device)
     for _ in range(2):
         synthetic.step()
-    trained = rates(synthetic.step, step_images, seconds, device)
+    trained = windows(synthetic.step, seconds, device)
     for _ in range(loader.num_workers + 2):  # what lay ready while the model ran alone
         together()
     synchronize(device)
     clock.restart()
-    both = rates(together, step_images, seconds, device, end_of_window)
-    return {"loader": loaded, "model": trained, "together": both, "waited": waited}
-
-
-def rates(
-    work: Callable[[], Any], images: int, seconds: float, device: torch.device, end_of_window: Callable[[], None] = lambda: None
-) -> list[float]:
-    """Images per second of windows of at least a tenth of ``seconds`` each, in which ``work`` deals with ``images`` at a time."""
-    found: list[float] = []
-    synchronize(device)
-    begin = time.perf_counter()
-    while not found or time.perf_counter() - begin < seconds:
-        start, count = time.perf_counter(), 0
-        while not count or time.perf_counter() - start < seconds / WINDOWS:
-            work()
-            count += 1
-        synchronize(device)
-        found.append(images * count / (time.perf_counter() - start))
-        end_of_window()
-    return found
+    both = windows(together, seconds, device, end_of_window)
+    rates = {
+        name: [accumulation * batch * count / took for count, took in found]
+        for name, found in (("loader", loaded), ("model", trained), ("together", both))
+    }
+    return rates | {"waited": waited}
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from massl_fast.benchmarks import records
+from massl_fast import records
 
 NOWHERE = "none"
 """The value of ``--output`` that keeps no records."""

@@ -8,7 +8,7 @@ from collections import Counter
 from dataclasses import asdict
 from statistics import median
 
-from massl_fast.benchmarks import records
+from massl_fast import records
 from massl_fast.benchmarks.compare import BETTER, FEW, NOISY, SAME, WORSE, circumstances, compare
 from massl_fast.benchmarks.intervals import FEWEST_OF_BOTH
 from massl_fast.commands.arguments import prints_json, sentences_aside

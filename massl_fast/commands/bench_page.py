@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from massl_fast.benchmarks import records
+from massl_fast import records
 from massl_fast.benchmarks.page import page_of
 
 

@@ -6,7 +6,7 @@ import argparse
 import os
 from statistics import median
 
-from massl_fast.benchmarks import records
+from massl_fast import records
 from massl_fast.benchmarks.step import case_of, describe
 from massl_fast.benchmarks.train import KINDS, Situation, measure, verdict
 from massl_fast.commands.arguments import keeping, keeps_records, takes_a_run

@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from massl_fast.benchmarks import records
+from massl_fast import records
 from massl_fast.benchmarks.step import WARM_UP, case_of, describe
 from massl_fast.commands.arguments import prints_json, sentences_aside, takes_a_run
 from massl_fast.config import load_config

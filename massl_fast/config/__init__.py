@@ -1,9 +1,10 @@
 """Every setting of a training run.
 
-``sections`` and ``objectives`` hold the models, ``whole`` puts them together, ``text`` reads recipes, command lines and run folders.
+``sections`` holds the models that objectives share, ``whole`` puts them together, ``objectives`` adds one per objective, ``text`` reads
+recipes, command lines and run folders.
 """
 
-from massl_fast.config.objectives import SETTINGS, MasslSettings, ObjectiveSettings, register_settings
+from massl_fast.config.objectives import MasslSettings
 from massl_fast.config.sections import (
     LOADERS,
     CheckpointSection,
@@ -31,7 +32,7 @@ from massl_fast.config.text import (
     validated,
     write_config,
 )
-from massl_fast.config.whole import Config
+from massl_fast.config.whole import SETTINGS, Config, ObjectiveSettings, register_settings
 from massl_fast.registry import Registry
 
 __all__ = [

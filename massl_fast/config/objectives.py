@@ -1,29 +1,16 @@
 """The settings of each objective: one model per objective, chosen by ``objective.name``.
 
-A new objective adds a model here and names it in ``SETTINGS``; one that lives outside the package calls ``register_settings``.
+A new objective adds a model here and its line at the end of the file; one that lives outside the package calls ``register_settings``.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from pydantic import Field
 
-from massl_fast.config.sections import Epochs, Section, Temperature
-from massl_fast.registry import Registry
-
-if TYPE_CHECKING:
-    from massl_fast.config.whole import Config
-
-
-class ObjectiveSettings(Section):
-    """What all objectives' settings have. The first line of a model's docstring is its line in ``massl-fast train --help``."""
-
-    name: str
-    """Which objective is trained."""
-
-    def check(self, config: Config) -> None:
-        """Raise ValueError where these settings do not fit together or do not fit ``config``, whose sections are valid by themselves."""
+from massl_fast.config.sections import Epochs, Temperature
+from massl_fast.config.whole import Config, ObjectiveSettings, register_settings
 
 
 class MasslSettings(ObjectiveSettings):
@@ -209,19 +196,9 @@ class MocoV3Settings(ObjectiveSettings):
             )
 
 
-SETTINGS: Registry[type[ObjectiveSettings]] = Registry(
-    "objective.name",
-    {
-        "massl": MasslSettings,
-        "carp": CarpSettings,
-        "dino": DinoSettings,
-        "ibot": IbotSettings,
-        "mmc": MmcSettings,
-        "moco_v3": MocoV3Settings,
-    },
-)
-
-
-def register_settings(name: str, model: type[ObjectiveSettings]) -> None:
-    """Make ``model`` the settings of ``objective.name`` ``name``; raises ValueError where the name is taken."""
-    SETTINGS.add(name, model)
+register_settings("massl", MasslSettings)
+register_settings("carp", CarpSettings)
+register_settings("dino", DinoSettings)
+register_settings("ibot", IbotSettings)
+register_settings("mmc", MmcSettings)
+register_settings("moco_v3", MocoV3Settings)

@@ -17,9 +17,8 @@ import yaml
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from massl_fast.config.objectives import SETTINGS, ObjectiveSettings
 from massl_fast.config.sections import LOADERS, Section
-from massl_fast.config.whole import DEFAULT_OBJECTIVE, Config
+from massl_fast.config.whole import DEFAULT_OBJECTIVE, SETTINGS, Config, ObjectiveSettings
 from massl_fast.plugins import load_plugins
 from massl_fast.registry import shortened
 

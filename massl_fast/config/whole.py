@@ -1,12 +1,11 @@
-"""All sections of a run's settings together, and what has to fit between them."""
+"""All sections of a run's settings together, what an objective's settings have in common, and what has to fit between them."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from pydantic import PrivateAttr, SerializeAsAny, field_validator, model_validator
+from pydantic import Field, PrivateAttr, SerializeAsAny, field_validator, model_validator
 
-from massl_fast.config.objectives import SETTINGS, MasslSettings, ObjectiveSettings
 from massl_fast.config.sections import (
     CheckpointSection,
     CropsSection,
@@ -21,9 +20,29 @@ from massl_fast.config.sections import (
     TeacherSection,
     TrainSection,
 )
-from massl_fast.registry import shortened
+from massl_fast.registry import Registry, shortened
 
-DEFAULT_OBJECTIVE = MasslSettings().name
+DEFAULT_OBJECTIVE = "massl"
+
+
+class ObjectiveSettings(Section):
+    """What all objectives' settings have. The first line of a model's docstring is its line in ``massl-fast train --help``."""
+
+    name: str
+    """Which objective is trained."""
+
+    def check(self, config: Config) -> None:
+        """Raise ValueError where these settings do not fit together or do not fit ``config``, whose sections are valid by themselves."""
+
+
+SETTINGS: Registry[type[ObjectiveSettings]] = Registry("objective.name", {})
+"""Every objective's settings by its name; ``config.objectives`` fills it."""
+
+
+def register_settings(name: str, model: type[ObjectiveSettings]) -> None:
+    """Make ``model`` the settings of ``objective.name`` ``name``; raises ValueError where the name is taken."""
+    SETTINGS.add(name, model)
+
 
 if TYPE_CHECKING:
     NamedObjective = Any  # which model it is, and so which keys it has, objective.name says when settings are read
@@ -38,7 +57,7 @@ class Config(Section):
     data: DataSection = DataSection()
     crops: CropsSection = CropsSection()
     model: ModelSection = ModelSection()
-    objective: NamedObjective = MasslSettings()
+    objective: NamedObjective = Field(default_factory=lambda: SETTINGS[DEFAULT_OBJECTIVE].model_validate({}))
     optimizer: OptimizerSection = OptimizerSection()
     teacher: TeacherSection = TeacherSection()
     train: TrainSection = TrainSection()

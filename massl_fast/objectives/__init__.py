@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import importlib
 
-from massl_fast.config.objectives import register_settings
+from massl_fast.config import register_settings
 from massl_fast.objectives.base import Objective
 from massl_fast.registry import Registry
 

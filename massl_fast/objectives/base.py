@@ -21,8 +21,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 from torch import Tensor, nn
 
-from massl_fast.config import Config
-from massl_fast.config.objectives import ObjectiveSettings
+from massl_fast.config import Config, ObjectiveSettings
 from massl_fast.distributed.world import World
 from massl_fast.length import Length
 from massl_fast.models.backbone import Masks

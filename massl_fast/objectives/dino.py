@@ -10,8 +10,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from massl_fast.config import Config
-from massl_fast.config.objectives import DinoSettings, ObjectiveSettings, PrototypeSettings
+from massl_fast.config import Config, ObjectiveSettings
+from massl_fast.config.objectives import DinoSettings, PrototypeSettings
 from massl_fast.kernels import available_backends, prototype_cross_entropy, sinkhorn_bias
 from massl_fast.length import Length, linear
 from massl_fast.models.heads import PrototypeHead

@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from massl_fast.benchmarks import records
+from massl_fast import records
 from massl_fast.config import Config
 from massl_fast.distributed.world import World
 from massl_fast.engine import phases

@@ -22,10 +22,10 @@ from typing import Any
 
 import torch
 
-from massl_fast.benchmarks.loader import host_bytes
 from massl_fast.config import Config
 from massl_fast.data.loaders import loader_without_run, open_data
 from massl_fast.distributed.world import World
+from massl_fast.processes import host_bytes
 from massl_fast.profiling.estimate import CUDA_ROUNDING, RESERVE, Estimate, gib, largest_batch, precision_on
 from massl_fast.profiling.ledger import Change, Ledger, Peak, find_peak, holdings, record_steps
 from massl_fast.profiling.profiler import host_allocations

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from massl_fast.benchmarks import records
+from massl_fast import records
 from massl_fast.config import Config
 from massl_fast.profiling import ledger
 from massl_fast.profiling.estimate import MIB, Estimate, gib, precision_on

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from massl_fast import hardware
-from massl_fast.benchmarks import beside, kernels, records
+from massl_fast import hardware, records
+from massl_fast.benchmarks import beside, kernels
 from massl_fast.cli import main
 from massl_fast.hardware import chosen_device
 from massl_fast.kernels import fused

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from massl_fast.benchmarks import beside, objectives, records
+from massl_fast import records
+from massl_fast.benchmarks import beside, objectives
 from massl_fast.benchmarks.page import page_of
 from massl_fast.cli import main
 

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from massl_fast.benchmarks import records, step, train
+from massl_fast import records
+from massl_fast.benchmarks import step, timing, train
 from massl_fast.benchmarks.train import Situation, verdict
 from massl_fast.cli import main
 from massl_fast.config import load_config
@@ -142,7 +143,7 @@ def test_bench_train_measures_three_ways_and_says_what_bounds(tmp_path, capsys):
     assert row["details"]["verdict"][0] in told
 
 
-def test_rates_count_every_image():
+def test_windows_count_every_call():
     done = []
-    found = train.rates(lambda: done.append(1), 5, 0.01, torch.device("cpu"), lambda: done.append(2))
-    assert done.count(2) == len(found) and all(rate > 0 for rate in found)
+    found = timing.windows(lambda: done.append(1), 0.01, torch.device("cpu"), lambda: done.append(2))
+    assert done.count(2) == len(found) and done.count(1) == sum(count for count, _ in found) and all(seconds > 0 for _, seconds in found)

@@ -8,8 +8,8 @@ from collections import Counter
 
 import pytest
 
-from massl_fast import hardware
-from massl_fast.benchmarks import intervals, records
+from massl_fast import hardware, records
+from massl_fast.benchmarks import intervals
 from massl_fast.benchmarks.compare import BETTER, FEW, NOISY, SAME, WORSE, compare
 from massl_fast.benchmarks.intervals import median_interval, shift, spread_percent
 from massl_fast.cli import main

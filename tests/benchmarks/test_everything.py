@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 import bench_step
-from massl_fast.benchmarks import everything, records
+from massl_fast import records
+from massl_fast.benchmarks import everything
 from massl_fast.benchmarks.everything import Outcome, Part, arguments, groups, headlines, launcher, line_of, obstacle, run_parts, words
 from massl_fast.cli import COMMANDS, main
 from massl_fast.commands import bench_everything

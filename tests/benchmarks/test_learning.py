@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from massl_fast.benchmarks import records
+from massl_fast import records
 from massl_fast.cli import main
 from massl_fast.data.sources import open_source
 from massl_fast.engine.trainer import COLLAPSED_SPREAD, collapse, endless_warmup

@@ -5,14 +5,14 @@ import xml.dom.minidom
 
 import pytest
 
-from massl_fast.benchmarks import records
+from massl_fast import records
 from massl_fast.benchmarks.chapters import intensity
 from massl_fast.benchmarks.charts import Bar, Dot, Line, bars, over_sizes, roofline
 from massl_fast.benchmarks.page import page_of
-from massl_fast.benchmarks.records import latest
 from massl_fast.cli import main
 from massl_fast.engine.phases import PHASES as NAMES
 from massl_fast.profiling.ledger import CATEGORIES
+from massl_fast.records import latest
 
 MODEL = {"architecture": "vit_tiny", "batch": 4, "crops": "2×32 + 2×16", "memory": 64, "precision": "fp32", "device": "cpu"}
 

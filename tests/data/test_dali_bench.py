@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from massl_fast.benchmarks import records
-from massl_fast.benchmarks.loader import host_bytes, processor_seconds, read_step_rate
+from massl_fast import records
+from massl_fast.benchmarks.loader import read_step_rate
 from massl_fast.cli import main
 from massl_fast.extras import importable
+from massl_fast.processes import host_bytes, processor_seconds
 from small_images import write_images
 
 

@@ -5,8 +5,7 @@ import timm
 import torch
 from safetensors.torch import load_file
 
-from massl_fast.config import load_config, recipe_names
-from massl_fast.config.objectives import SETTINGS
+from massl_fast.config import SETTINGS, load_config, recipe_names
 from massl_fast.distributed.world import World
 from massl_fast.engine.graphed_step import WARM_UP, GraphedStep
 from massl_fast.engine.optimizer import optimizer_tensors

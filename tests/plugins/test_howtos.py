@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from massl_fast.cli import main
-from massl_fast.config.objectives import SETTINGS
+from massl_fast.config import SETTINGS
 from massl_fast.config.sections import LOADERS as LOADER_SETTINGS
 from massl_fast.data.loaders import LOADERS
 from massl_fast.evaluation.registry import PROTOCOLS

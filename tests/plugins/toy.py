@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import nn
 
-from massl_fast.config.objectives import ObjectiveSettings
+from massl_fast.config import ObjectiveSettings
 from massl_fast.data import loaders
 from massl_fast.data.loader import Loader
 from massl_fast.data.order import Batch

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from massl_fast.benchmarks import records
+from massl_fast import records
 from massl_fast.cli import main
 from massl_fast.config import load_config
 from massl_fast.data.loaders import views_of

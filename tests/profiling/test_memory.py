@@ -224,7 +224,7 @@ def test_the_command_tells_and_records(tmp_path, capsys):
     told = capsys.readouterr().out
     for part in ("At the peak, MiB", "block 1", "off the measured peak", "No leak", "Largest micro-batch predicted"):
         assert part in told
-    from massl_fast.benchmarks import records
+    from massl_fast import records
 
     assert "Highest in each part of a step" in told and max(len(line) for line in told.splitlines() if str(tmp_path) not in line) <= 120
     (row,) = records.read(output)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from massl_fast.benchmarks import records
+from massl_fast import records
 from massl_fast.benchmarks.timing import PhaseClock
 from massl_fast.cli import main
 from massl_fast.commands import profile_trace
