@@ -49,7 +49,8 @@ def run(args: argparse.Namespace) -> int:
         return 0
     for note in source.notes:
         print(note)
-    print(f"{len(source)} images: " + ", ".join(f"{counts[p]} {p.replace('_', ' ')}" for p in PROBLEMS) + f". Named in {output}.")
+    listed = f"{output} names them." if found else f"{output} is an empty list."
+    print(f"{len(source)} images: " + ", ".join(f"{counts[p]} {p.replace('_', ' ')}" for p in PROBLEMS) + f". {listed}")
     if counts[UNREADABLE]:
         print(f"Train with --data.bad_files {output} to leave out the unreadable ones from the start.")
     return 0

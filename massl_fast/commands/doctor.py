@@ -136,7 +136,7 @@ def _kernels(device: torch.device) -> dict[str, str]:
         for operation in TRITON or ("memory_cross_entropy",):
             why = triton_obstacle(device, dtype, WIDTH, operation)
             obstacles.setdefault(why or "runs", []).append(f"{operation} in {str(dtype).removeprefix('torch.')}")
-    rows["Triton's kernels"] = (
+    rows["backend triton"] = (
         next(iter(obstacles)) if len(obstacles) == 1 else "; ".join(f"{', '.join(where)}: {why}" for why, where in obstacles.items())
     )
     if device.type == "cpu":

@@ -39,7 +39,7 @@ def load_config(recipe: str, overrides: Sequence[str] = ()) -> Config:
     Raises ValueError naming every key that is unknown, of the wrong type or out of range, with the choices.
     """
     name, settings, notes = _settings_of(recipe, overrides)
-    config = validated(settings, f"Recipe {name}")
+    config = validated(settings, f"recipe {name}{' and the command line' if overrides else ''}")
     config.notes.extend(notes)
     if not config.run.folder:
         config.run.folder = f"runs/{name}"
@@ -61,11 +61,13 @@ def write_config(config: Config, path: Path) -> None:
 
 
 def validated(settings: dict[str, Any], origin: str) -> Config:
-    """``settings`` as a Config; imports nothing. Raises ValueError with a sentence per problem, and ``origin``."""
+    """``settings`` as a Config; imports nothing. Raises ValueError with a sentence per problem, and one on the ``origin`` of the settings."""
     try:
         return Config.model_validate(settings)
     except ValidationError as error:
-        raise ValueError("\n".join(_sentence(problem, settings) for problem in error.errors()) + f"\n({origin})") from None
+        raise ValueError(
+            "\n".join(_sentence(problem, settings) for problem in error.errors()) + f"\nThe settings come from {origin}."
+        ) from None
 
 
 def chosen_objective(recipe: str, overrides: Sequence[str]) -> str:

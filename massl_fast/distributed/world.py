@@ -122,7 +122,8 @@ class World:
 def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)} ({device})"
-    return f"CPU ({torch.get_num_threads()} threads)"
+    threads = torch.get_num_threads()
+    return f"CPU ({threads} thread{'s' if threads > 1 else ''})"
 
 
 def join_world(device: str = "auto", timeout_seconds: float = 600) -> World:
@@ -311,13 +312,13 @@ def choose_exchange(asked: str, *, recorded: bool, sharded: bool, world_size: in
             "parallel.gradients auto, or leave train.cuda_graph off where the network between hosts is slow."
         )
     if asked == "flat":
-        return "flat", "asked for"
+        return "flat", "as set"
     if recorded:
         return "flat", (
             "train.cuda_graph: one buffer between two recordings; where the network between hosts is slow, train.cuda_graph false lets the "
             "exchange overlap with the backward pass instead"
         )
-    return "overlapped", "asked for" if asked == "overlapped" else "DistributedDataParallel exchanges while the backward pass computes"
+    return "overlapped", "as set" if asked == "overlapped" else "DistributedDataParallel exchanges while the backward pass computes"
 
 
 def synchronise_batch_norms(module: nn.Module, world: World) -> tuple[nn.Module, str | None]:

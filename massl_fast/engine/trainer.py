@@ -154,11 +154,12 @@ class Trainer:
         )
         for sentence in [*lines, *self.source.notes, *self.loader.notes, *self.build_notes, *self.evaluation.notes]:
             self.telemetry.say(sentence)
-        warnings = [slow_teacher(self.config.teacher.momentum, self.length.total_steps)]
-        warnings += [endless_warmup(self.config.optimizer.warmup_epochs, self.length)]
-        warnings += self.objective.warnings(self.length, len(self.source)) + self.checkpoints.passed_over()
-        for sentence in warnings:
-            self._warn(sentence)
+        advice = [slow_teacher(self.config.teacher.momentum, self.length.total_steps)]
+        advice += [endless_warmup(self.config.optimizer.warmup_epochs, self.length)]
+        for sentence in filter(None, advice + self.objective.warnings(self.length, len(self.source))):
+            self.telemetry.warn(sentence, advice=True)
+        for sentence in self.checkpoints.passed_over():
+            self.telemetry.warn(sentence)
 
     def _exchange(self) -> str:
         """How gradients are exchanged and why, for the line on the strategy."""
@@ -225,7 +226,7 @@ class Trainer:
         if not self.told_of_collapse:
             sentence = collapse(row.get("embedding_spread"), self.step, self.length, self.objective.REMEDY)
             self.told_of_collapse = sentence is not None
-            self._warn(sentence)
+            self._warn(sentence, advice=True)
         if self.train_step.scaler.enabled:
             row["loss_scale"] = self.train_step.scaler.scale.item()
         row |= self.evaluation.readings()
@@ -290,6 +291,7 @@ class Trainer:
             "loader": self.loader.name,
             "crops_pass": self.pair.student.pass_name,
             "warnings": self.telemetry.warnings,
+            "advice": self.telemetry.advice,
             "versions": versions(),
         }
 
@@ -376,9 +378,9 @@ class Trainer:
     def _tell_unwritten(self, problem: str | None) -> None:
         self._warn(f"{problem}; training goes on. Last good checkpoint: {self.checkpoints.last()}." if problem else None)
 
-    def _warn(self, sentence: str | None) -> None:
+    def _warn(self, sentence: str | None, *, advice: bool = False) -> None:
         if sentence:
-            self.telemetry.warn(sentence)
+            self.telemetry.warn(sentence, self.step, advice=advice)
 
     def _restore(self, path: Path) -> None:
         state = read_state(path)
@@ -463,7 +465,7 @@ def slow_teacher(momentum: float, total_steps: int) -> str | None:
         return None
     return (
         f"teacher.momentum {momentum} averages over about {remembered:.0f} steps, a large part of this run's {total_steps}: the teacher "
-        f"will hardly move. Small batches and short runs want a lower momentum."
+        f"will hardly move. Small batches and short runs need a lower momentum."
     )
 
 

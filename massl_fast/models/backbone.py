@@ -221,7 +221,7 @@ class Encoder(nn.Module):
             self._recompute_separately(recompute, reason)
         self.pass_name = "packed" if together else "separate"
         self.pass_reason = reason
-        self.attention_name, self.attention_reason = "per crop size", "nothing else was asked for"
+        self.attention_name, self.attention_reason = "per crop size", "as set"
 
     def _recompute_separately(self, recompute: str, reason: str) -> None:
         if recompute != "blocks":
@@ -236,7 +236,7 @@ class Encoder(nn.Module):
     def choose_attention(self, asked: str, device: torch.device, precision: Precision) -> None:
         """How a packed pass attends, for ``model.attention``: ``attention_name`` and ``attention_reason`` say what was chosen and why.
 
-        Raises ValueError where varlen is asked for and cannot be had.
+        Raises ValueError where the setting is varlen, which cannot be had.
         """
         if self.packed is not None and self.pass_name == "packed":
             blocks: Any = self.backbone.blocks

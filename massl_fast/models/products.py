@@ -25,7 +25,7 @@ SMALLEST = 2**22
 def choose_products(asked: str, device: torch.device, precision: str) -> tuple[bool, str]:
     """(whether linear layers are computed by oneDNN, why) for a ``train.cpu_products`` of auto, onednn or blas.
 
-    Raises ValueError where oneDNN is asked for and cannot be had.
+    Raises ValueError where the setting is onednn, which cannot be had.
     """
     if asked not in CHOICES:
         raise ValueError(f"train.cpu_products is {asked!r}; it can be {', '.join(CHOICES[:-1])} or {CHOICES[-1]}.")
@@ -37,15 +37,15 @@ def choose_products(asked: str, device: torch.device, precision: str) -> tuple[b
     if problem and asked == "onednn":
         raise ValueError(f"train.cpu_products is onednn, but {problem}. Choose auto.")
     if problem or asked == "blas":
-        return False, problem or "asked for"
+        return False, problem or "as set"
     if asked == "onednn":
-        return True, "asked for"
+        return True, "as set"
     if torch.backends.cpu.get_cpu_capability() != "AVX512":
-        return False, "without AVX-512"
+        return False, "the processor has no AVX-512"
     vendor = processor_vendor()
     if vendor == "GenuineIntel":
         return False, "MKL is made for Intel's processors"
-    return True, f"a processor of {vendor or 'another maker than Intel'} with AVX-512"
+    return True, f"the processor has AVX-512 and is not Intel's{f' but {vendor}' if vendor else ''}"
 
 
 def multiply_by_onednn_(module: nn.Module) -> None:

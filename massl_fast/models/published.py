@@ -188,7 +188,7 @@ def read_network(path: Path, which: str) -> Network:
     if which not in ("teacher", "student"):
         raise ValueError(f"A checkpoint holds a teacher and a student, no {which!r}.")
     if not path.exists():
-        raise ValueError(f"There is no checkpoint {path}.")
+        raise ValueError(f"There is no checkpoint {path}. Name a run's folder, a checkpoint's or a file of other software.")
     path, *earlier = _meant_by(path)
     if (path / "state.json").is_file():
         return _read_first_intact([path, *earlier], which)

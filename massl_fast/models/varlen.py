@@ -60,12 +60,12 @@ def choose_attention(
 ) -> tuple[Varlen | None, str]:
     """(the function, or None for a call per crop size; why). It is tried before it is taken.
 
-    ``asked``: auto, varlen or per_size (``model.attention``). Raises ValueError where varlen is asked for and cannot be had.
+    ``asked``: auto, varlen or per_size (``model.attention``). Raises ValueError where it is varlen, which cannot be had.
     """
     if asked not in CHOICES:
         raise ValueError(f"model.attention is {asked!r}; it can be {', '.join(CHOICES[:-1])} or {CHOICES[-1]}.")
     if asked == "per_size":
-        return None, "model.attention asks for it"
+        return None, "as set"
     function, problem = _available(device, precision, width, dropout)
     if function is not None:
         problem = trial(function, device, precision.dtype, heads, width)

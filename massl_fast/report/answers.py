@@ -102,11 +102,14 @@ def what_next(run: RunFolder, learned: Answer, collapse: Answer, speed: Answer) 
     """The first thing that helps, and what helps after it."""
     rising = _rise_of_the_last_quarter(run) if learned.mark == GOOD else 0.0
     steps = {
-        ("Start again", AGAIN): collapse.mark == BAD,
+        ("Start again", " ".join([AGAIN, *run.advice])): collapse.mark == BAD,
         ("Continue the run", f"The same command goes on from the last checkpoint; step {run.last_step} is the last one logged."): (
             collapse.mark != BAD and bool(run.stopped or not run.summary)
         ),
         ("Measure it", LABELS): learned.verdict == "Not measured",
+        ("Change the settings that the run warned of", " ".join(run.advice)): (
+            bool(run.advice) and learned.mark != GOOD and collapse.mark != BAD
+        ),
         ("Train longer, or otherwise", LONGER): learned.mark == BAD and collapse.mark != BAD,
         ("Feed it faster", FEED): speed.verdict == "The loader",
         ("Look at the slowest rank", SLOWEST): speed.verdict == "The slowest rank",

@@ -73,7 +73,6 @@ def write_report(
 
 def page_of(run: RunFolder, pictures: Pictures) -> str:
     """The page as HTML."""
-    warnings = run.summary.get("warnings") or []
     found, damage = results_in(run.path / FOLDER)
     blocks = blocks_of(found)
     for block in blocks:  # the page lies a folder above the pictures
@@ -89,7 +88,7 @@ def page_of(run: RunFolder, pictures: Pictures) -> str:
         mark="good" if run.stopped or run.summary else "caution",
         answers=answers_of(run),
         headline=_headline(run),
-        notices=[str(w) for w in (warnings if isinstance(warnings, list) else [warnings])] + run.notes + [damage] * bool(damage),
+        notices=run.warnings + run.notes + [damage] * bool(damage),
         bad_files=run.bad_files,
         knn=_knn(run),
         blocks=blocks,
@@ -99,7 +98,9 @@ def page_of(run: RunFolder, pictures: Pictures) -> str:
         similarity=pictures.similarity,
         neighbours=_neighbours(pictures),
         neighbours_note=pictures.neighbours_note,
-        ran=[(key.replace("_", " "), value) for key, value in flat({k: v for k, v in run.summary.items() if k != "warnings"})],
+        ran=[
+            (key.replace("_", " "), value) for key, value in flat({k: v for k, v in run.summary.items() if k not in ("warnings", "advice")})
+        ],
         settings=settings,
     )
 

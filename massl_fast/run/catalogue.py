@@ -51,7 +51,7 @@ def find_runs(folders: Iterable[Path]) -> list[Path]:
     found: set[Path] = set()
     for top in folders:
         if not top.is_dir():
-            raise ValueError(f"There is no folder {top}. Name folders that hold runs, for example runs.")
+            raise ValueError(f"There is no folder {top}. Name folders that hold runs; `massl-fast train` writes them into the folder runs.")
         for where, below, files in os.walk(top):
             if "config.yaml" in files and "metrics.jsonl" in files:
                 found.add(Path(where))

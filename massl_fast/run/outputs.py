@@ -43,6 +43,27 @@ CLOCK_KEYS = (
 GIB = 2**30
 DECLARATIONS = "metrics.schema.json"
 """What the objective says of its metrics, in the run's folder for whoever reads it later."""
+WARNINGS = "warnings.json"
+"""What the run has warned of: objects with ``sentence``, ``step`` (null for what a start of the run says of its settings) and ``advice``
+(true where the sentence says which settings to change)."""
+
+
+def warnings_of(folder: Path) -> list[dict[str, Any]]:
+    """The entries of ``WARNINGS`` in a run's folder; none where the file is missing, damaged or of another form."""
+    try:
+        found = json.loads((folder / WARNINGS).read_bytes())
+    except (OSError, ValueError):
+        return []
+    entries = [one for one in found if isinstance(one, dict)] if isinstance(found, list) else []
+    return [
+        {
+            "step": step if isinstance(step := one.get("step"), int) else None,
+            "sentence": one["sentence"],
+            "advice": one.get("advice") is True,
+        }
+        for one in entries
+        if isinstance(one.get("sentence"), str)
+    ]
 
 
 class WindowClock:
@@ -109,21 +130,43 @@ class Telemetry:
         self.folder, self.total_steps, self.declared, self.active = folder, total_steps, tuple(metrics), active
         self.console = Console(quiet=not active, highlight=False)
         self.config, self.tensorboard, self.wandb_project = config, tensorboard, wandb_project
-        self.warnings: list[str] = []
+        self.warned: list[dict[str, Any]] = []
         self.metrics = self.events = self.wandb_run = self.progress = None
         self.unwritten = b""
 
     def say(self, sentence: str) -> None:
         self.console.print(sentence, markup=False, soft_wrap=True)
 
-    def warn(self, sentence: str) -> None:
-        self.warnings.append(sentence)
+    @property
+    def warnings(self) -> list[str]:
+        """All warnings of the run, those before an interruption included."""
+        return [warning["sentence"] for warning in self.warned]
+
+    @property
+    def advice(self) -> list[str]:
+        """Those of them that say which settings to change."""
+        return [warning["sentence"] for warning in self.warned if warning["advice"]]
+
+    def warn(self, sentence: str, step: int | None = None, *, advice: bool = False) -> None:
+        """Print a warning and keep it in the run's folder. ``step``: None for what a start of the run says of its settings."""
         self.console.print(f"Warning: {sentence}", style="yellow", markup=False, soft_wrap=True)
+        if sentence not in self.warnings:
+            self.warned.append({"step": step, "sentence": sentence, "advice": advice})
+        if self.metrics:
+            self._keep_warnings()
+
+    def _keep_warnings(self) -> None:
+        with contextlib.suppress(OSError):  # a full disk, of which metrics.jsonl and the checkpoints warn
+            write_json(self.warned, self.folder / WARNINGS)
 
     def start(self, step: int) -> None:
         """Open the outputs; lines that an interrupted run wrote after ``step``, the one it resumes from, are taken back."""
         if not self.active:
             return
+        # What an earlier start said of the settings, this one has said again where it still holds.
+        earlier = warnings_of(self.folder) if step else []
+        self.warned = [one for one in earlier if one["step"] is not None and one["step"] <= step] + self.warned
+        self._keep_warnings()
         write_json([asdict(metric) for metric in self.declared], self.folder / DECLARATIONS)
         path = self.folder / "metrics.jsonl"
         # A run that starts over at step 0 evaluates the untrained network again.

@@ -13,7 +13,7 @@ import yaml
 
 from massl_fast.objectives.base import COLLAPSED_SPREAD
 from massl_fast.run.checkpoint import CheckpointFolder, read_state
-from massl_fast.run.outputs import DECLARATIONS
+from massl_fast.run.outputs import DECLARATIONS, warnings_of
 
 HEADLINE_K = 20
 KNN_KEY = re.compile(r"knn_(untrained|teacher|student)_k(\d+)_percent")
@@ -46,6 +46,10 @@ class RunFolder:
     """What the objective says of its metrics, in the order in which they are drawn."""
     summary: dict[str, Any] = field(default_factory=dict)
     """summary.json; empty if the run has not ended."""
+    warnings: list[str] = field(default_factory=list)
+    """What the run has warned of, from its start on."""
+    advice: list[str] = field(default_factory=list)
+    """Those of the warnings that say which settings to change."""
     bad_files: list[str] = field(default_factory=list)
     """Lines of bad_files.txt."""
     stopped: str = ""
@@ -120,6 +124,9 @@ def read_run(path: Path | str) -> RunFolder:
     run.rows = _rows(run)
     run.declared = _declared(run)
     run.summary = _summary(run)
+    warned = warnings_of(path)
+    run.warnings = [one["sentence"] for one in warned] or _sentences(run.summary.get("warnings"))
+    run.advice = [one["sentence"] for one in warned if one["advice"]]
     bad_files = path / "bad_files.txt"
     if bad_files.is_file():
         run.bad_files = [line for line in bad_files.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
@@ -187,6 +194,11 @@ def _summary(run: RunFolder) -> dict[str, Any]:
         run.notes.append(f"summary.json cannot be read: {error}")
         return {}
     return summary if isinstance(summary, dict) else {}
+
+
+def _sentences(found: Any) -> list[str]:
+    """Warnings as summary.json has them, those of runs from before ``WARNINGS`` among them."""
+    return [str(one) for one in (found if isinstance(found, list) else [found])] if found else []
 
 
 def _declared(run: RunFolder) -> list[Declared]:

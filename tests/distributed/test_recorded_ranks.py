@@ -75,7 +75,7 @@ def test_votes_that_ride_with_the_gradients_count(outcomes):
         ("auto", True, False, 1, "none", "one process"),
         ("auto", False, False, 2, "overlapped", "while the backward pass computes"),
         ("auto", True, False, 2, "flat", "where the network between hosts is slow"),
-        ("flat", False, False, 2, "flat", "asked for"),
+        ("flat", False, False, 2, "flat", "as set"),
         ("auto", False, True, 2, "sharded", "fsdp2"),
     ],
 )

@@ -79,7 +79,7 @@ def test_where_it_cannot_be_had_the_reason_is_told(options, capability, sentence
     assert function is None and sentence in reason
     with pytest.raises(ValueError, match=f"model.attention is varlen, but .*{sentence}.* Choose auto or per_size"):
         choice("varlen", **options)
-    assert choice("per_size", **options) == (None, "model.attention asks for it")
+    assert choice("per_size", **options) == (None, "as set")
 
 
 def test_an_older_pytorch_is_named(monkeypatch):

@@ -33,7 +33,8 @@ def test_unreadable_images_are_told_once(images, tmp_path, capsys):
     )
     assert capsys.readouterr().out.count(f"Warning: {sentence}") == 1  # evaluated before the first step and after the last
     summary = json.loads((tmp_path / "run/summary.json").read_text())
-    assert summary["warnings"].count(sentence) == 1
+    assert summary["warnings"].count(sentence) == 1 and sentence not in summary["advice"]
+    assert {"step": 0, "sentence": sentence, "advice": False} in json.loads((tmp_path / "run/warnings.json").read_text())
     assert sentence in (tmp_path / "run/report.html").read_text()
 
 
