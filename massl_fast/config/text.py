@@ -61,7 +61,7 @@ def write_config(config: Config, path: Path) -> None:
 
 
 def validated(settings: dict[str, Any], origin: str) -> Config:
-    """``settings`` as a Config; imports nothing. Raises ValueError with a sentence per problem, and one on the ``origin`` of the settings."""
+    """``settings`` as a Config; imports nothing. Raises ValueError with a sentence per problem, and one on the settings' ``origin``."""
     try:
         return Config.model_validate(settings)
     except ValidationError as error:
