@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import posixpath
 import re
 from pathlib import Path
@@ -39,7 +40,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def with_links_of_the_site(markdown: str, path: str) -> str:
-    """The text of the file at ``path``; links to files that are not in the site become their names."""
+    """The text of the file at ``path``: links to files that are not in the site become their names, names of pages their titles."""
     here = posixpath.dirname(in_site(path) or "")
 
     def link(found: re.Match[str]) -> str:
@@ -47,6 +48,14 @@ def with_links_of_the_site(markdown: str, path: str) -> str:
         place = in_site(target)
         if place is None:
             return f"`{target}`"
-        return f"[{found[1]}]({posixpath.relpath(place, here or '.')}{found[3] or ''})"
+        words = title_of(target) if found[1].endswith(".md") else found[1]
+        return f"[{words}]({posixpath.relpath(place, here or '.')}{found[3] or ''})"
 
     return LINK.sub(link, markdown)
+
+
+@functools.cache
+def title_of(path: str) -> str:
+    """The first heading of a page of the repository, up to a colon; its path where there is none."""
+    heading = re.search(r"^# (.+)$", (ROOT / path).read_text(encoding="utf-8"), re.MULTILINE) if (ROOT / path).is_file() else None
+    return heading[1].partition(":")[0] if heading else path

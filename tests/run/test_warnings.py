@@ -33,6 +33,10 @@ def start(folder, step, *sentences, active=True):
     return session
 
 
+def logged(folder, **metrics):
+    (folder / "metrics.jsonl").write_text(json.dumps({"step": 20, "loss": 3.0} | metrics) + "\n")
+
+
 def answers(folder):
     return {answer.question: answer for answer in answers_of(read_run(folder))}
 
@@ -47,9 +51,8 @@ def test_early_advice_is_in_the_folder_before_the_first_step(tmp_path):
 
 def test_a_run_that_has_not_learned_is_sent_to_its_own_advice(tmp_path):
     write_config(Config(), tmp_path / "config.yaml")
-    session = start(tmp_path, 0, ADVICE)
-    session.log({"step": 10, "loss": 3.0, "embedding_spread": 0.4})
-    session.close()
+    start(tmp_path, 0, ADVICE).close()
+    logged(tmp_path, embedding_spread=0.4)
     assert f"Change the settings that the run warned of: {ADVICE}" in answers(tmp_path)["What to do next?"].reason
     (tmp_path / WARNINGS).unlink()
     assert "warned" not in answers(tmp_path)["What to do next?"].reason
@@ -59,8 +62,8 @@ def test_a_collapsed_run_starts_again_with_the_remedy_that_it_named(tmp_path):
     write_config(Config(), tmp_path / "config.yaml")
     session = start(tmp_path, 0)
     session.warn(COLLAPSE, 20, advice=True)
-    session.log({"step": 20, "loss": 3.0, "embedding_spread": 0.0001})
     session.close()
+    logged(tmp_path, embedding_spread=0.0001)
     following = answers(tmp_path)["What to do next?"]
     assert following.verdict == "Start again" and COLLAPSE in following.reason
 
