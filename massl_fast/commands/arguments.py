@@ -22,7 +22,7 @@ def takes_a_run(parser: argparse.ArgumentParser, command: str, options: str, def
     parser.usage = f"massl-fast {command} [--recipe NAME|FILE] {options} [--section.key VALUE ...]"
     names = f"one of {', '.join(recipe_names())}, or the path of a YAML file (default: {default})"
     parser.add_argument("--recipe", metavar="NAME|FILE", default=default, help=names)
-    parser.epilog = "Every setting of a run can be given; massl-fast train --help lists them."
+    parser.epilog = "The command takes every setting of a run; massl-fast train --help lists them."
 
 
 def prints_json(parser: argparse.ArgumentParser, what: str = "the records") -> None:

@@ -54,8 +54,8 @@ def config_without_recipe(settings: Sequence[str]) -> Config:
     given = {".".join(path): value for path, value in parse_overrides(settings)}
     if not given.get("data.train"):
         raise ValueError(
-            f"--recipe and --data.train are missing. Name images (--data.train my_photos), and a recipe is chosen by them; or name one of "
-            f"{', '.join(recipe_names())}, or the path of a YAML file."
+            f"--recipe and --data.train are missing. Name images (--data.train my_photos), and the command chooses a recipe for them; or "
+            f"name one of {', '.join(recipe_names())}, or the path of a YAML file."
         )
     if given["data.train"] == "demo":  # its images fit its recipe
         config = load_config("demo", settings)

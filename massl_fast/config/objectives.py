@@ -38,7 +38,7 @@ class MasslSettings(ObjectiveSettings):
     enqueue_view: Literal["first", "second"] = "second"
     """Which global crop's teacher embedding enters the memory: the second (published code) or the first (paper's listing)."""
     memory_dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Storage of the memory. auto: that of the step's precision."""
+    """Format in which the memory is stored. auto: that of the step's precision."""
     backend: Literal["auto", "reference", "streaming", "triton"] = "auto"
     """Implementation of the loss. auto: the fastest that runs on the device; one that is named and cannot run is an error."""
 
@@ -78,7 +78,7 @@ class PrototypeSettings(ObjectiveSettings):
     freeze_norm: bool = True
     """Keep the prototypes at unit length. The published ViT-S run lets their lengths learn."""
     freeze_last_layer_epochs: Epochs = 1
-    """Epochs in which the last layer stands still at the start."""
+    """Epochs at the start in which the last layer does not change."""
     backend: Literal["auto", "reference", "streaming", "triton"] = "auto"
     """Implementation of the loss. auto: the fastest that runs on the device; a named one that cannot run is an error."""
 
@@ -139,7 +139,7 @@ class MmcSettings(ObjectiveSettings):
     masked_patches_only: bool = True
     """Contrast the corrupted patches alone; otherwise all."""
     noise_ratio: float = Field(0.75, ge=0, le=1)
-    """Share of patches that noise takes the place of."""
+    """Share of patches that noise replaces."""
     alien_ratio: float = Field(0.3, ge=0, le=1)
     """Largest share of patches that come from another image of the batch."""
     block_share: float = Field(0.3, gt=0, le=1)
@@ -184,7 +184,7 @@ class MocoV3Settings(ObjectiveSettings):
     predictor_batch_norm: bool = True
     """A batch norm behind the predictor's last layer (transformers; the published ResNet-50 has none)."""
     freeze_patch_embedding: bool = True
-    """Keep the patch embedding as it was drawn, which steadies the training of transformers (section 4.3). No effect without one."""
+    """Keep the patch embedding as it was drawn, which steadies the training of transformers (section 4.3). Other networks have none."""
     backend: Literal["auto", "reference", "streaming", "triton"] = "auto"
     """Implementation of the loss. auto: the fastest that runs on the device; a named one that cannot run is an error."""
 

@@ -97,7 +97,7 @@ class RunSection(Section):
 
 class DataSection(Section):
     train: PathText = ""
-    """Training images: a folder of class folders, a folder of images, WebDataset tars (path/train-{000..003}.tar),
+    """Training images: a folder of class folders, a folder of images, WebDataset tars (path/train-{000..003}.tar), Parquet files,
     or `demo` (generated on first use)."""
     loader: str = "auto"
     """Which loader decodes and augments: auto, torchvision, dali or one that a plugin registers. auto: DALI where it imports and feeds a
@@ -187,8 +187,8 @@ class ModelSection(Section):
     product (by estimate a third less memory for a tenth more time); blocks: all but each block's input (less than a third of the memory, a
     quarter more time). docs/performance.md has the figures."""
     residual: Literal["fp32", "bf16"] = "fp32"
-    """Format of the tokens between transformer blocks when train.precision is bf16. With bf16 a step moves a quarter fewer bytes, for more
-    rounding; docs/performance.md has the figures. There is no fp16: it ends at 65504, and tokens add up over the blocks."""
+    """Format of the tokens between transformer blocks when train.precision is bf16. With bf16 a step moves a quarter fewer bytes and rounds
+    more; docs/performance.md has the figures. There is no fp16: it ends at 65504, and tokens add up over the blocks."""
 
     @field_validator("model_args")
     @classmethod
@@ -255,8 +255,9 @@ class TrainSection(Section):
     """Library of linear layers in fp32 on a CPU. onednn: faster where MKL leaves AVX-512 unused, with other roundings; blas: PyTorch's own
     choice. auto: onednn on processors with AVX-512 that are not Intel's; the start of a run says which and why."""
     cuda_graph: bool = False
-    """Record the whole step once as a CUDA graph and replay it: no launches from Python, for steps so short that the host cannot keep up.
-    On GPUs, with optimizer.name adamw_with_teacher; in several processes a graph between each two exchanges."""
+    """Record the whole step once as a CUDA graph and replay it. Python then launches no kernels, which helps where steps are so short
+    that the host cannot keep up. It needs a GPU and optimizer.name adamw_with_teacher; several processes record a graph between every
+    two exchanges."""
 
 
 class ParallelSection(Section):
@@ -267,7 +268,7 @@ class ParallelSection(Section):
     """How replicas exchange gradients. overlapped: DistributedDataParallel's buckets, while the backward pass computes, which a slow
     network needs; flat: one buffer after it, which recorded steps need. auto: flat with train.cuda_graph, overlapped otherwise."""
     timeout_seconds: float = Field(600, gt=0, le=1e7)
-    """After this long without an answer from a rank the others end and say which."""
+    """Seconds without an answer from a rank after which the others end and name it."""
     checksum_every_steps: Steps = Field(200, ge=1)
     """Steps between comparisons of memory and weights across ranks (before every checkpoint in any case)."""
 
@@ -290,7 +291,7 @@ class EvaluationSection(Section):
     protocols: tuple[str, ...] = ("knn",)
     """Evaluations that are run, by their names in `massl-fast eval`, such as [knn, linear]."""
     settings: dict[str, dict[str, Plain]] = {}
-    """Settings of evaluations by name, as a YAML mapping: {linear: {epochs: 10}}. What they do not say is as above."""
+    """Settings of evaluations by name, as a YAML mapping: {linear: {epochs: 10}}. Settings that are left out are as above."""
     best_metric: str = ""
     """Key in metrics.jsonl of the figure by which the best checkpoint is kept, such as linear_teacher_chosen_percent, rankme or lidar.
     Empty: the teacher's headline of the first evaluation (k-NN at k = 20)."""
@@ -304,7 +305,7 @@ class LoggingSection(Section):
     tensorboard: bool = True
     """Write TensorBoard events beside metrics.jsonl."""
     wandb: str = ""
-    """Weights & Biases project; empty: not used. Needs wandb installed."""
+    """Weights & Biases project; empty: none. It needs wandb (pip install 'massl-fast[wandb]')."""
 
 
 class CheckpointSection(Section):

@@ -286,13 +286,13 @@ def restarted(world: World) -> bool:
 def choose_strategy(asked: str, world_size: int) -> tuple[str, str]:
     """(none, ddp or fsdp2, reason) for a setting of auto, none, ddp or fsdp2."""
     if world_size == 1:
-        return "none", "one process" if asked in ("auto", "none") else f"one process has nobody to share with, so not {asked}"
+        return "none", "one process" if asked in ("auto", "none") else f"one process has no other to share with, which {asked} needs"
     if asked == "none":
         raise ValueError(
             f"parallel.strategy is none, but {world_size} processes were started: each would train alone. "
             f"Choose auto, ddp or fsdp2, or start one process."
         )
-    return ("ddp", f"{world_size} processes") if asked == "auto" else (asked, "parallel.strategy names it")
+    return ("ddp", f"{world_size} processes") if asked == "auto" else (asked, "as set")
 
 
 def choose_exchange(asked: str, *, recorded: bool, sharded: bool, world_size: int) -> tuple[str, str]:

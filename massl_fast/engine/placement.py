@@ -23,7 +23,7 @@ def place(pair: StudentTeacher, config: Config, world: World, precision: Precisi
     if strategy == "fsdp2":
         if config.optimizer.name != "adamw":
             raise ValueError(
-                f"parallel.strategy is fsdp2, which PyTorch's fused AdamW steps on shards; {config.optimizer.name} it cannot. "
+                f"parallel.strategy is fsdp2, and only PyTorch's fused AdamW works on its shards; optimizer.name is {config.optimizer.name}. "
                 f"Choose optimizer.name adamw, or parallel.strategy ddp."
             )
         shard_(pair, world, precision)

@@ -256,7 +256,7 @@ class TrainStep:
         ranks = [str(rank) for rank, culprit in enumerate(culprits) if culprit == first]
         where = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(ranks)}"
         if self.world.size > 1 and first >= 3:
-            where += "; gradients are summed over ranks, so which one it came from cannot be told"
+            where += "; gradients are summed over ranks, so the rank that it came from is not known"
         return f"Step {step} was not finite, beginning with {self.culprits[first]} ({where})."
 
 

@@ -115,7 +115,7 @@ class Trainer:
             if self.step >= self.length.total_steps and (self.folder / "summary.json").is_file():
                 self.telemetry.say(
                     f"The run in {self.folder} is complete ({self.step} steps); its report is {self.folder / 'report.html'}. "
-                    f"To train again, name another --run.folder, or say --run.resume never to move this one aside."
+                    f"To train again, name another --run.folder, or set --run.resume never to move this one aside."
                 )
                 return json.loads((self.folder / "summary.json").read_text(encoding="utf-8"))
         self._announce()

@@ -123,8 +123,8 @@ class CarpObjective(Objective):
         settings, sentences = self.settings, []
         if length.accumulation > 1:
             sentences.append(
-                f"The entropy term of carp sees one micro-batch of all ranks, not the whole batch: with {length.accumulation} of them, a "
-                f"step is another one than that of {length.global_batch} images at once."
+                f"The entropy term of carp sees one micro-batch of all ranks, not the whole batch: a step of {length.accumulation} "
+                f"micro-batches differs from one of {length.global_batch} images at once."
             )
         if settings.prototypes % settings.block_size:
             sentences.append(

@@ -154,7 +154,7 @@ class DinoObjective(Objective):
             f"assignment.": settings.teacher_temperature >= settings.student_temperature,
         }
         problems[
-            f"Sinkhorn-Knopp sees one micro-batch of all ranks: with {length.accumulation} micro-batches a step is not that of "
+            f"Sinkhorn-Knopp sees one micro-batch of all ranks: a step of {length.accumulation} micro-batches differs from one of "
             f"{length.global_batch} images at once."
         ] = bool(self.sinkhorn_rounds) and length.accumulation > 1
         return [sentence for sentence, holds in problems.items() if holds]

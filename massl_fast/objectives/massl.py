@@ -188,7 +188,7 @@ class MasslObjective(Objective):
                 settings.teacher_temperature >= settings.student_temperature
             ),
             f"the memory of {size} entries takes {size / batch:.0f} of this run's {length.total_steps} steps to fill with embeddings; "
-            f"before, it holds random directions. Choose a smaller objective.memory_size, or train longer.": (
+            f"until then it holds random directions. Choose a smaller objective.memory_size, or train longer.": (
                 size / batch > length.total_steps / 4
             ),
         }

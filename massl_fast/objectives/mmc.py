@@ -185,7 +185,7 @@ class MmcObjective(Objective):
         if length.accumulation == 1:
             return []
         return [
-            f"The contrasts of mmc see the keys of one micro-batch: with {length.accumulation} micro-batches a step is not that "
+            f"The contrasts of mmc see the keys of one micro-batch: a step of {length.accumulation} micro-batches differs from one "
             f"of {length.global_batch} images at once."
         ]
 

@@ -100,6 +100,6 @@ class MocoV3Objective(Objective):
         if length.accumulation == 1:
             return []
         return [
-            f"The contrast of moco_v3 sees the keys of one micro-batch of all ranks: with {length.accumulation} micro-batches a step is "
-            f"another step than one of {length.global_batch} images at once."
+            f"The contrast of moco_v3 sees the keys of one micro-batch of all ranks: a step of {length.accumulation} micro-batches differs "
+            f"from one of {length.global_batch} images at once."
         ]

@@ -110,7 +110,7 @@ def what_next(run: RunFolder, learned: Answer, collapse: Answer, speed: Answer) 
         ("Change the settings that the run warned of", " ".join(run.advice)): (
             bool(run.advice) and learned.mark != GOOD and collapse.mark != BAD
         ),
-        ("Train longer, or otherwise", LONGER): learned.mark == BAD and collapse.mark != BAD,
+        ("Train longer, or with other settings", LONGER): learned.mark == BAD and collapse.mark != BAD,
         ("Feed it faster", FEED): speed.verdict == "The loader",
         ("Look at the slowest rank", SLOWEST): speed.verdict == "The slowest rank",
         ("Train longer", f"k-NN accuracy still rose by {rising:.1f} points in the last quarter."): rising > CLEAR_POINTS,
