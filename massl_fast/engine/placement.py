@@ -23,8 +23,8 @@ def place(pair: StudentTeacher, config: Config, world: World, precision: Precisi
     if strategy == "fsdp2":
         if config.optimizer.name != "adamw":
             raise ValueError(
-                f"parallel.strategy is fsdp2, and only PyTorch's fused AdamW works on its shards; optimizer.name is {config.optimizer.name}. "
-                f"Choose optimizer.name adamw, or parallel.strategy ddp."
+                f"parallel.strategy is fsdp2, and only PyTorch's fused AdamW works on its shards, not {config.optimizer.name}. Choose "
+                f"optimizer.name adamw, or parallel.strategy ddp."
             )
         shard_(pair, world, precision)
     return pair, notes
