@@ -63,9 +63,10 @@ def test_the_path_of_one_image_takes_at_most_thirteen_files_and_all_are_there():
     assert not [file for file in files if not (ROOT / file).is_file() and not (ROOT / "massl_fast" / file).is_file()]
 
 
-def test_the_citation_has_the_version_of_the_distribution():
-    assert f'version="{yaml.safe_load(text("CITATION.cff"))["version"]}"' in text("setup.py")
-    assert f"## {yaml.safe_load(text('CITATION.cff'))['version']}\n" in text("CHANGELOG.md")
+def test_citation_changes_and_distribution_have_one_version_and_date():
+    citation = yaml.safe_load(text("CITATION.cff"))
+    assert f'version="{citation["version"]}"' in text("setup.py")
+    assert f"## {citation['version']} – {citation['date-released']}\n" in text("CHANGELOG.md")
 
 
 def test_the_site_builds_without_a_broken_link(tmp_path):
