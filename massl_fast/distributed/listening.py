@@ -16,7 +16,7 @@ WARNINGS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class Listener:
-    """Notes the first signal that asked this process to stop. There is one (``LISTENER``), as handlers are of the whole process.
+    """Notes the first signal that asked this process to stop. There is one (``LISTENER``), because handlers belong to the whole process.
 
     SIGUSR1 ends a process that does not expect it: loader workers, their server, multiprocessing's resource tracker, a compiler. A blocked
     signal stays blocked in what is forked or executed, and so the thread that listens, from which all of them descend, blocks it; a thread
@@ -30,8 +30,8 @@ class Listener:
 
     @contextlib.contextmanager
     def listening(self, *numbers: signal.Signals) -> Iterator[None]:
-        """Note ``numbers`` from now on; a second SIGINT is a KeyboardInterrupt. From the main thread. May be entered again within itself:
-        what was noted before is kept then.
+        """Note ``numbers`` from now on; a second SIGINT is a KeyboardInterrupt. The main thread calls it. It may be entered again within
+        itself and then keeps what it has noted.
         """
         if self._depth == 0:
             self.noted = None

@@ -40,8 +40,8 @@ class StragglerClock:
         return event
 
     def spread(self, step_seconds: float) -> dict[str, float | int]:
-        """Of a window whose steps took ``step_seconds``: what a step takes if no rank had to wait for one slower than the slowest, or than
-        the fastest, and which rank was the slowest. A collective call that waits for the device.
+        """Seconds of a step on the slowest and on the fastest rank, and which rank was the slowest, in a window whose steps took
+        ``step_seconds``. A collective call that waits for the device.
         """
         own = self._seconds_a_step()
         table = self.world.gather_rows(torch.tensor([[own]], dtype=torch.float64, device=self.world.device)).flatten()

@@ -28,7 +28,7 @@ def build_objective(config: Config, precision: Precision, rank: int) -> Objectiv
 
 
 def build_pair(config: Config, objective: Objective, attention: Attend | None = None) -> tuple[StudentTeacher, list[str]]:
-    """Both encoders, and sentences about weights they start from. The weights depend on ``run.seed`` alone: the same on every device.
+    """Both encoders, and sentences about the weights they start from, which depend on ``run.seed`` alone, not on the device.
 
     ``attention``: see ``Encoder``.
     """

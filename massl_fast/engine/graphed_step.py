@@ -37,7 +37,7 @@ class Tape(Protocol):
         """Call ``function`` where it will be recorded."""
 
     def record(self, function: Callable[[], StepResult]) -> StepResult:
-        """Note what ``function`` does, without doing it; returns the tensors that every replay fills."""
+        """Record what ``function`` does, without doing it; returns the tensors that every replay fills."""
 
     def between(self, exchange: Callable[[], None]) -> None:
         """While recording: call ``exchange``, without noting what it does, and have every replay call it in this place."""

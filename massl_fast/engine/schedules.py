@@ -24,7 +24,7 @@ class StepSettings(NamedTuple):
     weight_decay: float | Tensor
     teacher_momentum: float | Tensor
     own: Mapping[str, float | Tensor]
-    """Those of the objective's curves, by name."""
+    """Values of the objective's own curves, by name."""
     frozen: tuple[str, ...] = ()
     """Prefixes of names of parameters that stand still; fixed while a recording lasts."""
 

@@ -38,7 +38,7 @@ class StepResult(NamedTuple):
     loss: Tensor
     """A mean over this rank's images."""
     gradient_norm: Tensor
-    """Of the whole step, before clipping."""
+    """Norm of the whole step's gradient, before clipping."""
     metrics: dict[str, Tensor]
     """The objective's, by the keys of its declarations; those of ``forward`` are means over this rank's images."""
 
@@ -91,7 +91,7 @@ class TrainStep:
         flat = flat_gradients and world.size > 1
         self.flat = FlatGradients(pair.student, world, votes=NUM_VOTES) if flat else None
         self.votes = torch.zeros(NUM_VOTES, device=world.device)
-        """Of the last step, where they rode with its gradients."""
+        """Votes of the last step, where they travelled with its gradients."""
         self.student: nn.Module = pair.student if flat else world.replicate(pair.student)
         self.sharded = isinstance(pair.student, FSDPModule)
         self.parameters = [(name, p) for name, p in pair.student.named_parameters() if p.requires_grad]

@@ -49,7 +49,7 @@ class Figure:
     """One number that a protocol finds for every network."""
 
     key: str
-    """In ``Result.results``, with its unit at the end: k20_percent. During training the key is ``PROTOCOL_NETWORK_KEY``."""
+    """Key in ``Result.results``, with its unit at the end: k20_percent. During training the key is ``PROTOCOL_NETWORK_KEY``."""
     title: str
     """The head of its column: k = 20."""
     unit: str = "%"

@@ -45,7 +45,7 @@ class LongerSide:
 
     most: int
     boxes: Sequence[tuple[float, float, float, float]] | None = None
-    """Of each position: left, top, right, bottom, pixels."""
+    """Box of each position: left, top, right, bottom, pixels."""
 
     def __call__(self, image: Image.Image, position: int) -> Image.Image:
         if self.boxes is not None:

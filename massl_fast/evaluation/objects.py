@@ -24,7 +24,7 @@ class ObjectSettings(Settings):
     split: str = "val"
     """Images of this split."""
     max_images: int = Field(0, ge=0)
-    """Only the first images; 0: all."""
+    """Evaluate only this many images, the first ones; 0: all."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Scan:
     images: SizedImages
     """This rank's share of the items."""
     side: int
-    """Of the square, pixels."""
+    """Side of the square, pixels."""
     departures: list[str]
     """What tells these images from MMC's."""
 

@@ -69,5 +69,5 @@ def patch_knn(
 
 
 def _chunks(rows: np.ndarray) -> list[np.ndarray]:
-    """In parts whose votes, one counter per pixel and label, stay small."""
+    """Rows cut into parts whose votes, one counter per pixel and label, stay small."""
     return [rows[start : start + VOTE_CHUNK] for start in range(0, len(rows), VOTE_CHUNK)]

@@ -21,7 +21,7 @@ Key = TypeVar("Key")
 @dataclass(frozen=True)
 class Picture:
     name: str
-    """Of its file, without an ending."""
+    """Name of its file, without an ending."""
     caption: str
     """What is seen and why this one: a sentence."""
     image: Image.Image

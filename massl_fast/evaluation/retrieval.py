@@ -46,7 +46,7 @@ class RetrievalSettings(Settings):
     data: str
     """Folder of one set, such as roxford5k, with gnd_roxford5k.pkl and jpg/."""
     scales: tuple[float, ...] = SCALES
-    """Each image is resized by these, and its features are the mean."""
+    """Factors by which each image is resized; its features are the mean over them."""
     crop_queries: bool = False
     """Cut queries to the box of their landmark, as the benchmark asks and DINO, iBOT and MaSSL do not."""
     distractors: str = ""

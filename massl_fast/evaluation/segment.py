@@ -56,7 +56,7 @@ class SegmentSettings(Settings):
     iterations: int = Field(200, ge=1)
     """Most iterations of a logistic regression."""
     max_train_images: int = Field(0, ge=0)
-    """Only the first training images; 0: all."""
+    """Use only this many training images, the first ones; 0: all."""
     steps: int = Field(segment_crops.STEPS, ge=1)
     """Of --train-like mmc: steps of the optimizer."""
     crops: int = Field(segment_crops.CROPS, ge=1)

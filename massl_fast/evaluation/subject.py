@@ -45,7 +45,7 @@ class Subject:
     """Side of the images, pixels, where a protocol has no size of its own."""
     mean: Sequence[float]
     std: Sequence[float]
-    """Of the normalisation the networks were trained with, in the range 0 to 1."""
+    """Deviation of each channel (range 0 to 1) by which the networks' training normalised; ``mean`` likewise."""
     device: torch.device
     batch_size: int = 256
     num_workers: int = 0

@@ -56,7 +56,7 @@ def _embed_flops(backbone: VisionTransformer, size: int) -> tuple[float, float, 
 
 
 def linear_flops(module: nn.Module) -> float:
-    """Of one row through every linear layer in ``module``."""
+    """Operations of one row through every linear layer in ``module``."""
     return sum(2.0 * layer.in_features * layer.out_features for layer in module.modules() if isinstance(layer, nn.Linear))
 
 

@@ -184,7 +184,7 @@ GLOBALS: Known = {
 
 
 def _described_storage(reference: Any) -> Storage:
-    """From the persistent id: ("storage", type, key, location, numel), in older files with a view at the end."""
+    """A storage by its persistent id: ("storage", type, key, location, numel), in older files with a view at the end."""
     require(
         isinstance(reference, tuple) and len(reference) in (5, 6) and reference[0] in ("storage", b"storage"), "a reference to no tensor"
     )

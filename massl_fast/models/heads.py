@@ -118,7 +118,7 @@ class PatchPrototypeHead(PrototypeHead):
             self.mask_token = nn.Parameter(torch.zeros(in_dim))
 
     def forward(self, features: Tensor, patches: Tensor) -> dict[str, Tensor]:  # type: ignore[override]  # patches are not optional here
-        """Of class tokens [n, C] and patches [m, C]: ``embeddings`` [n, D], ``patch_embeddings`` [m, D], ``prototypes`` and
+        """Class tokens [n, C] and patches [m, C] become ``embeddings`` [n, D], ``patch_embeddings`` [m, D], ``prototypes`` and
         ``patch_prototypes`` [K, D]."""
         found = super().forward(features)
         with torch.autocast(features.device.type, enabled=False):
@@ -140,7 +140,7 @@ class ClassPatchPixelHead(nn.Module):
         truncated_normal_(self)
 
     def forward(self, features: Tensor, patches: Tensor) -> dict[str, Tensor]:
-        """Of class tokens [n, C] and patches [m, C]: ``class_embeddings`` [n, D], ``patch_embeddings`` [m, D], and ``pixels``
+        """Class tokens [n, C] and patches [m, C] become ``class_embeddings`` [n, D], ``patch_embeddings`` [m, D], and ``pixels``
         [m, 3·side²] in the order channel, row, column."""
         found = {"class_embeddings": self.class_mlp(features), "patch_embeddings": self.patch_mlp(patches)}
         return found if self.decoder is None else found | {"pixels": self.decoder(patches)}

@@ -203,7 +203,7 @@ def read_network(path: Path, which: str) -> Network:
 
 
 def _meant_by(path: Path) -> list[Path]:
-    """From a run, its checkpoints or one of their pointers to the folder meant; behind the last one those before it, newest first."""
+    """Checkpoint folders that a run, its checkpoints or one of their pointers means: the last one, then those before it, newest first."""
     for pointer in (path / "checkpoints" / "last", path / "last", path):
         if pointer.is_file() and pointer.name in ("last", "best"):
             # The last part alone: a pointer never leads out of the folder.

@@ -17,8 +17,8 @@ from torch import Tensor
 from massl_fast.models.precision import Precision
 
 Varlen = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, int], Tensor]
-"""Of queries [T_q, heads, width], keys and values [T_k, heads, width], int32 beginnings [crops + 1] of both, longest of both: [T_q, heads,
-width]."""
+"""Attention [T_q, heads, width] of queries [T_q, heads, width], keys and values [T_k, heads, width]; further arguments: int32 beginnings
+[crops + 1] of both, the longest of both."""
 
 CHOICES = ("auto", "varlen", "per_size")
 TRIAL_LENGTHS = (197, 37)

@@ -72,7 +72,7 @@ class Inputs(NamedTuple):
 
 
 class At(NamedTuple):
-    """Where in a run a forward pass stands."""
+    """The place of a forward pass in a run."""
 
     step: int | Tensor
     """Steps taken before; a 0-d int64 tensor in a recorded step."""

@@ -84,7 +84,8 @@ class IbotObjective(DinoObjective):
         return Inputs(crops, Masks(mask, rows, {"weight": weight.flatten().index_select(0, rows), "masked": mask.float().mean()}))
 
     def forward(self, student: dict[str, Tensor], teacher: dict[str, Tensor], at: At) -> Outcome:
-        """As ``DinoObjective.forward``, and ``patch_embeddings`` [M, D] of masked patches and [T·N·P, D] of all, ``patch_prototypes``."""
+        """Takes what ``DinoObjective.forward`` takes, and ``patch_embeddings`` ([M, D] of masked patches, [T·N·P, D] of all) and
+        ``patch_prototypes``."""
         assert at.inputs is not None and at.inputs.masks is not None, "as student_inputs gave them"
         masks = at.inputs.masks
         of_classes = super().forward(student, teacher, at)

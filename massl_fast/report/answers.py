@@ -52,7 +52,7 @@ def did_it_learn(run: RunFolder) -> Answer:
 
 
 def is_it_collapsing(run: RunFolder) -> Answer:
-    """By the metrics whose declaration says from where on the representation has collapsed."""
+    """Answer by the metrics that declare from where on the representation has collapsed."""
     question = "Is it collapsing?"
     found, signs = [], []
     for metric in run.declared:

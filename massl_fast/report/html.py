@@ -21,7 +21,7 @@ class Drawing:
     svg: str
     note: str = ""
     name: str = ""
-    """Of its file, where it also stands in a document; empty: it does not."""
+    """Name of its file, where a document shows it, too; otherwise empty."""
 
 
 def render(template: str, **values: Any) -> str:

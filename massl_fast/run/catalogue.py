@@ -33,7 +33,7 @@ class Entry:
     images_per_second: float | None
     """Median over the logged lines."""
     knn_percent: float | None
-    """Of the teacher, at the last evaluation."""
+    """k-NN accuracy of the teacher at the last evaluation."""
     linear_percent: float | None
     state: str
     """complete, running, stopped as set, stopped or dead; the latter two with the last sign of life."""

@@ -20,7 +20,7 @@ class CocoImage:
     image: Path
     height: int
     width: int
-    """Of the masks, pixels."""
+    """Width of the masks, pixels."""
     annotations: tuple[dict[str, Any], ...]
 
     def instances(self) -> tuple[np.ndarray, np.ndarray]:

@@ -22,7 +22,7 @@ class Block:
     files: tuple[str, ...]
     """Relative to the root."""
     originals: tuple[int, ...]
-    """For each of them, the position of what it is a copy of."""
+    """For each of the files, the position of the image that it is a copy of."""
 
 
 @dataclass(frozen=True)

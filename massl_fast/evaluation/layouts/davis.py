@@ -19,9 +19,9 @@ YEAR = "2017"
 class Sequence:
     name: str
     frames: tuple[Path, ...]
-    """In order of their names."""
+    """Images in order of their names."""
     masks: tuple[Path | None, ...]
-    """Of the same frames, None where there is none; the first is always there."""
+    """Masks of the same frames, None where there is none; the first frame always has one."""
 
     def truth(self) -> np.ndarray | None:
         """The masks of all frames [T, H, W], uint8, or None where some are missing (a test split).

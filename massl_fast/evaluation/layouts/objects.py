@@ -15,7 +15,7 @@ from massl_fast.evaluation.layouts.voc import MaskedImage
 
 @dataclass(frozen=True)
 class Objects:
-    """Of one image."""
+    """Objects of one image."""
 
     masks: np.ndarray
     """bool [objects, H, W]; they may overlap."""

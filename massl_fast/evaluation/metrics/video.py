@@ -78,7 +78,7 @@ def region_and_boundary(truth: np.ndarray, prediction: np.ndarray) -> tuple[np.n
 
 
 def mean_recall_decay(values: np.ndarray) -> tuple[float, float, float]:
-    """Of an object's values over frames: their mean, the share above 0.5, and the mean of the first less that of the last quarter.
+    """Mean of an object's values over frames, share above 0.5, and mean of the first quarter minus that of the last.
 
     Quarters share their edge frames. The official code keeps edges in 8 bits and goes wrong beyond 255 frames; this does not.
     """
