@@ -75,7 +75,7 @@ def config_without_recipe(settings: Sequence[str]) -> Config:
     if source.classes and not given.get("evaluation.train"):
         config.notes.insert(
             1,
-            f"Training takes no notice of the {len(source.classes)} classes that are named there. To see k-NN accuracy rise, name labelled "
+            f"Training ignores the {len(source.classes)} classes of these images. To see k-NN accuracy rise, name labelled "
             f"images that it does not train on: --evaluation.train {given['data.train']} --evaluation.test HELD_OUT.",
         )
     return config

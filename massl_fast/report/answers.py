@@ -36,7 +36,7 @@ def did_it_learn(run: RunFolder) -> Answer:
     headline, untrained = run.headline_knn("teacher"), run.headline_knn("untrained")
     if headline is None:
         steps, losses = run.series("loss")
-        said = f" The loss went from {losses[0]:.3f} to {losses[-1]:.3f}, which alone is no evidence." if losses else ""
+        said = f" The loss went from {losses[0]:.3f} to {losses[-1]:.3f}, which alone is no evidence." if len(losses) > 1 else ""
         return Answer(question, "Not measured", f"No labelled images were evaluated during the run.{said}", OPEN)
     k, steps, values = headline
     best = max(range(len(values)), key=values.__getitem__)

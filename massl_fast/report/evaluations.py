@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from massl_fast.report.figures import STAND_INS, Curve, curve_figure, drawing, plain
+from massl_fast.report.figures import STAND_INS, Curve, curve_figure, drawing, legend_columns, plain
 from massl_fast.report.html import Drawing, render
 from massl_fast.run.reading import is_number
 
@@ -218,7 +218,8 @@ def _finish_axes(axes: Any, name: str, unit: str = "%") -> None:
     plain(axes, grid=True)
     axes.set_xlabel(name, color=STAND_INS["--muted"], loc="right")
     axes.set_ylabel(unit, color=STAND_INS["--muted"])
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4, frameon=False, labelcolor=STAND_INS["--ink"])
+    columns = legend_columns(axes.get_legend_handles_labels()[1], axes.figure.get_figwidth())
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, frameon=False, labelcolor=STAND_INS["--ink"])
 
 
 def _number(value: Any) -> float | None:

@@ -141,20 +141,32 @@ def _dress(axes, unit: str, logarithmic: bool, from_zero: bool, several: bool) -
     else:
         axes.yaxis.set_major_locator(ticker.MaxNLocator(5))
         if from_zero:
-            axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
+            low, high = axes.get_ylim()
+            axes.set_ylim(min(0.0, low), high + 0.04 * (high - min(0.0, low)))  # room for a point at the top
     if unit:
         axes.set_ylabel(unit, color=STAND_INS["--muted"])
     if several:
         axes.legend(
             loc="lower left",
             bbox_to_anchor=(0, 1),
-            ncols=4,
+            ncols=legend_columns(axes.get_legend_handles_labels()[1], axes.figure.get_figwidth()),
             frameon=False,
             borderaxespad=0.1,
             handlelength=1.4,
             columnspacing=1.4,
             labelcolor=STAND_INS["--ink"],
         )
+
+
+def legend_columns(labels: Sequence[str], inches: float) -> int:
+    """Most columns, up to four, in which the labels fit the width: the layout would shrink the axes to make room for a wider legend."""
+    for columns in range(min(4, len(labels)), 1, -1):
+        # matplotlib fills columns one after the other; a character takes about 0.065 inches, a handle and the space after it five of them.
+        rows = -(-len(labels) // columns)
+        widest = [max(len(label) for label in labels[start : start + rows]) + 5 for start in range(0, len(labels), rows)]
+        if 0.065 * sum(widest) <= inches - 0.7:
+            return columns
+    return 1
 
 
 def _inline(svg: str) -> str:

@@ -61,7 +61,12 @@ def code(text: str) -> Markup:
     return Markup(re.sub("`([^`]*)`", r"<code>\1</code>", str(escape(text))))
 
 
+def whole_options(text: str) -> Markup:
+    """Text whose options, such as --data.num_workers, are not broken after their dashes."""
+    return Markup(re.sub(r"(--[\w.]+)", r'<span class="whole">\1</span>', str(escape(text))))
+
+
 _PAGES = Environment(
     loader=PackageLoader("massl_fast.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
 )
-_PAGES.filters |= {"shown": shown, "breakable": breakable, "labelled": labelled, "code": code}
+_PAGES.filters |= {"shown": shown, "breakable": breakable, "labelled": labelled, "code": code, "whole_options": whole_options}

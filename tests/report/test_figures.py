@@ -4,7 +4,7 @@ import xml.dom.minidom
 import numpy as np
 import pytest
 
-from massl_fast.report.figures import MAX_POINTS, STAND_INS, Curve, Level, binned, curve_figure
+from massl_fast.report.figures import MAX_POINTS, STAND_INS, Curve, Level, binned, curve_figure, legend_columns
 
 
 def test_svg_is_well_formed_and_takes_its_colours_from_the_page():
@@ -33,6 +33,13 @@ def test_equal_figures_are_equal_text_and_ids_do_not_clash():
 @pytest.mark.parametrize("style", [{}, {"logarithmic": True}, {"from_zero": True}])
 def test_any_values_can_be_drawn(values, style):
     xml.dom.minidom.parseString(curve_figure([Curve("loss", range(len(values)), values, "--blue")], **style))
+
+
+def test_a_legend_takes_as_many_columns_as_fit():
+    assert legend_columns(["teacher", "student", "untrained"], 5.6) == 3
+    assert legend_columns(["a"] * 9, 11.4) == 4
+    long = ["Entropy of the student's distributions", "Entropy of the teacher's distributions", "ln(block size) = 6.93"]
+    assert legend_columns(long, 5.6) == 2 and legend_columns([*long, long[0]], 5.6) == 1 and legend_columns(long, 11.4) == 3
 
 
 def test_long_curves_become_means_within_their_band():
