@@ -45,7 +45,7 @@ def choose_products(asked: str, device: torch.device, precision: str) -> tuple[b
     vendor = processor_vendor()
     if vendor == "GenuineIntel":
         return False, "MKL is made for Intel's processors"
-    return True, f"the processor has AVX-512 and is not Intel's{f' but {vendor}' if vendor else ''}"
+    return True, f"the processor has AVX-512 and is made by {vendor.removeprefix('Authentic') or 'another maker than Intel'}"
 
 
 def multiply_by_onednn_(module: nn.Module) -> None:

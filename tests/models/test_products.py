@@ -77,7 +77,7 @@ def test_what_is_not_its_business_is_pytorchs(monkeypatch):
 @pytest.mark.parametrize(
     "asked, device, precision, capability, vendor, taken, sentence",
     [
-        ("auto", "cpu", "fp32", "AVX512", "AuthenticAMD", True, "the processor has AVX-512 and is not Intel's but AuthenticAMD"),
+        ("auto", "cpu", "fp32", "AVX512", "AuthenticAMD", True, "the processor has AVX-512 and is made by AMD"),
         ("auto", "cpu", "fp32", "AVX512", "GenuineIntel", False, "MKL is made for Intel's processors"),
         ("auto", "cpu", "fp32", "AVX2", "AuthenticAMD", False, "the processor has no AVX-512"),
         ("auto", "cpu", "bf16", "AVX512", "AuthenticAMD", False, "steps in fp32 on a CPU"),
