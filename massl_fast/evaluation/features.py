@@ -364,7 +364,7 @@ def extract_features(
 def _checked(features: Tensor, num_images: int) -> Tensor:
     if features.ndim not in (2, 3) or len(features) != num_images:
         raise ValueError(
-            f"The network gives features of shape {tuple(features.shape)} for {num_images} images; evaluation needs one vector an image. "
+            f"The network gives features of shape {tuple(features.shape)} for {num_images} images; evaluation needs one vector per image. "
             f"Choose a network with pooled features."
         )
     return features.float().cpu()

@@ -126,7 +126,7 @@ class FewShot(Protocol):
             image_size=images[0].image_size,
             about=f"{settings.draws} draws from {data['train']['images']} images of {settings.train}, not nested; "
             f"{data['test']['images']} test images of {settings.test}.",
-            departures=[] if images[0].image_size == 224 else [f"Images of {images[0].image_size} pixels in place of 224."],
+            departures=[] if images[0].image_size == 224 else [f"Images have {images[0].image_size} pixels instead of 224."],
             notes=notes,
             unreadable=tuple(n for part in (train, test) for n in next(iter(part.values())).unreadable),
         )

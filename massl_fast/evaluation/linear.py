@@ -169,21 +169,21 @@ class Linear(Protocol):
     def _departures(self, image_size: int) -> list[str]:
         settings, found = self.settings, []
         if image_size != 224:
-            found.append(f"Images of {image_size} pixels in place of 224.")
+            found.append(f"Images have {image_size} pixels instead of 224.")
         if settings.num_views == 0:
-            found.append("Heads see centre crops, in place of a fresh random crop of every image in every epoch.")
+            found.append("Heads see centre crops instead of a fresh random crop of every image in every epoch.")
         elif settings.num_views < settings.epochs:
-            found.append(f"Epochs take turns over {settings.num_views} random crops of every image, in place of a fresh one each.")
+            found.append(f"Epochs take turns over {settings.num_views} random crops of every image instead of a fresh one each.")
         if settings.epochs != PUBLISHED_EPOCHS:
-            found.append(f"{settings.epochs} epochs in place of {PUBLISHED_EPOCHS}.")
+            found.append(f"Heads train for {settings.epochs} epochs instead of {PUBLISHED_EPOCHS}.")
         if settings.head_batch != PUBLISHED_BATCH:
-            found.append(f"Batches of {settings.head_batch} in place of {PUBLISHED_BATCH}.")
+            found.append(f"Batches have {settings.head_batch} images instead of {PUBLISHED_BATCH}.")
         if settings.rates != PUBLISHED_RATES:
-            found.append(f"{len(settings.rates)} learning rates in place of iBOT's 45.")
+            found.append(f"The sweep has {len(settings.rates)} learning rates instead of iBOT's 45.")
         if settings.max_train_images:
-            found.append(f"A subset of {settings.max_train_images} training images.")
+            found.append(f"Heads train on a subset of {settings.max_train_images} images.")
         if settings.products != "fp32":
-            found.append(f"Matrix products of the heads in {settings.products}.")
+            found.append(f"The heads' matrix products are computed in {settings.products}.")
         return found
 
 

@@ -147,7 +147,7 @@ class Logistic(Protocol):
             image_size=train_images.image_size,
             about=f"{data['test']['images']} test images of {settings.test}; regressions on {data['train']['images']} images of "
             f"{settings.train}, {len(settings.lambdas)} penalties.",
-            departures=[] if train_images.image_size == 224 else [f"Images of {train_images.image_size} pixels in place of 224."],
+            departures=[] if train_images.image_size == 224 else [f"Images have {train_images.image_size} pixels instead of 224."],
             notes=notes,
             unreadable=tuple(n for part in (train, test) for n in next(iter(part.values())).unreadable),
         )

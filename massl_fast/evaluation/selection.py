@@ -30,5 +30,5 @@ def held_out(count: int, share: float, seed: int) -> Tensor:
     """
     number = max(1, round(share * count))
     if number >= count:
-        raise ValueError(f"Of {count} training images none would be left if {share:g} of them are held out. Set validation to 0.")
+        raise ValueError(f"None of {count} training images would be left if {share:g} of them are held out. Set validation to 0.")
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:number].sort().values

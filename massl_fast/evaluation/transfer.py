@@ -77,7 +77,7 @@ class Transfer(Protocol):
     def prepare(self, subject: Subject) -> list[str]:
         subject.features_name()
         found, absent = self._sources(subject)
-        notes = [f"Absent, and left out: {reason}" for reason in absent]
+        notes = [f"This set is absent and left out: {reason}" for reason in absent]
         for name, (train, _) in found.items():
             notes += [f"{name}: {sentence}" for sentence in clipped_ks(self.settings.k, len(train))]
         return notes

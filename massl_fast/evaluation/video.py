@@ -82,7 +82,7 @@ class Video(Protocol):
         blind = [sequence.name for sequence in sequences if None in sequence.masks and sequence.name not in short]
         if blind and not self.settings.write:
             raise ValueError(
-                f"The sequence {blind[0]} has no masks beyond the first: nothing to compare with. Set --write to keep predictions."
+                f"The sequence {blind[0]} has no masks beyond the first, so there is nothing to compare with. Set --write to keep predictions."
             )
         return notes + [f"The sequence {name} has no masks beyond the first and is not scored." for name in blind]
 
