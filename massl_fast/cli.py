@@ -41,7 +41,8 @@ def _run(command: str, arguments: list[str]) -> int:
     module, parser = parser_of(command, arguments)
     if takes_settings(module):
         if arguments and not arguments[0].startswith("-") and set(arguments[1:]) & set(HELP):
-            return _settings_of(arguments[0])
+            args, settings = parser.parse_known_args([argument for argument in arguments[1:] if argument not in HELP])
+            return _settings_of(arguments[0], args.recipe or "", settings)
         args, args.settings = parser.parse_known_args(arguments)
     else:
         args = parser.parse_args(arguments)
@@ -50,11 +51,12 @@ def _run(command: str, arguments: list[str]) -> int:
     return code
 
 
-def _settings_of(section: str) -> int:
-    """Help for one section of the settings, or for one objective."""
-    from massl_fast.config import describe_section
+def _settings_of(section: str, recipe: str, settings: Sequence[str]) -> int:
+    """Help for one section of the settings, or for one objective, which may be that of a plugin among ``settings``."""
+    from massl_fast.config import chosen_objective, describe_section
 
-    print(describe_section(section))
+    objective = chosen_objective(recipe, settings)
+    print(describe_section(objective if section == "objective" else section))
     return 0
 
 

@@ -285,7 +285,7 @@ def _described(section: str, model: type[Section]) -> list[str]:
 
 
 def _objectives_but(shown: str) -> list[str]:
-    lines = [f"  (of {shown})"]
+    lines = [f"  Below are the settings of {shown}. There are other objectives:"]
     for name, model in SETTINGS.items():
         if name != shown:
             summary = (model.__doc__ or "").strip().split("\n")[0]

@@ -122,17 +122,17 @@ def loader_without_run(config: Config, source: Source, world: World, *, device_b
 def choose_loader(asked: str, device_type: str) -> tuple[str, str]:
     """(name of a loader, reason) for the setting ``data.loader`` and a device type of cuda or cpu."""
     if asked not in ("auto", "torchvision", "dali"):
-        return asked, "data.loader names it"
+        return asked, "as set"
     obstacle = _dali_obstacle()
     if asked == "torchvision":
-        return "torchvision", "data.loader names it"
+        return "torchvision", "as set"
     if asked == "dali":
         if obstacle:
             raise ValueError(
                 f"data.loader is dali, but nvidia.dali does not import ({obstacle}). Install it, by the CUDA of your PyTorch (pip install "
                 f"'massl-fast[dali-cuda13]' or 'massl-fast[dali-cuda12]'), or choose auto."
             )
-        return "dali", "data.loader names it"
+        return "dali", "as set"
     if obstacle:
         return "torchvision", f"nvidia.dali does not import: {obstacle}"
     if device_type != "cuda":

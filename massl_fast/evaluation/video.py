@@ -81,9 +81,7 @@ class Video(Protocol):
         notes = [f"The sequence {name} has fewer than three frames, of which none is scored; it is left out." for name in short]
         blind = [sequence.name for sequence in sequences if None in sequence.masks and sequence.name not in short]
         if blind and not self.settings.write:
-            raise ValueError(
-                f"The sequence {blind[0]} has no masks beyond the first, so there is nothing to compare with. Set --write to keep predictions."
-            )
+            raise ValueError(f"The sequence {blind[0]} has no masks beyond the first to compare with. Set --write to keep predictions.")
         return notes + [f"The sequence {name} has no masks beyond the first and is not scored." for name in blind]
 
     def run(self, subject: Subject) -> Result:

@@ -66,3 +66,10 @@ def test_the_files_of_the_howtos_work_as_they_stand(plugins, tmp_path, capsys):
     results = json.loads(capsys.readouterr().out)["results"]
     assert results["teacher"]["accuracy_percent"] == pytest.approx(rows[-1]["centroid_teacher_accuracy_percent"], abs=1e-3)
     assert results["raw pixels"]["accuracy_percent"] > 50
+
+
+@pytest.mark.parametrize("asked", [["agreement"], ["objective", "--objective.name", "agreement"]])
+def test_help_shows_the_settings_of_an_objective_that_a_plugin_adds(plugins, asked, capsys):
+    assert main(["train", *asked, "--run.plugins", str(plugins["add_an_objective"]), "--help"]) == 0
+    said = capsys.readouterr().out
+    assert "the settings of agreement" in said and "Momentum of the remembered mean." in said and "--objective.memory_size" not in said
