@@ -1,6 +1,7 @@
 """The files that docs/howto shows do what it says: each is run as a plugin, on images and networks of a few pixels."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,10 @@ def plugins(tmp_path):
     for registry, name in ((SETTINGS, "agreement"), (OBJECTIVES, "agreement"), (LOADER_SETTINGS, "centre"), (LOADERS, "centre")):
         registry.pop(name, None)
     PROTOCOLS.pop("centroid", None)
+    for path in found.values():
+        sys.modules.pop(path.stem, None)
+    if str(tmp_path) in sys.path:
+        sys.path.remove(str(tmp_path))
 
 
 def test_the_files_of_the_howtos_work_as_they_stand(plugins, tmp_path, capsys):
