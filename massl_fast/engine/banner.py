@@ -34,7 +34,7 @@ def banner(
     tokens = ", bf16 tokens between blocks" if model.residual == "bf16" else ""
     return [
         f"Run       {config.run.folder}: {length.total_steps} steps, {length.epoch(length.total_steps):.1f} epochs of "
-        f"{length.steps_per_epoch} steps over {num_images} images",
+        f"{length.steps_per_epoch} step{'s' if length.steps_per_epoch > 1 else ''} over {num_images} images",
         *(f"Device    {line}" for line in rank_map(world)),
         f"Batch     {length.global_batch} images = {processes} × {micro_batches} × {length.micro_batch}",
         f"Strategy  {strategy}",

@@ -15,6 +15,7 @@ checksums in them.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import warnings
 from pathlib import Path
@@ -55,9 +56,10 @@ class CheckpointFolder:
             if target.exists():
                 shutil.rmtree(target)
             os.replace(partial, target)
-        except SafetensorError as error:  # how safetensors passes on what the operating system said
+        except SafetensorError as error:  # holds what the operating system said as text: "… (os error 28)"
             shutil.rmtree(partial, ignore_errors=True)
-            raise OSError(0, str(error)) from None
+            number = re.search(r"os error (\d+)", str(error))
+            raise (OSError(int(number[1]), os.strerror(int(number[1]))) if number else OSError(0, str(error))) from None
         except OSError:
             shutil.rmtree(partial, ignore_errors=True)
             raise

@@ -1,12 +1,15 @@
+import errno
 import json
 import random
 import sys
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from massl_fast.models.checkpoint_files import damage_of
 from massl_fast.models.published import read_network
+from massl_fast.run import checkpoint
 from massl_fast.run.checkpoint import CheckpointFolder, load_strictly, read_checkpoint
 
 TENSORS = {"student/weight": torch.arange(6.0).view(2, 3).T, "objective/pointer": torch.tensor([5])}
@@ -35,6 +38,23 @@ def test_a_write_that_was_cut_off_is_passed_over(tmp_path):
     (tmp_path / ".step_00000002.partial").mkdir()
     (tmp_path / "step_00000003").mkdir()  # renamed by another tool, without its files
     assert folder.last() == good
+
+
+@pytest.mark.parametrize(
+    ("said", "number", "shown"),
+    [
+        ("Error while serializing: I/O error: No space left on device (os error 28)", errno.ENOSPC, "No space left on device"),
+        ("Error while serializing: no number", 0, "Error while serializing: no number"),
+    ],
+)
+def test_a_disk_that_refuses_is_an_error_of_the_system(tmp_path, monkeypatch, said, number, shown):
+    def refuse(*_):
+        raise SafetensorError(said)
+
+    monkeypatch.setattr(checkpoint, "write_files", refuse)
+    with pytest.raises(OSError) as raised:
+        CheckpointFolder(tmp_path).save(1, TENSORS, {})
+    assert (raised.value.errno, raised.value.strerror) == (number, shown) and not list(tmp_path.iterdir())
 
 
 def test_pointers_never_lead_out_of_the_folder(tmp_path):
