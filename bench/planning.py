@@ -112,7 +112,7 @@ class Step:
 
 
 def assumed_rate(network: Network, gpu: Gpu, utilization: float = UTILIZATION) -> float:
-    """Images a second of one GPU at an assumed share of its peak."""
+    """Images per second of one GPU at an assumed share of its peak."""
     return utilization * gpu.peak_flops / network.flops_per_image
 
 
@@ -165,7 +165,7 @@ def fsdp2_step(network: Network, cluster: Cluster, global_batch: int) -> Step:
 
 
 def efficiency(step: Step, cluster: Cluster) -> float:
-    """Images a second beside those of as many GPUs working alone with full batches."""
+    """Images per second beside those of as many GPUs working alone with full batches."""
     return step.images_per_second / (cluster.gpus * cluster.images_per_second)
 
 
@@ -273,7 +273,7 @@ def capacity_table() -> list[str]:
 
 
 DINO_ON_V100 = 92.0
-"""Images a second of one V100 with DINO's code: 24.2 h for 100 epochs of ViT-S/16 with 2 × 224 + 10 × 96 px on 16 of them (Caron et al.
+"""Images per second of one V100 with DINO's code: 24.2 h for 100 epochs of ViT-S/16 with 2 × 224 + 10 × 96 px on 16 of them (Caron et al.
 2021, table 8)."""
 CASES = (
     # network, GPU, global batch or None for 64 images per GPU, strategy, images per second or None for the assumed share of the peak

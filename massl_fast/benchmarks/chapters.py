@@ -201,7 +201,7 @@ OBJECTIVE_HEAD = [
 OBJECTIVE_COLUMNS = """Loss and gradients of rows and prototypes (sinkhorn: the bias, or the published way's assignment). The published way
 is plain PyTorch that holds logits as the losses' published code does; the reference makes each logit once and of masked rows alone.
 Errors: loss, and the largest of a gradient relative to its largest value, against float64. Extra memory is what a call needs beyond its
-inputs, and results are what of it the call returns: no way can do without them. Of matrix rate: operations of the way itself a second."""
+inputs, and results are what of it the call returns: no way can do without them. Of matrix rate: operations of the way itself per second."""
 
 
 def objectives(rows: Sequence[Row]) -> list[Part]:

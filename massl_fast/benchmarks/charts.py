@@ -62,7 +62,7 @@ def bars(items: Sequence[Bar], unit: str, *, wide: bool = False) -> str:
 
 @dataclass(frozen=True)
 class Dot:
-    """A kernel on a roofline: operations a byte of least traffic, operations a second."""
+    """A kernel on a roofline: operations per byte of least traffic, operations per second."""
 
     label: str
     intensity: float
@@ -99,7 +99,7 @@ def roofline(dots: Sequence[Dot], matrix_rate: float, bandwidth: float) -> str:
         _powers(axes.yaxis, "FLOP/s")
         if highest < 100 * lowest:
             axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
-        axes.set_xlabel("operations a byte of least traffic", color=STAND_INS["--muted"], loc="right")
+        axes.set_xlabel("operations per byte of least traffic", color=STAND_INS["--muted"], loc="right")
         axes.set_ylabel("FLOP/s", color=STAND_INS["--muted"])
         _legend(axes)
         return finish()
@@ -159,7 +159,7 @@ def split(parts: dict[str, float], unit: str) -> str:
 
 
 def waterfall(estimated: dict[str, int], measured: dict[str, int] | None) -> str:
-    """What the peak consists of, a step a category, MiB: measured as bars, estimated as outlines (as bars where nothing was measured)."""
+    """The peak in MiB, one step per category: measured as bars, estimated as outlines (as bars where nothing was measured)."""
     filled = measured if measured is not None else estimated
     names = [name for name in {**filled, **estimated} if max(filled.get(name, 0), estimated.get(name, 0)) >= 0.05 * MIB]
     with drawing(wide=True, height=0.5 + 0.27 * (len(names) + 1)) as (axes, finish):

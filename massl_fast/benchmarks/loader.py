@@ -78,7 +78,7 @@ def obstacle(setup: Setup) -> str:
 
 
 def read_step_rate(text: str) -> float:
-    """Images a second, from a number or from a run's summary."""
+    """Images per second, from a number or from a run's summary."""
     try:
         rate = float(text)
     except ValueError:

@@ -291,7 +291,7 @@ def ways_out(config: Config, *, device_type: str, world_size: int, budget: int, 
     attempt(
         f"--train.global_batch {max(1, config.train.global_batch // 2)}",
         "another training: half the images per step (the learning rate follows)",
-        "as many operations an image, twice the updates",
+        "as many operations per image, twice the updates",
         batch=max(1, batch // 2),
         accumulation=accumulation,
     )

@@ -274,7 +274,7 @@ class TestPictures:
         sheet = found.neighbours
         assert sheet.queries.shape == (10, 3, 16, 16) and sheet.neighbours.shape == (10, 8, 3, 16, 16)
         assert sheet.query_classes[:2] == ["ant", "bee"] and sheet.gallery == "all 10 training images"
-        # 5 training images a class: the first five neighbours are of the query's class, the rest cannot be.
+        # 5 training images per class: the first five neighbours are of the query's class, the rest cannot be.
         for name, names in zip(sheet.query_classes, sheet.neighbour_classes):
             assert names[:5] == [name] * 5 and name not in names[5:]
         means = sheet.neighbours[:2, 0].float().mean((1, 2, 3))
