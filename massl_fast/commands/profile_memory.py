@@ -62,13 +62,13 @@ def run(args: argparse.Namespace) -> int:
         print(folded(memory_lines(estimate, measured)))
         if accumulation > passes:
             more = (accumulation - passes) * estimate.peak.by_category[ledger.CROPS] // passes
-            print(f"Shown are {passes} micro-batches; the other {accumulation - passes} of a step add {gib(more)} of crops.")
+            print(f"The table shows {passes} micro-batches; the other {accumulation - passes} of a step add {gib(more)} of crops.")
         total = int(args.device_gib * GIB) if args.device_gib else capacity(torch.device(device_type))[0] if here else 0
         prediction = None
         if total and not args.no_largest:
             prediction = predict(config, device_type, total, estimate, measured)
             print(folded([prediction["sentence"]]))
         elif not total:
-            print("The largest batch is predicted for a device whose memory is known: --device-gib 80, say.")
+            print("The largest batch is predicted for a device whose memory is known: for example --device-gib 80.")
         keep(as_record(config, args.recipe, device_type, estimate, measured, prediction))
     return 0

@@ -262,7 +262,7 @@ def ways_out(config: Config, *, device_type: str, world_size: int, budget: int, 
         attempt(
             f"--train.micro_batch {accumulation * batch // more}",
             "batch norms see fewer images, otherwise the same training" if works.batch_norm else "the same training",
-            f"as many operations, in {more} micro-batches a step instead of {accumulation}: smaller products, more launches",
+            f"as many operations, in {more} micro-batches per step instead of {accumulation}: smaller products, more launches",
             batch=accumulation * batch // more,
             accumulation=more,
         )
@@ -351,9 +351,7 @@ def explain(config: Config, world: World) -> Explanation:
         f"'{estimate.peak.section}'; the {'device' if device_type == 'cuda' else 'host'} has {gib(total)}, {gib(free_now)} of it free now."
     )
     if estimate.bytes <= total * (1 - RESERVE):
-        reason += (
-            " By that it would fit the empty machine: other programs, the loader, a leak or a limit set for the process take the rest."
-        )
+        reason += " By this estimate it would fit the empty machine: other programs, the loader, a leak or a limit set for the process take the rest."
     lines = [reason, "  " + ", ".join(f"{name} {gib(size)}" for name, size in largest_first(estimate.by_owner, most=7))]
     if device_type == "cuda":
         lines.append(f"  Beside PyTorch, {gib(others)} of the device are taken (CUDA context, DALI's pool, other programs).")

@@ -78,7 +78,7 @@ def memory_lines(estimate: Estimate, measured: Measured | None) -> list[str]:
     lines.append("Beside the step's own bytes, not in the peak above:")
     lines += [f"{size / MIB:>9,.1f} MiB  {name}" for name, size in measured.rest.items()]
     if estimate.beside:
-        lines.append("Of that was estimated: " + ", ".join(f"{name} {gib(size)}" for name, size in estimate.beside.items()) + ".")
+        lines.append("Estimated of these: " + ", ".join(f"{name} {gib(size)}" for name, size in estimate.beside.items()) + ".")
     return lines + leak_sentences(measured)
 
 
@@ -89,7 +89,7 @@ def leak_sentences(measured: Measured) -> list[str]:
     lines = [f"Leak: each step ends with about {gib(sum(growing) / len(growing))} more than the one before it."]
     for leak in measured.leaks[:5]:
         where = f" at {leak.line}" if leak.line else ""
-        lines.append(f"  {gib(leak.bytes_per_step)} a step made by {leak.operator}{where}, in '{leak.section}', outlive their step.")
+        lines.append(f"  {gib(leak.bytes_per_step)} per step made by {leak.operator}{where}, in '{leak.section}', outlive their step.")
         lines.append(f"    Kept by {leak.referrer or 'no Python object that could be found'}.")
     return lines
 

@@ -183,7 +183,7 @@ def lines_of(found: Traced, waits: list[Wait], top: int) -> list[str]:
     total = sum(found.parts.values())
     lines = ["Parts of a step, time of the host:"]
     lines += [f"  {name:<20}{1000 * s:>9.2f} ms {100 * s / total if total else 0:>5.1f} %" for name, s in found.parts.items()]
-    lines.append(f"{'Kernels of the device' if found.gaps else 'Operators'}, own time a step:")
+    lines.append(f"{'Kernels of the device' if found.gaps else 'Operators'}, own time per step:")
     for row in found.operators[:top]:
         lines.append(f"  {1000 * row.seconds:>9.3f} ms {row.share_percent:>5.1f} %  {row.calls:>6.0f} ×  {row.name[:80]}")
     if found.gaps:
@@ -198,5 +198,5 @@ def lines_of(found: Traced, waits: list[Wait], top: int) -> list[str]:
         lines.append("Nothing in a step makes the host wait for the device.")
     else:
         lines.append("The host waits for the device (or would, on a GPU) at:")
-        lines += [f"  {wait.count:>4} × a step  {wait.operator:<22}{wait.line}" for wait in waits[:10]]
+        lines += [f"  {wait.count:>4} × per step  {wait.operator:<22}{wait.line}" for wait in waits[:10]]
     return lines

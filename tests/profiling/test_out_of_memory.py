@@ -111,7 +111,7 @@ def test_what_the_host_has_not_free_is_not_begun(command, monkeypatch, tmp_path,
     to = ["--to", str(tmp_path)] if command == "trace" else []
     assert main(["profile", command, *to, *TINY]) == 2
     told = capsys.readouterr().err
-    assert "1.0 KiB of it free now. By that it would fit the empty machine" in told
+    assert "1.0 KiB of it free now. By this estimate it would fit the empty machine" in told
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -128,7 +128,7 @@ def test_a_planted_wait_is_told_by_the_command(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(profile_trace, "synthetic_run", with_a_wait)
     assert main(["profile", "trace", "--steps", "1", "--to", str(tmp_path), *TINY]) == 0
     told = capsys.readouterr().out
-    assert "1 × a step  _local_scalar_dense" in told and f"{Path(__file__).name}:" in told
+    assert "1 × per step  _local_scalar_dense" in told and f"{Path(__file__).name}:" in told
 
 
 def test_the_command_writes_a_trace_with_the_parts(tmp_path, capsys):
