@@ -351,7 +351,9 @@ def explain(config: Config, world: World) -> Explanation:
         f"'{estimate.peak.section}'; the {'device' if device_type == 'cuda' else 'host'} has {gib(total)}, {gib(free_now)} of it free now."
     )
     if estimate.bytes <= total * (1 - RESERVE):
-        reason += " By this estimate it would fit the empty machine: other programs, the loader, a leak or a limit set for the process take the rest."
+        reason += (
+            " By this estimate it would fit the empty machine: other programs, the loader, a leak or a limit of the process take the rest."
+        )
     lines = [reason, "  " + ", ".join(f"{name} {gib(size)}" for name, size in largest_first(estimate.by_owner, most=7))]
     if device_type == "cuda":
         lines.append(f"  Beside PyTorch, {gib(others)} of the device are taken (CUDA context, DALI's pool, other programs).")
