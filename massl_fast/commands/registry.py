@@ -45,7 +45,7 @@ COMMANDS = {
 
 
 def is_evaluation(words: list[str]) -> bool:
-    """Whether these words of a command line ask for an evaluation, which may be that of a plugin, which nobody knows yet."""
+    """Whether these words of a command line name an evaluation; it may be that of a plugin, which is not imported yet."""
     return words[:1] == ["eval"] and len(words) > 1 and not words[1].startswith("-")
 
 

@@ -65,7 +65,7 @@ def build_pair(config: Config, objective: Objective, attention: Attend | None = 
 
 
 def demand_residual(config: Config, precision: Precision) -> None:
-    """ValueError where 16-bit tokens between blocks are asked for in a step of another precision."""
+    """Raise ValueError where model.residual sets 16-bit tokens between blocks and the step has another precision."""
     if config.model.residual == "bf16" and precision.name != "bf16":
         raise ValueError(
             f"model.residual is bf16, but the step's precision is {precision.name} ({precision.reason}). Choose "

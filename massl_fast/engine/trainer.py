@@ -357,7 +357,7 @@ class Trainer:
             self._warn(self.evaluation.unreadable())
 
     def _save(self, best: bool = False) -> None:
-        """Begin to write a checkpoint. A disk that fails is told and training goes on; the last good checkpoint stays."""
+        """Begin to write a checkpoint. Where the disk fails, training goes on with a warning; the last good checkpoint stays."""
         self._stop_if_diverged()
         self._stop_if_drifted()
         self._doing("saving")

@@ -38,7 +38,7 @@ class ClusterSettings(Settings):
     standardize: bool = True
     """Scale every feature to mean 0 and deviation 1 over the training images, as CARP does."""
     max_per_centroid: int = Field(0, ge=0)
-    """Training images per cluster, drawn at random; 0: all. faiss takes 256 unless told otherwise."""
+    """Training images per cluster, drawn at random; 0: all. faiss takes 256 by default."""
     start: Literal["random", "plus"] = "random"
     """Restarts begin at random images, or by k-means++."""
 

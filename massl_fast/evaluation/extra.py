@@ -1,4 +1,4 @@
-"""Libraries of the extra ``massl-fast[eval]``, imported where they are needed and asked for in a sentence where they are missing."""
+"""Libraries of the extra ``massl-fast[eval]``, imported where they are needed; a sentence names what is missing."""
 
 from __future__ import annotations
 

@@ -25,8 +25,8 @@ SPEED = (
 def write_comparison(folders: Sequence[Path], output: Path) -> Path:
     """Write the page of the runs in ``folders`` to the file ``output``, whole or not at all; returns it.
 
-    Raises ValueError for what is no run folder, for fewer than two runs and for more than can be told apart, and where the file cannot be
-    written.
+    Raises ValueError for what is no run folder, for fewer than two runs, for more than there are kinds of lines, and where the file cannot
+    be written.
     """
     if not 2 <= len(folders) <= len(LOOKS):
         raise ValueError(f"{len(folders)} run folders are named; between 2 and {len(LOOKS)} can be compared on one page.")

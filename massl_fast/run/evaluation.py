@@ -114,7 +114,7 @@ class RunEvaluation:
         return found
 
     def readings(self) -> dict[str, float]:
-        """Rank measures of the last step, for every logged line; nothing where they are not asked for. A collective call."""
+        """Rank measures of the last step, for every logged line; nothing where ``rank_measures`` is off. A collective call."""
         found = self.rank_measures.read(self.world) if self.rank_measures else {}
         self.figures |= found
         return found
@@ -133,7 +133,7 @@ class RunEvaluation:
         self._unreadable = list(dict.fromkeys(unreadable))
 
     def unreadable(self) -> str | None:
-        """A sentence about images that the last evaluation had to leave out and that have not been told of before; None without such."""
+        """A sentence about images that the last evaluation had to leave out and that no sentence has named before; None without such."""
         names = [name for name in self._unreadable if name not in self.told_unreadable]
         if not names:
             return None
@@ -145,7 +145,7 @@ class RunEvaluation:
         return f"{who} leaves out {count} of {paths} that cannot be read: {shown}. massl-fast data check says what is wrong with them."
 
     def headline(self, network: str) -> float | None:
-        """k-NN of a network at k = 20, or at the k that comes first where 20 was not asked for; None without k-NN."""
+        """k-NN of a network at k = 20, or at the first k where 20 is not among them; None without k-NN."""
         knn = next((protocol for protocol in self.protocols if protocol.name == KNN), None)
         return self.figures.get(f"{KNN}_{network}_{knn.headline.key}") if knn else None
 

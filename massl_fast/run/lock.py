@@ -46,7 +46,7 @@ class FolderLock:
         self._thread = threading.Thread(target=self._live, name="folder lock", daemon=True)
 
     def acquire(self) -> None:
-        """Take the lock, from a dead holder if need be, which stderr is told; ValueError names a holder that lives.
+        """Take the lock. It takes over from a dead holder and says so on stderr; ValueError names a holder that lives.
 
         A process that locks a folder again, as a program of its own may do after a run that failed, gives up its earlier lock first.
         """

@@ -1,6 +1,6 @@
 """Whether a checkpoint is of this run: settings that make another run are refused by name, others may change at a checkpoint.
 
-What is told when it differs changes the training from here on (a lower learning rate, a longer run); what is not told does not.
+A difference that changes the training from here on (a lower learning rate, a longer run) is announced; one that does not change it is not.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Objects of COCO or VOC2012, told apart by their folders: masks of instances, their categories, and where nothing is judged."""
+"""Objects of COCO or VOC2012, which their folders distinguish: masks of instances, their categories, and where nothing is judged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training and validation images with class masks of VOC2012, ADE20K or Cityscapes, told apart by their folders."""
+"""Training and validation images with class masks of VOC2012, ADE20K or Cityscapes, which their folders distinguish."""
 
 from __future__ import annotations
 

@@ -122,7 +122,7 @@ class SimilarityHistograms:
 
     @property
     def overlap(self) -> float:
-        """Σ over bins of the smaller share: 0 where the kinds are apart, 1 where they cannot be told; nan where a kind has no pair."""
+        """Σ over bins of the smaller share: 0 where the kinds are apart, 1 where they coincide; nan where a kind has no pair."""
         if not self.intra.sum() or not self.inter.sum():
             return float("nan")
         return float(np.minimum(self.intra / self.intra.sum(), self.inter / self.inter.sum()).sum())
