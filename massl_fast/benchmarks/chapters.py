@@ -41,9 +41,9 @@ class Part:
     title: str = ""
     drawings: list[Drawing] = field(default_factory=list)
     sentences: list[str] = field(default_factory=list)
-    """In pages and documents."""
+    """Sentences in pages and documents."""
     further: list[str] = field(default_factory=list)
-    """In pages alone."""
+    """Sentences in pages alone."""
 
 
 @dataclass

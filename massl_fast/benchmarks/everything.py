@@ -59,7 +59,7 @@ class Part:
 
     name: str
     seconds: float
-    """Its limit."""
+    """Limit of the part."""
     on_gpu: str
     on_cpu: str = ""
     needs: tuple[str, ...] = ()

@@ -24,7 +24,7 @@ class Block:
     """A stretch of a segment, in use or free."""
 
     start: int
-    """Address; segments lie far apart."""
+    """Address of the first byte; segments lie far apart."""
     bytes: int
     small: bool
     before: Block | None = None

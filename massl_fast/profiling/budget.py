@@ -50,7 +50,7 @@ NO_WORK = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strid
 
 @dataclass
 class Work:
-    """Of one operator, or of several together."""
+    """What one operator, or several together, compute and move."""
 
     flops: float = 0.0
     bytes: float = 0.0

@@ -220,9 +220,9 @@ class WayOut:
 
     settings: str
     effect: str
-    """On the training."""
+    """What it changes in the training."""
     time: str
-    """What it costs."""
+    """What it costs in time."""
     bytes: int
     """The peak then, estimated."""
     saved: int
@@ -331,7 +331,7 @@ class Explanation:
     short: str
     """One sentence or two."""
     text: str
-    """The same with all ways out."""
+    """The sentences with all ways out."""
 
 
 def explain(config: Config, world: World) -> Explanation:

@@ -60,7 +60,7 @@ class Piece:
     saved: bool = False
     """Kept for the backward pass."""
     born: int = 0
-    """Number of the step."""
+    """Number of the step in which it came."""
 
     @property
     def category(self) -> str:

@@ -52,7 +52,7 @@ class Measured:
 
     @functools.cached_property
     def peak(self) -> Peak:
-        """By the book; smaller than ``peak_bytes`` by what operators hold inside themselves."""
+        """The peak by the book; it is smaller than ``peak_bytes`` by what operators hold inside themselves."""
         return find_peak(self.changes)
 
 

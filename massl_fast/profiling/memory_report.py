@@ -152,7 +152,7 @@ def folded(lines: Iterable[str]) -> str:
 
 
 def in_order(sizes: dict[str, int]) -> dict[str, int]:
-    """By category as in the ledger, and activations by the way through the network."""
+    """Sizes by category as in the ledger, and activations by the way through the network."""
 
     def rank(name: str) -> int:
         return next((rank for rank, category in enumerate(ledger.CATEGORIES) if name.startswith(category)), len(ledger.CATEGORIES))

@@ -33,7 +33,7 @@ class Operator:
     name: str
     seconds: float
     calls: float
-    """A step."""
+    """Calls per step."""
     share_percent: float
 
 
@@ -43,7 +43,7 @@ class Gap:
 
     seconds: float
     part: str
-    """Of the step, on the host."""
+    """Part of the step in which the host was."""
     meanwhile: str
     """The outermost operator in which the host was then; empty: in none, that is in Python."""
 
@@ -62,11 +62,11 @@ class Gaps:
 @dataclass(frozen=True)
 class Traced:
     operators: list[Operator]
-    """Those of the device where there is one, else of the host; most time first."""
+    """Kernels of the device where there is one, otherwise operators of the host; most time first."""
     parts: dict[str, float]
-    """Seconds of the host in each part, a step."""
+    """Seconds per step that the host spends in each part."""
     gaps: Gaps | None
-    """None on a CPU: what computes there is what gives the orders."""
+    """None on a CPU, which computes where it launches."""
 
 
 class Ranges:
@@ -193,7 +193,7 @@ def lines_of(found: Traced, waits: list[Wait], top: int) -> list[str]:
             doing = f"in {gap.meanwhile}" if gap.meanwhile else "in Python"
             lines.append(f"  {1e6 * gap.seconds:>9.0f} µs  in '{gap.part}', the host {doing}")
     else:
-        lines.append("Gaps: a CPU has none, it computes where it gives the orders.")
+        lines.append("A CPU has no gaps: it computes where it launches.")
     if not waits:
         lines.append("Nothing in a step makes the host wait for the device.")
     else:

@@ -47,7 +47,7 @@ class Wait:
     operator: str
     line: str
     count: int
-    """A step."""
+    """Waits per step."""
 
 
 def find_waits(run: SyntheticRun) -> list[Wait]:
