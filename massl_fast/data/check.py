@@ -8,7 +8,7 @@ The problems: ``unreadable``; ``tiny`` (a side shorter than --smallest); ``dupli
 import hashlib
 import multiprocessing
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
@@ -22,6 +22,7 @@ from massl_fast.data.sources import Source
 
 PROBLEMS = (UNREADABLE, "tiny", "duplicate", "not_rgb", "rotated")
 IMAGES_A_TASK = 64
+_held: Callable[[range], list]  # of a worker
 
 
 def check_source(source: Source, *, smallest: int = 32, workers: int = 1, show_progress: bool = False) -> list[tuple[str, str, str]]:

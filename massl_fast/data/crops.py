@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import permutations
+from typing import Any
 
 import numpy as np
 import torch
@@ -96,7 +97,7 @@ def published_views(
     local_scale: tuple[float, float] = (0.05, 0.32),
     blur_probabilities: tuple[float, float, float] = (1.0, 0.1, 0.5),
     solarize_probabilities: tuple[float, float, float] = (0.0, 0.2, 0.0),
-    **common,
+    **common: Any,
 ) -> tuple[View, ...]:
     """The views of the published recipe: two global ones first, then ``num_local`` local ones.
 

@@ -57,7 +57,7 @@ class UnreadableImage(ValueError):
         self.name = name
         self.reason = reason
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[type, tuple[str, str]]:
         return UnreadableImage, (self.name, self.reason)
 
 
@@ -138,7 +138,9 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         return _from_wide(np.asarray(image).astype(np.float32), None)
     if mode == "LAB":
         lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
-        return ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
+        converted = ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
+        assert converted is not None  # not in place
+        return converted
     if mode == "La":
         image = image.convert("LA")
     if mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:

@@ -10,6 +10,7 @@ import re
 import tarfile
 from collections import OrderedDict
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from io import FileIO
 from pathlib import Path
 
 import numpy as np
@@ -53,7 +54,7 @@ class TarSource(ShardedSource):
         notes: Iterable[str] = (),
     ) -> None:
         super().__init__(path, shards, names, positions, labels, classes, notes)  # positions: shard, offset, bytes
-        self._open: OrderedDict[int, object] = OrderedDict()
+        self._open: OrderedDict[int, FileIO] = OrderedDict()
 
     def read(self, i: int) -> bytes:
         shard, offset, size = self._positions[i].tolist()
@@ -184,7 +185,7 @@ def _open_folder(path: str) -> FolderSource:
 
 def _walk(root: str, notes: list[str]) -> Iterator[str]:
     """Image files below ``root``, relative to it. Follows links, but never into a folder that it is already inside of."""
-    stack = [("", (_identity(root),))]
+    stack: list[tuple[str, tuple[tuple[int, int], ...]]] = [("", (_identity(root),))]
     dead, loops, closed = [], [], []
     while stack:
         folder, above = stack.pop()
@@ -246,20 +247,20 @@ def _open_tars(path: str, shards: Sequence[str]) -> TarSource:
 
 def _tar_classes(labels: list[str | None], kinds: set[str], folder: str, notes: list[str]) -> tuple[list[int] | None, tuple[str, ...]]:
     """Numbers and names of the classes from the text of the labels: numbers stay as they are, names are sorted."""
-    missing = labels.count(None)
-    if missing:
-        if missing < len(labels):
-            notes.append(f"{missing} of {len(labels)} images have no label: all of them are taken as unlabelled.")
+    known = [label for label in labels if label is not None]
+    if len(known) < len(labels):
+        if known:
+            notes.append(f"{len(labels) - len(known)} of {len(labels)} images have no label: all of them are taken as unlabelled.")
         return None, ()
-    distinct = set(labels)
-    if kinds == {"txt"} and 2 * len(distinct) > len(labels):
+    distinct = set(known)
+    if kinds == {"txt"} and 2 * len(distinct) > len(known):
         notes.append("The .txt members look like captions, hardly any occurring twice: the images are taken as unlabelled.")
         return None, ()
     listed = Path(folder, "classes.txt")
     named = tuple(listed.read_text(encoding="utf-8").split("\n")) if listed.is_file() else ()
     named = tuple(name.strip() for name in named if name.strip())
     if all(re.fullmatch(r"\d{1,7}", label) for label in distinct):
-        numbers = [int(label) for label in labels]
+        numbers = [int(label) for label in known]
         if named and max(numbers) >= len(named):
             raise ValueError(f"{listed} names {len(named)} classes, but an image is labelled {max(numbers)} (from 0).")
         return numbers, named or tuple(map(str, range(max(numbers) + 1)))
@@ -267,7 +268,7 @@ def _tar_classes(labels: list[str | None], kinds: set[str], folder: str, notes: 
         raise ValueError(f"An image is labelled {min(distinct - set(named))!r}, which {listed} does not name.")
     named = named or tuple(sorted(distinct))
     position = {name: i for i, name in enumerate(named)}
-    return [position[label] for label in labels], named
+    return [position[label] for label in known], named
 
 
 def read_index(shard: str) -> dict:
@@ -341,7 +342,9 @@ def _scan_tar(shard: str, size: int) -> dict:
                     elif extension in rank and member.size < 1_000_000:
                         key, kept = _key(member.name), None
                         if key not in labels or rank[extension] < rank[labels[key][0]]:
-                            kept = _label(extension, tar.extractfile(member).read())
+                            file = tar.extractfile(member)
+                            assert file is not None  # a regular file
+                            kept = _label(extension, file.read())
                         if kept is not None:
                             labels[key] = (extension, kept)
             except (tarfile.TarError, EOFError, OSError, ValueError):

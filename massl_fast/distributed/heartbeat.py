@@ -13,7 +13,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch.distributed as dist
 
@@ -41,7 +41,7 @@ class Heartbeat:
         self._thread.start()
         return self
 
-    def __exit__(self, kind, error, traceback) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._over.set()
         self._thread.join()
         if kind is None:
@@ -80,7 +80,7 @@ class Heartbeat:
             return json.loads(self.store.get("lost"))
         return self._silent_for([0], self.timeout)
 
-    def _silent_for(self, ranks, seconds: float) -> list[int]:
+    def _silent_for(self, ranks: Sequence[int], seconds: float) -> list[int]:
         now, silent = time.monotonic(), []
         for rank, (beats, _, doing) in self._read(ranks).items():
             if rank not in self._seen or self._seen[rank][0] != beats:
@@ -89,7 +89,7 @@ class Heartbeat:
                 silent.append(rank)
         return silent
 
-    def _read(self, ranks) -> dict[int, tuple[int, int, str]]:
+    def _read(self, ranks: Sequence[int]) -> dict[int, tuple[int, int, str]]:
         """(count, step, doing) of ranks."""
         return {rank: tuple(json.loads(value)) for rank, value in zip(ranks, self.store.multi_get([str(rank) for rank in ranks]))}
 

@@ -6,6 +6,8 @@ of replicas. A fault of a device or of a network would break that silently. A ch
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -33,7 +35,7 @@ def find_drift(world: World, groups: dict[str, list[Tensor]]) -> str | None:
     """
     if world.size == 1 or not groups:
         return None
-    sums = [sum(checksum(tensor) * (2 * index + 1) for index, tensor in enumerate(tensors)) for tensors in groups.values()]
+    sums: list[Any] = [sum(checksum(tensor) * (2 * index + 1) for index, tensor in enumerate(tensors)) for tensors in groups.values()]
     table = world.gather_rows(torch.stack(sums)[None]).tolist()
     for column, name in enumerate(groups):
         found = [row[column] for row in table]

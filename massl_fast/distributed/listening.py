@@ -45,7 +45,7 @@ class Listener:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def _note(self, number: int, _frame) -> None:
+    def _note(self, number: int, _frame: object) -> None:
         if self.noted is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.noted = signal.Signals(number)

@@ -11,6 +11,7 @@ of the block, so it is gathered, freed and prefetched block by block as timm's o
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -46,13 +47,13 @@ def shard_(pair: StudentTeacher, world: World, precision: Precision) -> None:
         if encoder.packed is not None:
             run_block = encoder.packed.run_block
             for block in blocks:
-                block.packed_forward = partial(run_block, block)
+                block.packed_forward = partial(run_block, block)  # type: ignore[assignment]  # a method, as FSDP wants it
                 register_fsdp_forward_method(block, "packed_forward")
             encoder.packed.run_blocks_by(_run_packed_forward)
 
 
-def _run_packed_forward(block: nn.Module, *args, **kwargs):
-    return block.packed_forward(*args, **kwargs)
+def _run_packed_forward(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return block.packed_forward(*args, **kwargs)  # type: ignore[operator]
 
 
 def blocks_of(encoder: Encoder) -> list[nn.Module]:

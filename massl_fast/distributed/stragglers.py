@@ -8,6 +8,7 @@ data and the forward passes (under fsdp2 forward passes wait, too, and hide a pa
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,7 +33,7 @@ class StragglerClock:
         if self._started is not None:
             self._spans.append((self._started, self._now()))
 
-    def _now(self):
+    def _now(self) -> Any:
         if not self._on_gpu:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
