@@ -22,7 +22,7 @@ setup(
     python_requires=">=3.10",
     packages=["massl_fast.kernels", *find_packages(include=["massl_fast", "massl_fast.*"])],
     package_dir={"massl_fast.kernels": "kernels"},
-    package_data={"massl_fast": ["py.typed", "recipes/*.yaml", "recipes/plans/*.yaml", "report/templates/*"]},
+    package_data={"massl_fast": ["py.typed", "recipes/*.yaml", "recipes/plans/*.yaml", "report/templates/*", "benchmarks/*.ini"]},
     install_requires=[
         "torch>=2.9",
         "torchvision>=0.24",

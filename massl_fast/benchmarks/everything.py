@@ -1,9 +1,10 @@
 """The tests that only a GPU can run, then every benchmark and profile: each part in a process of its own, with a limit in seconds.
 
-Most telling first: what decides something comes before what rounds it off. Parts are independent: what one loses, by an error, by its limit
-or for want of a package, is lost to that part alone. Limits are hard, and those of the parts that are always given their time add up to
-less than eight minutes; what they leave over goes to the further parts, in their order. Records come into ``records.jsonl`` as they are
-made, what a part says into ``logs/``, and at the end a line per part and the figures that one looks for first into ``summary.md``.
+The parts stand in everything.ini, most telling first: what decides something comes before what rounds it off. They are independent: what
+one loses, by an error, by its limit or for want of a package, is lost to that part alone. Limits are hard, and those of the parts that are
+always given their time add up to less than eight minutes; what they leave over goes to the further parts, in their order. Records come into
+``records.jsonl`` as they are made, what a part says into ``logs/``, and at the end a line per part and the figures that one looks for first
+into ``summary.md``.
 
 Nothing here or in the parts that time kernels imports more than PyTorch, Triton, NumPy and Jinja. On a CPU every part has a stand-in in
 small, so that all of it can be rehearsed where there is no GPU. Not make targets with ``timeout``: limits add up, parts run beside each
@@ -12,6 +13,7 @@ other, and their process groups end with them.
 
 from __future__ import annotations
 
+import configparser
 import contextlib
 import json
 import os
@@ -42,32 +44,24 @@ IN_A_REHEARSAL = 10.0
 """How many times their limits parts have on a CPU, which other programs may share, and which nobody rents by the minute."""
 
 # What a command's first word stands for, where it is not a sub-command of massl-fast.
-PROGRAMS = {"pytest": ("-m", "pytest"), "bench_step.py": (str(ROOT / "bench" / "bench_step.py"),)}
-OF_THE_REPOSITORY = {"pytest": ROOT / "tests", "bench_step.py": ROOT / "bench" / "bench_step.py"}
+BENCH_STEP = ROOT / "bench" / "bench_step.py"
+PROGRAMS = {"pytest": ("-m", "pytest"), "bench_step.py": (str(BENCH_STEP),)}
+OF_THE_REPOSITORY = {"pytest": ROOT / "tests", "bench_step.py": BENCH_STEP}
 SETTINGS = ("pydantic", "yaml", "timm", "psutil", "rich")
 """Packages without which no part runs that takes the settings of a training run."""
-PYTEST = "pytest -o addopts= -v --color=no -rs -p no:cacheprovider"
-"""Without what the project's own settings add, which asks for plugins."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """One command, with its stand-in on a CPU.
-
-    Capitals are filled in (``words``); what begins with NAME=VALUE sets the environment; an empty command is left out.
-    """
+    """One command, with its stand-in on a CPU; everything.ini says what each field is."""
 
     name: str
     seconds: float
-    """Limit of the part."""
     on_gpu: str
     on_cpu: str = ""
     needs: tuple[str, ...] = ()
-    """Packages, and programs with a slash before their names."""
     beside: bool = False
-    """It runs at the same time as the part before it: both test, and neither is timed."""
     further: bool = False
-    """It takes what time the others left over."""
 
 
 @dataclass
@@ -78,161 +72,19 @@ class Outcome:
     words: str = ""
 
 
-TESTS = ("pytest",)
-RUN = (*SETTINGS, "pytest")
-PARTS = (
-    Part(
-        "native tests: the kernels' errors",
-        100,
-        f"{PYTEST} ROOT/tests/kernels/test_fused_native.py -k 'error or passes or consistency'",
-        f"{PYTEST} ROOT/tests/kernels/test_fused_native.py ROOT/tests/kernels/test_operators.py",
-        TESTS,
-    ),
-    Part(
-        "native tests: kernels that repeat, graphs, limits",
-        100,
-        f"{PYTEST} ROOT/tests/kernels/test_fused_native.py -k 'not (error or passes or consistency or sanitizer)'",
-        "",
-        TESTS,
-        beside=True,
-    ),
-    Part(
-        "native tests: graphed step, one-kernel update",
-        100,
-        f"{PYTEST} ROOT/tests/engine/test_graphed_step.py ROOT/tests/engine/test_fused_update.py",
-        f"{PYTEST} ROOT/tests/engine/test_graphed_step.py -k accumulated",
-        RUN,
-        beside=True,
-    ),
-    Part(
-        "loss, 512 and 64 images",
-        55,
-        "bench kernels --cases loss --images 512 64 --entries 65536 --variants triton streaming flash --rounds 20 OUT",
-        "bench kernels --cases loss --quick --rounds 3 --variants streaming --device cpu OUT",
-    ),
-    Part(
-        "step beside the published way, 64 images",
-        70,
-        "bench_step.py BESIDE --batch 64 --sides published massl-fast 'bf16 residual' 'bf16 residual graphed' 'one-kernel update'",
-        "bench_step.py --one-by-one --cases vit_mini --batch 2 --memory-size 16384 --rounds 2 --sides published massl-fast OUT",
-        SETTINGS,
-    ),
-    Part(
-        "step beside the published way, 256 images",
-        45,
-        "bench_step.py BESIDE --batch 256 --sides published 'bf16 residual' 'bf16 residual graphed'",
-        "",
-        SETTINGS,
-    ),
-    Part(
-        "losses of the other objectives",
-        45,
-        "bench objectives --rounds 10 --dtype bfloat16 OUT",
-        "bench objectives --quick --rounds 2 --losses sinkhorn --device cpu OUT",
-    ),
-    Part(
-        "step of each other objective beside the published way",
-        70,
-        "bench_step.py BESIDE --batch 64 --rounds 5 --objectives dino ibot carp moco_v3 mmc --sides published massl-fast",
-        "bench_step.py --one-by-one --cases vit_mini --batch 4 --memory-size 16384 --rounds 2 --objectives moco_v3 OUT",
-        SETTINGS,
-    ),
-    Part(
-        "step, ViT-S, 64 images, compiled",
-        55,
-        "bench_step.py BESIDE --batch 64 --sides massl-fast 'massl-fast compiled' 'massl-fast graphed'",
-        "",
-        SETTINGS,
-    ),
-    # What follows takes the time that is left.
-    Part(
-        "trace",
-        40,
-        "profile trace VIT --train.global_batch 64 --to FOLDER",
-        "profile trace TINY --to FOLDER",
-        SETTINGS,
-        further=True,
-    ),
-    Part(
-        "memory",
-        45,
-        "profile memory VIT --train.global_batch 64 --no-largest OUT",
-        "profile memory TINY --no-largest OUT",
-        SETTINGS,
-        further=True,
-    ),
-    Part(
-        "step, ViT-S, 64 images, part by part",
-        40,
-        "bench step VIT --train.global_batch 64 --seconds 5 OUT",
-        "bench step TINY --seconds 1 OUT",
-        SETTINGS,
-        further=True,
-    ),
-    Part(
-        "loss with the tuner's choice",
-        90,
-        "MASSL_FAST_AUTOTUNE=1 bench kernels --cases loss --images 512 64 --entries 65536 --variants tuned --rounds 20 OUT",
-        "",
-        further=True,
-    ),
-    Part(
-        "loss, compiled reference",
-        60,
-        "bench kernels --cases loss --images 64 --entries 65536 --variants compiled --rounds 20 OUT",
-        "",
-        further=True,
-    ),
-    Part(
-        "read-out, enqueue, partition",
-        60,
-        "bench kernels --cases readout enqueue partition --images 64 --entries 65536 131072 --rounds 20 OUT",
-        "bench kernels --cases enqueue partition --quick --rounds 3 --device cpu OUT",
-        further=True,
-    ),
-    Part("correctness", 90, "bench correctness OUT", "bench correctness --quick --device cpu OUT", further=True),
-    Part(
-        "the loss in a profile of the hardware",
-        40,
-        "NCU bench kernels --cases loss --images 64 --entries 65536 --variants triton --rounds 1 --output none",
-        "",
-        ("/ncu",),
-        further=True,
-    ),
-    Part(
-        "loader and model",
-        60,
-        "bench train VIT --train.global_batch 64 --seconds 5 --data.train IMAGES OUT",
-        "bench train TINY --seconds 1 --data.train IMAGES OUT",
-        SETTINGS,
-        further=True,
-    ),
-    Part(
-        "loaders",
-        60,
-        "bench loader --loaders torchvision dali --seconds 4 OUT",
-        "bench loader --loaders torchvision --workers 1 --seconds 1 --batch 4 OUT",
-        SETTINGS,
-        further=True,
-    ),
-    Part("largest batch", 90, "bench step VIT --search-batch OUT", "", SETTINGS, further=True),
-    Part(
-        "step against the memory's length",
-        60,
-        "bench_step.py BESIDE --batch 512 --sides massl-fast --memory-size 65536 1048576",
-        "",
-        SETTINGS,
-        further=True,
-    ),
-    Part(
-        "memory, ViT-B",
-        45,
-        "profile memory --recipe vit_base_in1k --train.global_batch 64 --no-largest OUT",
-        "",
-        SETTINGS,
-        further=True,
-    ),
-)
+def read_parts() -> tuple[Part, ...]:
+    table = configparser.ConfigParser(interpolation=None)
+    table.read_string(Path(__file__).with_suffix(".ini").read_text(encoding="utf-8"))
+
+    def part(row: configparser.SectionProxy) -> Part:
+        needs = tuple(package for word in row.get("needs", "").split() for package in (SETTINGS if word == "settings" else (word,)))
+        flags = (row.getboolean(flag, fallback=False) for flag in ("beside", "further"))
+        return Part(row.name, row.getfloat("seconds"), row["gpu"], row.get("cpu", ""), needs, *flags)
+
+    return tuple(part(table[name]) for name in table.sections())
+
+
+PARTS = read_parts()
 
 
 def groups(parts: Sequence[Part]) -> list[list[Part]]:
@@ -246,24 +98,26 @@ def groups(parts: Sequence[Part]) -> list[list[Part]]:
     return found
 
 
-def words(folder: Path, images: str) -> dict[str, list[str]]:
-    """What the capitals in the commands stand for."""
-    out = ["--output", str(folder / "records.jsonl")]
-    profile = ["ncu", "--set", "full", "--kernel-name", "regex:read_kernel", "--launch-count", "1", "--force-overwrite", "--export"]
+def words(folder: Path, images: str) -> dict[str, str]:
+    """What the braces in the commands hold."""
+    out = f"--output {shlex.quote(str(folder / 'records.jsonl'))}"
+    one_launch = "--set full --kernel-name regex:read_kernel --launch-count 1 --force-overwrite"
     return {
-        "OUT": out,
-        "VIT": ["--recipe", "vit_small_in1k"],
-        "TINY": ["--train.global_batch", "4", "--train.device", "cpu"],
-        "BESIDE": ["--one-by-one", "--cases", "vit_small", "--rounds", "11", *out],
-        "IMAGES": [images],
-        "FOLDER": [str(folder)],
-        "NCU": [*profile, str(folder / "read_kernel")],
+        "bare": "-o addopts= -v --color=no -rs -p no:cacheprovider",  # without the project's own settings, which ask for plugins
+        "root": shlex.quote(str(ROOT)),
+        "out": out,
+        "vit": "--recipe vit_small_in1k",
+        "tiny": "--train.global_batch 4 --train.device cpu",
+        "beside": f"--one-by-one --cases vit_small --rounds 11 {out}",
+        "images": shlex.quote(images),
+        "folder": shlex.quote(str(folder)),
+        "ncu": f"ncu {one_launch} --export {shlex.quote(str(folder / 'read_kernel'))}",
     }
 
 
-def arguments(command: str, filled: dict[str, list[str]]) -> tuple[dict[str, str], list[str]]:
-    """The environment that a command sets, and its words, the program's first."""
-    split = [value for word in shlex.split(command) for value in filled.get(word, [word.replace("ROOT/", f"{ROOT}/")])]
+def arguments(command: str, filled: dict[str, str]) -> tuple[dict[str, str], list[str]]:
+    """The environment that a command sets (words NAME=VALUE at its begin), and its words, the program's first."""
+    split = shlex.split(command.format_map(filled))
     environment = {}
     while re.match(r"[A-Z_]+=", split[0]):
         name, _, value = split.pop(0).partition("=")
@@ -330,30 +184,25 @@ def run_parts(parts: Sequence[Part], folder: Path, deadline: float, on_gpu: bool
     outcomes: list[Outcome] = []
     for group in groups(parts):
         left = deadline - time.monotonic()
-        started: list[tuple[Part, Process]] = []
-        found: list[Outcome] = []
-        for part in group:
-            if reason := obstacle(part, on_gpu):
-                found.append(Outcome(part, "not run", words=reason))
-            elif left < SHORTEST:
-                found.append(Outcome(part, "not run", words="the time for all parts is used up; --minutes gives more"))
-            else:
-                number = 1 + len(outcomes) + len(found) + len(started)
+        late = "the time for all parts is used up; --minutes gives more" if left < SHORTEST else ""
+        with contextlib.ExitStack() as ends:
+            running: list[tuple[Part, str | Process]] = []
+            for number, part in enumerate(group, len(outcomes) + 1):
                 log = folder / "logs" / f"{number:02d} {re.sub('[^a-zA-Z0-9]+', '_', part.name)}.txt"
                 limit = min(part.seconds * (1.0 if on_gpu else IN_A_REHEARSAL), left)
-                started.append((part, Process(part, filled, log, limit, on_gpu)))
-        found += [outcome_of(part, process, folder) for part, process in started]
-        found.sort(key=lambda outcome: group.index(outcome.part))
-        outcomes += found
-        for outcome in found:
-            print(line_of(outcome), flush=True)
+                reason = obstacle(part, on_gpu) or late
+                running.append((part, reason or ends.enter_context(Process(part, filled, log, limit, on_gpu))))
+            for part, process in running:
+                ran = isinstance(process, Process)
+                outcomes.append(outcome_of(part, process, folder) if ran else Outcome(part, "not run", words=process))
+                print(line_of(outcomes[-1]), flush=True)
     return outcomes
 
 
 class Process:
     """A part's process in a group of its own, so that its workers end with it; ``log`` takes what it says."""
 
-    def __init__(self, part: Part, filled: dict[str, list[str]], log: Path, limit: float, on_gpu: bool) -> None:
+    def __init__(self, part: Part, filled: dict[str, str], log: Path, limit: float, on_gpu: bool) -> None:
         environment, split = arguments(part.on_gpu if on_gpu else part.on_cpu, filled)
         environment = {**os.environ, **environment}
         if not on_gpu:
@@ -362,44 +211,42 @@ class Process:
             environment.setdefault("OMP_WAIT_POLICY", "passive")
         log.parent.mkdir(parents=True, exist_ok=True)
         self.log, self.limit, self.start = log, limit, time.monotonic()
-        with open(log, "w", encoding="utf-8") as file:
-            file.write(f"{shlex.join(split)}\n")
-            file.flush()
+        log.write_text(f"{shlex.join(split)}\n", encoding="utf-8")
+        with open(log, "a") as file:
             self._process = subprocess.Popen(
                 command_line(split), stdout=file, stderr=subprocess.STDOUT, start_new_session=True, env=environment, cwd=place(split)
             )
 
-    def wait(self) -> tuple[int | None, float]:
-        """Exit code, None where the limit ended it, and seconds."""
-        try:
-            code: int | None = self._process.wait(timeout=max(0.0, self.start + self.limit - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            code = None
-        finally:
-            if self._process.poll() is None:
-                os.killpg(self._process.pid, signal.SIGKILL)
-                self._process.wait()
-        return code, time.monotonic() - self.start
+    def __enter__(self) -> Process:
+        return self
 
-    def said(self) -> str:
-        return self.log.read_text(encoding="utf-8", errors="replace")
+    def __exit__(self, *error: object) -> None:
+        if self._process.poll() is None:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+
+    def wait(self) -> tuple[int | None, float, str]:
+        """Exit code, None where the limit ended it; seconds; what it said."""
+        code = None
+        with self, contextlib.suppress(subprocess.TimeoutExpired):
+            code = self._process.wait(timeout=max(0.0, self.start + self.limit - time.monotonic()))
+        return code, time.monotonic() - self.start, self.log.read_text(encoding="utf-8", errors="replace")
 
 
 def outcome_of(part: Part, process: Process, folder: Path) -> Outcome:
     """What came of a part: of tests how many passed, of what lacks a package its name, else the last line that it said."""
-    code, seconds = process.wait()
-    said = process.said()
+    code, seconds, said = process.wait()
     last = next((line for line in reversed(said.strip().splitlines()[1:]) if line.strip()), "")
     late = f"ended at its limit of {process.limit:.0f} s; what it recorded is kept" if code is None else ""
     if part.on_gpu.startswith("pytest"):
         row, told = of_tests(part.name, said)
         if row["figures"]:
             records.append(folder / "records.jsonl", [row])
-            failed = code is None or code or "failed" in row["figures"]
+            failed = code != 0 or "failed" in row["figures"]
             return Outcome(part, "failed" if failed else "ran", seconds, "; ".join(filter(None, (told, late))))
-        if not code and code is not None:
+        if code == 0:
             return Outcome(part, "not run", seconds, told)
-    if code is None:
+    if late:
         return Outcome(part, "failed", seconds, late)
     if missing := re.match(r"ModuleNotFoundError: No module named '([^']+)'", last):
         return Outcome(part, "not run", seconds, f"{missing[1]} is not installed")

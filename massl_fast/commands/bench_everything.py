@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     minutes = args.minutes or MINUTES * (1.0 if on_gpu else IN_A_REHEARSAL)
     deadline = time.monotonic() + 60 * minutes - START_SECONDS - PAGE_SECONDS
     with tempfile.TemporaryDirectory(prefix="massl_fast_bench_") as images, clocks(folder):
-        if any("IMAGES" in part.on_gpu and not obstacle(part, on_gpu) for part in chosen):
+        if any("{images}" in part.on_gpu and not obstacle(part, on_gpu) for part in chosen):
             from massl_fast.benchmarks.loader import write_images
 
             write_images(Path(images), 256 if on_gpu else 8)
