@@ -19,6 +19,7 @@ on a GPU; on a CPU, in a construction of its own, bytes of the CPU allocator (sc
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import itertools
 import os
@@ -34,19 +35,19 @@ import torch
 import yaml
 
 from massl_fast import records
-from massl_fast.benchmarks.step import WARM_UP
+from massl_fast.benchmarks.step import WARM_UP, largest_that_fits
 from massl_fast.benchmarks.timing import in_turn, timed
 from massl_fast.config import Config, load_config
 from massl_fast.distributed.world import World
 from massl_fast.engine.build import build_objective, build_pair
 from massl_fast.engine.schedules import StepSettings
-from massl_fast.hardware import keep_freed_memory, peak_flops, synchronize
+from massl_fast.hardware import keep_freed_memory, peak_flops
 from massl_fast.length import Length
 from massl_fast.models.precision import choose_precision
 from massl_fast.objectives.base import At, Objective, patch_side
 from massl_fast.profiling.estimate import Operations
 from massl_fast.profiling.out_of_memory import is_out_of_memory
-from massl_fast.profiling.profiler import host_allocations
+from massl_fast.profiling.profiler import peak_bytes
 from massl_fast.profiling.synthetic import synthetic_run
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -173,63 +174,44 @@ def time_sides(
 ) -> tuple[dict[str, list[tuple[float, float]]], dict[str, int]]:
     """(wall, processor) seconds of each round of each side, after steps of warm-up, and on a GPU what each allocated at most till then."""
     torch.compiler.reset()  # Dynamo keeps eight graphs of a function; the sides of a case share theirs
-    steps, peaks = {}, {}
+    steps: dict[str, Callable[[], Any]] = {}
+    peaks = {}
     for side in sides:
+        begin = functools.partial(first_steps, case, side, device, precision, steps)
         if device.type == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats(device)
-            before = torch.cuda.memory_allocated(device)
-        steps[side] = step = build(case, side, device, precision)
-        for _ in range(warm_up_steps(side)):
-            step()
-        if device.type == "cuda":
-            peaks[side] = torch.cuda.max_memory_allocated(device) - before
+            peaks[side] = peak_bytes(begin, device)
+        else:
+            begin()
     return in_turn(steps, rounds, device), peaks
 
 
-def peak_bytes(case: Case, side: str, device: torch.device, precision: str = "auto") -> int:
+def first_steps(case: Case, side: str, device: torch.device, precision: str, steps: dict[str, Callable[[], Any]]) -> None:
+    """Build a side and take its steps of warm-up; ``steps`` keeps what takes the further ones."""
+    steps[side] = step = build(case, side, device, precision)
+    for _ in range(warm_up_steps(side)):
+        step()
+
+
+def peak_alone(case: Case, side: str, device: torch.device, precision: str = "auto") -> int:
     """Most bytes allocated at a time by one side alone: weights, optimizer, memory, crops and its first steps."""
-
-    def first_steps() -> None:
-        step = build(case, side, device, precision)
-        for _ in range(warm_up_steps(side)):
-            step()
-        synchronize(device)
-
     torch.compiler.reset()
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        first_steps()
-        return torch.cuda.max_memory_allocated(device) - before
-    with host_allocations() as sizes:
-        first_steps()
-    return max(0, *itertools.accumulate(sizes))
+    return peak_bytes(lambda: first_steps(case, side, device, precision, {}), device)
 
 
 def largest_batch(case: Case, side: str, device: torch.device, precision: str = "auto") -> int:
     """The largest multiple of 8 whose first steps fit the GPU."""
 
-    def fits(eights: int) -> bool:
+    def fits(batch: int) -> bool:
         # K a multiple of the batch is the published code's own demand; its memory is widened by less than a batch for it.
-        batch = 8 * eights
         try:
-            peak_bytes(replace(case, batch=batch, memory_size=-(-case.memory_size // batch) * batch), side, device, precision)
+            peak_alone(replace(case, batch=batch, memory_size=-(-case.memory_size // batch) * batch), side, device, precision)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             return False
         return True
 
-    low, high = 0, 1
-    while fits(high):
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return 8 * low
+    return largest_that_fits(fits, most=2**31)[0]
 
 
 def compare(case: Case, sides: list[str], device: torch.device, precision: str, rounds: int) -> dict:
@@ -248,7 +230,7 @@ def compare(case: Case, sides: list[str], device: torch.device, precision: str, 
             "step_seconds_median": round(median, 5),
             "step_seconds_quartiles": [round(q, 5) for q in statistics.quantiles(times, n=4)[::2]],
             "times_the_first_side": round(statistics.median(theirs / ours for theirs, ours in zip(first, times)), 3),
-            "peak_mib": round((peaks[side] if peaks else peak_bytes(case, side, device, precision)) / 2**20, 1),
+            "peak_mib": round((peaks[side] if peaks else peak_alone(case, side, device, precision)) / 2**20, 1),
             "tflops_per_second": round(flops / median / 1e12, 3),
         }
         if device.type == "cpu":

@@ -116,20 +116,17 @@ def assumed_rate(network: Network, gpu: Gpu, utilization: float = UTILIZATION) -
     return utilization * gpu.peak_flops / network.flops_per_image
 
 
-def all_reduce_seconds(cluster: Cluster, size: float) -> float:
-    """A sum of ``size`` bytes over all GPUs, by rings within hosts and between them."""
-    g, m = cluster.per_host, cluster.hosts
-    within = 2 * size * (g - 1) / g / (REACHED * cluster.gpu.link)
-    between = 2 * (size / g) * (m - 1) / m / (REACHED * cluster.gpu.network)
-    return within + between + LATENCY_SECONDS * 2 * (g - 1 + m - 1)
-
-
 def all_gather_seconds(cluster: Cluster, size: float) -> float:
     """``size`` bytes, of which each GPU holds its part, to all: from the other hosts over the network, then within the host."""
     g, m = cluster.per_host, cluster.hosts
     within = size * (g - 1) / g / (REACHED * cluster.gpu.link)
     between = (size / g) * (m - 1) / m / (REACHED * cluster.gpu.network)
     return within + between + LATENCY_SECONDS * (g - 1 + m - 1)
+
+
+def all_reduce_seconds(cluster: Cluster, size: float) -> float:
+    """A sum of ``size`` bytes over all GPUs, by rings within hosts and between them: what is scattered while it is summed is gathered."""
+    return 2 * all_gather_seconds(cluster, size)
 
 
 def ddp_step(network: Network, cluster: Cluster, global_batch: int) -> Step:

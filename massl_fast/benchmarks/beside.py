@@ -14,7 +14,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from multiprocessing import get_context
@@ -27,8 +27,9 @@ from torch import Tensor
 
 from massl_fast import records
 from massl_fast.benchmarks.intervals import spread_percent
-from massl_fast.benchmarks.timing import in_turn, timed
-from massl_fast.hardware import synchronize
+from massl_fast.benchmarks.timing import in_turn, matrix_product, timed
+from massl_fast.kernels.backends import triton_obstacle
+from massl_fast.profiling.profiler import peak_bytes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 OURS = ("triton", "streaming")
@@ -76,6 +77,23 @@ def measure(
         rows.append(records.record(kind, asdict(case) | {"variant": name, "device": device.type}, figures, about | (details or {})))
         print(f"  {name:<30}" + "".join(f"{cell(figures):>{width}}" for _, width, cell in COLUMNS), flush=True)
     return rows
+
+
+def without_triton(device: torch.device, dtype: str, width: int, *operation: str) -> dict[str, str]:
+    """Why Triton computes no such case here, by the variant's name; empty where it does."""
+    if device.type != "cuda":
+        return {"triton": "it needs a GPU, and there is none here"}
+    obstacle = triton_obstacle(device, DTYPES[dtype], width, *operation)
+    return {"triton": obstacle.removesuffix(".")} if obstacle else {}
+
+
+def too_wrong(found: Mapping[str, Sequence[float]], ours: Sequence[str], allowed: Sequence[float], whose: str) -> dict[str, str]:
+    """Which of our variants err more than twice as much as others do, and by how much."""
+    return {
+        name: f"errors {scientific(found[name])}, more than the {scientific(allowed)} that twice the {whose}"
+        for name in ours
+        if name in found and any(error > most for error, most in zip(found[name], allowed))
+    }
 
 
 def tell(missing: dict[str, str], wrong: dict[str, str]) -> None:
@@ -155,12 +173,11 @@ def time_variants(calls: dict[str, Call], copies: Sequence[Any], rounds: int, de
 
 def machine_calls(dtype: torch.dtype, device: torch.device) -> tuple[dict[str, Call], dict[str, float]]:
     """A large matrix product and a large copy, and the operations or bytes of a call of each."""
-    side = 8192 if device.type == "cuda" else 2048
-    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    product, operations = matrix_product(dtype, device)
     source = torch.zeros((2**30 if device.type == "cuda" else 2**27), dtype=torch.uint8, device=device)
     target = torch.zeros_like(source)
-    calls: dict[str, Call] = {MATRIX: lambda inputs: (a @ b,), COPY: lambda inputs: (target.copy_(source),)}
-    return calls, {MATRIX: 2.0 * side**3, COPY: 2.0 * source.numel()}
+    calls: dict[str, Call] = {MATRIX: lambda inputs: (product(),), COPY: lambda inputs: (target.copy_(source),)}
+    return calls, {MATRIX: operations, COPY: 2.0 * source.numel()}
 
 
 # Memory
@@ -175,13 +192,8 @@ def extra_bytes(prepare: Callable[[], tuple[Call, Any]], device: torch.device) -
             return executor.submit(_growth, prepare, torch.get_num_threads()).result()
     call, inputs = prepare()
     call(inputs)
-    gc.collect()
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    results = call(inputs)
-    synchronize(device)
-    return torch.cuda.max_memory_allocated(device) - before, _bytes(results)
+    results: list[tuple[Tensor, ...]] = []
+    return peak_bytes(lambda: results.append(call(inputs)), device), _bytes(results[0])
 
 
 def _growth(prepare: Callable[[], tuple[Call, Any]], threads: int) -> tuple[int, int]:

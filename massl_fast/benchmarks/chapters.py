@@ -85,16 +85,21 @@ def file_name(words: str) -> str:
 # Kernels
 
 
-def kernels(rows: Sequence[Row]) -> list[Part]:
-    """A part per operation and shape but for N and K: its first case drawn, and time against N and K where several were measured."""
+def by_shape(rows: Sequence[Row], *beside: str) -> dict[str, list[Row]]:
+    """Records of equal cases but for the variant and what is named, by the rest in words."""
     groups: dict[str, list[Row]] = {}
     for row in rows:
-        shape = {name: value for name, value in row["case"].items() if name not in ("N", "K", "variant", "device")}
-        groups.setdefault(", ".join(f"{name} {value}" for name, value in shape.items()).removeprefix("operation "), []).append(row)
+        shape = [f"{name} {value}" for name, value in row["case"].items() if value and name not in ("variant", "device", *beside)]
+        groups.setdefault(", ".join(shape).removeprefix("operation ").removeprefix("loss "), []).append(row)
+    return groups
+
+
+def kernels(rows: Sequence[Row]) -> list[Part]:
+    """A part per operation and shape but for N and K: its first case drawn, and time against N and K where several were measured."""
     parts = []
-    for title, members in groups.items():
+    for title, members in by_shape(rows, "N", "K").items():
+        of = members[0]["case"]
         members = sorted(members, key=lambda row: (row["case"]["K"], row["case"]["N"]))
-        of = next(row["case"] for row in rows if row in members)
         first = [row for row in members if all(row["case"][size] == of[size] for size in ("N", "K"))]
         stem = file_name(title)
         drawn = [Drawing(f"times of {title}", kernel_bars(first), name=f"{stem}-times")]
@@ -187,17 +192,8 @@ def intensity(case: dict[str, Any]) -> float:
     return 4 * case["D"] * rows * kept / traffic
 
 
-OBJECTIVE_HEAD = [
-    "way",
-    "ms",
-    "quartiles apart",
-    "× published",
-    "× by processor time",
-    "errors",
-    "of matrix rate",
-    "extra MiB",
-    "results MiB",
-]
+OBJECTIVE_HEAD = ["way", "ms", "quartiles apart", "× published", "× by processor time", "errors", "of matrix rate", "extra MiB"]
+OBJECTIVE_HEAD += ["results MiB"]
 OBJECTIVE_COLUMNS = """Loss and gradients of rows and prototypes (sinkhorn: the bias, or the published way's assignment). The published way
 is plain PyTorch that holds logits as the losses' published code does; the reference makes each logit once and of masked rows alone.
 Errors: loss, and the largest of a gradient relative to its largest value, against float64. Extra memory is what a call needs beyond its
@@ -206,12 +202,8 @@ inputs, and results are what of it the call returns: no way can do without them.
 
 def objectives(rows: Sequence[Row]) -> list[Part]:
     """A part per loss and shape."""
-    groups: dict[str, list[Row]] = {}
-    for row in rows:
-        shape = {name: value for name, value in row["case"].items() if name not in ("variant", "device") and value}
-        groups.setdefault(", ".join(f"{name} {value}" for name, value in shape.items()).removeprefix("loss "), []).append(row)
     parts = []
-    for title, members in groups.items():
+    for title, members in by_shape(rows).items():
         drawing = Drawing(f"times of {title}", kernel_bars(members), name=f"{file_name(title)}-times")
         parts.append(Part(members, OBJECTIVE_HEAD, [objective_line(row) for row in members], title, [drawing]))
     return parts
@@ -239,17 +231,9 @@ def sides(ratio: str) -> Callable[[Sequence[Row]], list[Part]]:
             for side, result in found.items():
                 quartiles = " to ".join(f"{1000 * seconds:.0f}" for seconds in result.get("step_seconds_quartiles", ()))
                 processor = result.get("times_the_first_side_by_processor_time")
-                lines.append(
-                    [
-                        what,
-                        side,
-                        shown_number(result["images_per_second"]),
-                        quartiles,
-                        f"{times_the_first(row, side):.2f}",
-                        f"{processor:.2f}" if processor else "",
-                        f"{result['peak_mib']:.0f}",
-                    ]
-                )
+                rate, memory = shown_number(result["images_per_second"]), f"{result['peak_mib']:.0f}"
+                ratios = f"{times_the_first(row, side):.2f}", f"{processor:.2f}" if processor else ""
+                lines.append([what, side, rate, quartiles, *ratios, memory])
             first = next(iter(found))
             items = [
                 Bar(side, [r["images_per_second"]], "--muted" if side == first else "--blue", f"× {times_the_first(row, side):.2f}")

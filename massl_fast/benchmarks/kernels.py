@@ -20,10 +20,9 @@ from torch import Tensor
 
 from massl_fast import kernels
 from massl_fast.benchmarks import beside
-from massl_fast.benchmarks.beside import COPIES, DTYPES, Call, relative_error, scientific
+from massl_fast.benchmarks.beside import COPIES, DTYPES, Call, relative_error
 from massl_fast.hardware import device_slug
 from massl_fast.kernels import reference
-from massl_fast.kernels.backends import triton_obstacle
 from massl_fast.kernels.loss import assemble, count_pairs
 from massl_fast.kernels.shuffle import round_keys, shuffle
 
@@ -112,12 +111,8 @@ def variants(case: Case, device: torch.device, compiled: bool) -> tuple[dict[str
     if compiled:
         found["reference, compiled"] = torch.compile(found[LOSS_ONLY if case.operation == "loss" else "reference"], dynamic=False)
     found["streaming"] = functools.partial(call, case=case, backend="streaming")
-    missing = {}
-    if device.type != "cuda":
-        missing["triton"] = "it needs a GPU, and there is none here"
-    elif obstacle := triton_obstacle(device, DTYPES[case.dtype], case.D):
-        missing["triton"] = obstacle.removesuffix(".")
-    else:
+    missing = beside.without_triton(device, case.dtype, case.D)
+    if not missing:
         found[TUNED if tuning() else "triton"] = functools.partial(call, case=case, backend="triton")
     attentions = ("flash", "efficient", "cudnn") if device.type == "cuda" else ("cpu flash",)
     compose = _loss_by_attention if case.operation == "loss" else _readout_by_attention
@@ -311,11 +306,7 @@ def excess(case: Case, found: dict[str, tuple[float, ...]]) -> dict[str, str]:
     # can be right by luck.
     least = 4 * torch.finfo(torch.float32).eps
     budget = tuple(max(2 * error, floor) for error, floor in zip(found["reference"], (max(unit, least), least)))
-    return {
-        name: f"errors {scientific(found[name])}, more than the {scientific(budget)} that twice the reference's allows"
-        for name in OURS
-        if name in found and any(error > allowed for error, allowed in zip(found[name], budget))
-    }
+    return beside.too_wrong(found, OURS, budget, "reference's allows")
 
 
 # CUDA graphs

@@ -8,6 +8,7 @@ device is short of beyond PyTorch's own.
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import os
@@ -170,34 +171,25 @@ class PublishedLoader:
     """The multi-crop augmentation as the published code has it: torchvision's transforms on Pillow images, one image at a time."""
 
     def __init__(self, source: Source, setup: Setup) -> None:
-        self.dataset, self.setup = PublishedDataset(source, setup.views), setup
+        self.device = setup.device
+        self.loader = torch.utils.data.DataLoader(
+            PublishedDataset(source, setup.views),
+            batch_size=setup.batch,
+            shuffle=True,
+            drop_last=True,
+            num_workers=setup.workers,
+            pin_memory=setup.device == "cuda",
+            multiprocessing_context="forkserver",
+            persistent_workers=True,
+        )
 
-    def batches(self, _: int) -> Iterator[PublishedBatch]:
+    def batches(self, _: int) -> Iterator[list[torch.Tensor]]:
         while True:
-            loader = torch.utils.data.DataLoader(
-                self.dataset,
-                batch_size=self.setup.batch,
-                shuffle=True,
-                drop_last=True,
-                num_workers=self.setup.workers,
-                pin_memory=self.setup.device == "cuda",
-                multiprocessing_context="forkserver",
-                persistent_workers=True,
-            )
-            iterator = iter(loader)
-            while True:
-                for indices, crops in iterator:
-                    yield PublishedBatch(indices, [c.to(self.setup.device, non_blocking=True) for c in crops])
-                iterator = iter(loader)
+            for crops in self.loader:
+                yield [c.to(self.device, non_blocking=True) for c in crops]
 
     def close(self) -> None:
         pass
-
-
-@dataclass
-class PublishedBatch:
-    indices: torch.Tensor
-    crops: list[torch.Tensor]
 
 
 class PublishedDataset(torch.utils.data.Dataset):
@@ -208,9 +200,9 @@ class PublishedDataset(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, index: int) -> tuple[int, list[torch.Tensor]]:
+    def __getitem__(self, index: int) -> list[torch.Tensor]:
         image = Image.open(io.BytesIO(self.source.read(index))).convert("RGB")
-        return index, [transform(image) for transform in self.transforms]
+        return [transform(image) for transform in self.transforms]
 
 
 def published_transform(view: View):
@@ -221,20 +213,15 @@ def published_transform(view: View):
         t.RandomHorizontalFlip(view.flip_probability),
         t.RandomApply([t.ColorJitter(*view.jitter)], view.jitter_probability),
         t.RandomGrayscale(view.grayscale_probability),
-        t.RandomApply([PillowBlur(view.blur_sigma)], view.blur_probability),
+        t.RandomApply([functools.partial(blurred, sigma=view.blur_sigma)], view.blur_probability),
     ]
     if view.solarize_probability:
         steps.append(t.RandomSolarize(view.solarize_threshold, view.solarize_probability))
     return t.Compose([*steps, t.ToTensor(), t.Normalize(view.mean, view.std)])
 
 
-class PillowBlur(torch.nn.Module):
-    def __init__(self, sigma: tuple[float, float]) -> None:
-        super().__init__()
-        self.sigma = sigma
-
-    def forward(self, image: Image.Image) -> Image.Image:
-        return image.filter(ImageFilter.GaussianBlur(torch.empty(()).uniform_(*self.sigma).item()))
+def blurred(image: Image.Image, sigma: tuple[float, float]) -> Image.Image:
+    return image.filter(ImageFilter.GaussianBlur(torch.empty(()).uniform_(*sigma).item()))
 
 
 # Record

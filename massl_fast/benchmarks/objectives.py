@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +21,7 @@ from torch import Tensor
 
 from massl_fast import kernels
 from massl_fast.benchmarks import beside
-from massl_fast.benchmarks.beside import COPIES, DTYPES, OURS, Call, relative_error, scientific
-from massl_fast.kernels.backends import triton_obstacle
+from massl_fast.benchmarks.beside import COPIES, DTYPES, OURS, Call, relative_error
 
 PUBLISHED, REFERENCE = "published way", "reference"
 MASKED = 0.15  # share of patches, iBOT's mean
@@ -99,145 +99,108 @@ def make_inputs(case: Case, seed: int, device: torch.device) -> Inputs:
     return found
 
 
-# The ways: functions of the inputs
+# The ways: losses of the inputs, in the order ours and published
 
 
 def variants(case: Case, device: torch.device) -> tuple[dict[str, Call], dict[str, str]]:
     """The ways of a case by name, the baseline first, and why others cannot run here."""
-    ours = dict(dino=_dino, ibot=_ibot, carp=_carp, moco_v3=_moco_v3, sinkhorn=_sinkhorn)[case.loss]
-    published = dict(
-        dino=_published_dino, ibot=_published_ibot, carp=_published_carp, moco_v3=_published_moco_v3, sinkhorn=_published_sinkhorn
-    )[case.loss]
-    found: dict[str, Call] = {PUBLISHED: functools.partial(published, case=case)}
-    for backend in ("reference", "streaming"):
-        found[backend] = functools.partial(ours, case=case, backend=backend)
-    operation = "partition_consistency" if case.loss == "carp" else "memory_readback"
-    obstacle = "it needs a GPU, and there is none here" if device.type != "cuda" else None
-    obstacle = obstacle or triton_obstacle(device, DTYPES[case.dtype], case.D, operation)
-    if obstacle is None:
-        found["triton"] = functools.partial(ours, case=case, backend="triton")
-        return found, {}
-    return found, {"triton": obstacle.removesuffix(".")}
+    ours, published = WAYS[case.loss]
+    losses = {PUBLISHED: functools.partial(published, case=case)}
+    losses |= {backend: functools.partial(ours, case=case, backend=backend) for backend in ("reference", "streaming", "triton")}
+    missing = beside.without_triton(device, case.dtype, case.D, "partition_consistency" if case.loss == "carp" else "memory_readback")
+    for name in missing:
+        del losses[name]
+    learned = {"moco_v3": ("student",), "sinkhorn": ()}.get(case.loss, ("student", "prototypes"))
+    return {name: functools.partial(_differentiate, function=function, names=learned) for name, function in losses.items()}, missing
 
 
-def _differentiate(inputs: Inputs, function: Callable[..., Tensor], *names: str) -> tuple[Tensor, ...]:
-    """Loss and its gradients with respect to the inputs named."""
+def _differentiate(inputs: Inputs, function: Callable[[Inputs], Tensor], names: tuple[str, ...]) -> tuple[Tensor, ...]:
+    """The loss, or what else the function gives, and its gradients with respect to the inputs named."""
     leaves = {name: inputs[name].detach().requires_grad_() for name in names}
     loss = function(inputs | leaves)
-    return loss.detach(), *torch.autograd.grad(loss, list(leaves.values()))
+    return loss.detach(), *(torch.autograd.grad(loss, list(leaves.values())) if names else ())
 
 
-def _dino(inputs: Inputs, case: Case, backend: str) -> tuple[Tensor, ...]:
-    def loss(i: Inputs) -> Tensor:
-        return kernels.prototype_cross_entropy(
-            i["student"], i["teacher"], i["prototypes"], i["teacher_prototypes"],
-            key_bias=i["bias"], student_temp=STUDENT_TEMP, teacher_temp=TEACHER_TEMP, backend=backend,
-        ).loss  # fmt: skip
-
-    return _differentiate(inputs, loss, "student", "prototypes")
+def _of_prototypes(i: Inputs, backend: str, **more: Any) -> Tensor:
+    temperatures = dict(student_temp=STUDENT_TEMP, teacher_temp=TEACHER_TEMP)
+    sides = i["student"], i["teacher"], i["prototypes"], i["teacher_prototypes"]
+    return kernels.prototype_cross_entropy(*sides, key_bias=i["bias"], **temperatures, **more, backend=backend).loss
 
 
-def _published_dino(inputs: Inputs, case: Case) -> tuple[Tensor, ...]:
-    def loss(i: Inputs) -> Tensor:
-        student = (i["student"] @ i["prototypes"].T) / STUDENT_TEMP
-        with torch.no_grad():
-            teacher = F.softmax((i["teacher"] @ i["teacher_prototypes"].T) / TEACHER_TEMP + i["bias"], dim=-1)
-        terms = [
-            torch.sum(-target * F.log_softmax(prediction, dim=-1), dim=-1).mean()
-            for j, target in enumerate(teacher)
-            for i, prediction in enumerate(student)
-            if i != j
-        ]
-        return sum(terms) / len(terms)
-
-    return _differentiate(inputs, loss, "student", "prototypes")
+def _of_logits(i: Inputs) -> tuple[Tensor, Tensor]:
+    """The student's logits and the teacher's probabilities, held whole."""
+    student = (i["student"] @ i["prototypes"].T) / STUDENT_TEMP
+    with torch.no_grad():
+        return student, F.softmax((i["teacher"] @ i["teacher_prototypes"].T) / TEACHER_TEMP + i["bias"], dim=-1)
 
 
-def _ibot(inputs: Inputs, case: Case, backend: str) -> tuple[Tensor, ...]:
+def _dino(i: Inputs, case: Case, backend: str) -> Tensor:
+    return _of_prototypes(i, backend)
+
+
+def _published_dino(i: Inputs, case: Case) -> Tensor:
+    student, teacher = _of_logits(i)
+    return _over_pairs(student, teacher, lambda s, t: torch.sum(-t * F.log_softmax(s, dim=-1), dim=-1).mean())
+
+
+def _over_pairs(student: Tensor, teacher: Tensor, term: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """The mean of a term over pairs of different views."""
+    terms = [term(s, t) for j, t in enumerate(teacher) for k, s in enumerate(student) if k != j]
+    return sum(terms) / len(terms)
+
+
+def _ibot(i: Inputs, case: Case, backend: str) -> Tensor:
     """The masked patches alone: the gradient of the others is zero."""
-
-    def loss(i: Inputs) -> Tensor:
-        rows = i["masked"]
-        return kernels.prototype_cross_entropy(
-            i["student"].index_select(0, rows), i["teacher"].index_select(0, rows), i["prototypes"], i["teacher_prototypes"],
-            key_bias=i["bias"], student_temp=STUDENT_TEMP, teacher_temp=TEACHER_TEMP, pairs="same row", backend=backend,
-        ).loss  # fmt: skip
-
-    return _differentiate(inputs, loss, "student", "prototypes")
+    masked = {name: i[name].index_select(0, i["masked"]) for name in ("student", "teacher")}
+    return _of_prototypes(i | masked, backend, pairs="same row")
 
 
-def _published_ibot(inputs: Inputs, case: Case) -> tuple[Tensor, ...]:
+def _published_ibot(i: Inputs, case: Case) -> Tensor:
     """All patches through both sides, the mask on their losses."""
-
-    def loss(i: Inputs) -> Tensor:
-        mask = torch.zeros(case.rows, device=i["student"].device).index_fill_(0, i["masked"], 1)
-        student = (i["student"] @ i["prototypes"].T) / STUDENT_TEMP
-        with torch.no_grad():
-            teacher = F.softmax((i["teacher"] @ i["teacher_prototypes"].T) / TEACHER_TEMP + i["bias"], dim=-1)
-        rows = torch.sum(-teacher * F.log_softmax(student, dim=-1), dim=-1)
-        return (rows * mask).sum() / mask.sum()
-
-    return _differentiate(inputs, loss, "student", "prototypes")
+    mask = torch.zeros(case.rows, device=i["student"].device).index_fill_(0, i["masked"], 1)
+    student, teacher = _of_logits(i)
+    rows = torch.sum(-teacher * F.log_softmax(student, dim=-1), dim=-1)
+    return (rows * mask).sum() / mask.sum()
 
 
-def _carp(inputs: Inputs, case: Case, backend: str) -> tuple[Tensor, ...]:
-    def loss(i: Inputs) -> Tensor:
-        return kernels.partition_consistency(
-            i["student"], i["teacher"], i["prototypes"], i["teacher_prototypes"],
-            block_size=case.block, partition=i["partition"], backend=backend,
-        ).loss  # fmt: skip
-
-    return _differentiate(inputs, loss, "student", "prototypes")
+def _carp(i: Inputs, case: Case, backend: str) -> Tensor:
+    sides = i["student"], i["teacher"], i["prototypes"], i["teacher_prototypes"]
+    return kernels.partition_consistency(*sides, block_size=case.block, partition=i["partition"], backend=backend).loss
 
 
-def _published_carp(inputs: Inputs, case: Case) -> tuple[Tensor, ...]:
-    def loss(i: Inputs) -> Tensor:
-        def probabilities(rows: Tensor, keys: Tensor) -> Tensor:
-            kept = i["partition"][: case.K // case.block * case.block]
-            return F.softmax((rows @ keys.T)[..., kept].unflatten(-1, (-1, case.block)), dim=-1)
+def _published_carp(i: Inputs, case: Case) -> Tensor:
+    def probabilities(rows: Tensor, keys: Tensor) -> Tensor:
+        kept = i["partition"][: case.K // case.block * case.block]
+        return F.softmax((rows @ keys.T)[..., kept].unflatten(-1, (-1, case.block)), dim=-1)
 
-        student = probabilities(i["student"], i["prototypes"])
-        with torch.no_grad():
-            teacher = probabilities(i["teacher"], i["teacher_prototypes"])
-        least = torch.finfo(torch.float32).eps
-        terms = [
-            -torch.sum(s * t, dim=-1).clamp(least, 1 - least).log().mean()
-            for k, s in enumerate(student)
-            for j, t in enumerate(teacher)
-            if k != j
-        ]
-        mean = torch.cat((student, teacher)).mean((0, 1))
-        entropy = torch.log(torch.tensor(float(case.block))) + (mean * mean.clamp(least, 1 - least).log()).sum(-1).mean()
-        return sum(terms) / len(terms) + entropy
-
-    return _differentiate(inputs, loss, "student", "prototypes")
+    student = probabilities(i["student"], i["prototypes"])
+    with torch.no_grad():
+        teacher = probabilities(i["teacher"], i["teacher_prototypes"])
+    least = torch.finfo(torch.float32).eps
+    mean = torch.cat((student, teacher)).mean((0, 1))
+    entropy = torch.log(torch.tensor(float(case.block))) + (mean * mean.clamp(least, 1 - least).log()).sum(-1).mean()
+    return _over_pairs(student, teacher, lambda s, t: -torch.sum(s * t, dim=-1).clamp(least, 1 - least).log().mean()) + entropy
 
 
-def _moco_v3(inputs: Inputs, case: Case, backend: str) -> tuple[Tensor, ...]:
-    def loss(i: Inputs) -> Tensor:
-        own = torch.arange(case.rows, device=i["student"].device)
-        return sum(kernels.contrast(i["student"][a], i["teacher"][1 - a], own, temperature=0.2, backend=backend).loss for a in range(2))
-
-    return _differentiate(inputs, loss, "student")
+def _moco_v3(i: Inputs, case: Case, backend: str) -> Tensor:
+    own = torch.arange(case.rows, device=i["student"].device)
+    return sum(kernels.contrast(i["student"][a], i["teacher"][1 - a], own, temperature=0.2, backend=backend).loss for a in range(2))
 
 
-def _published_moco_v3(inputs: Inputs, case: Case) -> tuple[Tensor, ...]:
-    def loss(i: Inputs) -> Tensor:
-        own = torch.arange(case.rows, device=i["student"].device)
-        query, key = F.normalize(i["student"], dim=-1), F.normalize(i["teacher"], dim=-1)
-        return sum(F.cross_entropy(query[a] @ key[1 - a].T / 0.2, own) for a in range(2))
-
-    return _differentiate(inputs, loss, "student")
+def _published_moco_v3(i: Inputs, case: Case) -> Tensor:
+    own = torch.arange(case.rows, device=i["student"].device)
+    query, key = F.normalize(i["student"], dim=-1), F.normalize(i["teacher"], dim=-1)
+    return sum(F.cross_entropy(query[a] @ key[1 - a].T / 0.2, own) for a in range(2))
 
 
-def _sinkhorn(inputs: Inputs, case: Case, backend: str) -> tuple[Tensor, ...]:
-    return (kernels.sinkhorn_bias(inputs["student"], inputs["prototypes"], temperature=0.07, iterations=ITERATIONS, backend=backend),)
+def _sinkhorn(i: Inputs, case: Case, backend: str) -> Tensor:
+    return kernels.sinkhorn_bias(i["student"], i["prototypes"], temperature=0.07, iterations=ITERATIONS, backend=backend)
 
 
 @torch.no_grad()
-def _published_sinkhorn(inputs: Inputs, case: Case) -> tuple[Tensor, ...]:
+def _published_sinkhorn(i: Inputs, case: Case) -> Tensor:
     """The assignment itself, [R, K]."""
-    q = torch.exp((inputs["student"] @ inputs["prototypes"].T).float() / 0.07).t()
+    q = torch.exp((i["student"] @ i["prototypes"].T).float() / 0.07).t()
     q /= q.sum()
     for _ in range(ITERATIONS):
         q /= q.sum(dim=1, keepdim=True)
@@ -245,7 +208,16 @@ def _published_sinkhorn(inputs: Inputs, case: Case) -> tuple[Tensor, ...]:
         q /= q.sum(dim=0, keepdim=True)
         q /= q.shape[1]
     q *= q.shape[1]
-    return (q.t(),)
+    return q.t()
+
+
+WAYS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
+    "dino": (_dino, _published_dino),
+    "ibot": (_ibot, _published_ibot),
+    "carp": (_carp, _published_carp),
+    "moco_v3": (_moco_v3, _published_moco_v3),
+    "sinkhorn": (_sinkhorn, _published_sinkhorn),
+}
 
 
 # Correctness
@@ -278,12 +250,8 @@ def errors(case: Case, calls: dict[str, Call], device: torch.device) -> dict[str
 def excess(case: Case, found: dict[str, tuple[float, ...]]) -> dict[str, str]:
     """Which of our ways err more than twice as much as the better of the two baselines' worse result allows, and by how much."""
     unit = torch.finfo(DTYPES[case.dtype]).eps
-    wrong = {}
-    for name in (n for n in OURS if n in found):
-        allowed = [max(2 * max(pair), 4 * unit) for pair in zip(found[PUBLISHED], found[REFERENCE])]
-        if any(error > most for error, most in zip(found[name], allowed)):
-            wrong[name] = f"errors {scientific(found[name])}, more than the {scientific(allowed)} that twice the baselines' allow"
-    return wrong
+    allowed = [max(2 * max(pair), 4 * unit) for pair in zip(found[PUBLISHED], found[REFERENCE])]
+    return beside.too_wrong(found, OURS, allowed, "baselines' allow")
 
 
 # A case

@@ -198,18 +198,9 @@ def search(
         return True
 
     tell(f"{'batch':>7}{'images/s':>12}{'ms per step':>12}{'peak MiB':>12}")
-    batch = min(8, most)
-    while attempt(batch) and batch < most:
-        batch = min(2 * batch, most)
-    fitting = sorted(batch for batch, result in tried.items() if result)
-    if not fitting:
+    low, high = largest_that_fits(attempt, most, fineness=16)
+    if not low:
         raise ValueError(explain_out_of_memory(config, world))
-    low, high = fitting[-1], min((batch for batch, result in tried.items() if result is None), default=0)
-    while high and high - low > max(8, low // 16):
-        middle = (low + high) // 2 // 8 * 8
-        if middle <= low:
-            break
-        low, high = (middle, high) if attempt(middle) else (low, middle)
     rates = {batch: result["images_per_second"] for batch, result in tried.items() if result}
     best = min(batch for batch, rate in rates.items() if rate >= 0.97 * max(rates.values()))
     tell(f"Best: {best} images ({rates[best]:.1f} images/s, within 3 % of the highest rate with the least memory).")
@@ -225,6 +216,23 @@ def search(
     figures = {"best_images_per_second": records.figure(rates[best], "images/s")}
     case = case_of(config, recipe, precision, 0, 1, device) | {"batch": "search", "most": most}
     return records.record("batch search", case, figures, details)
+
+
+def largest_that_fits(fits: Callable[[int], bool], most: int, fineness: int = 2**31) -> tuple[int, int]:
+    """(the largest batch found to fit, the smallest found not to): 8 doubled until it does not fit, then multiples of 8, until the two are
+    8 or a share of ``1 / fineness`` apart. (0, …): not even the first fits; (``most``, 0): no limit was met."""
+    low, batch = 0, min(8, most)
+    while fits(batch):
+        if batch == most:
+            return most, 0
+        low, batch = batch, min(2 * batch, most)
+    high = batch
+    while low and high - low > max(8, low // fineness):
+        middle = (low + high) // 2 // 8 * 8
+        if middle <= low:
+            break
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low, high
 
 
 def rate_at(config: Config, world: World, precision: Precision, batch: int) -> dict[str, float] | None:

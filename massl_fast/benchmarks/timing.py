@@ -108,19 +108,17 @@ class PhaseClock:
         return steps
 
 
-def matrix_rate(device: torch.device, dtype: torch.dtype, *, seconds: float = 1.0) -> float:
-    """Operations per second of a large square matrix product on random numbers.
+def matrix_product(dtype: torch.dtype, device: torch.device) -> tuple[Callable[[], torch.Tensor], float]:
+    """A large square matrix product on random numbers, and its operations."""
+    side = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    return lambda: a @ b, 2.0 * side**3
 
-    On a GPU the median of repetitions, at the clock that it holds, on operands that rotate past its cache; on a CPU the fastest, because
-    other processes only ever take away, with the threads of this process.
-    """
-    size, copies = (8192, 3) if device.type == "cuda" else (1024, 2)
-    pairs = [[torch.randn(size, size, device=device, dtype=dtype) for _ in range(2)] for _ in range(copies)]
-    out = torch.empty(size, size, device=device, dtype=dtype)
-    products = lambda: [torch.mm(a, b, out=out) for a, b in pairs]  # noqa: E731
-    products()
-    times: list[float] = []
-    begin = time.perf_counter()
-    while len(times) < 5 or time.perf_counter() - begin < seconds:
-        times.append(timed(products, device)[0] / copies)
-    return 2 * size**3 / (median(times) if device.type == "cuda" else min(times))
+
+def matrix_rate(device: torch.device, dtype: torch.dtype, *, rounds: int = 20) -> float:
+    """Operations per second of ``matrix_product``: on a GPU the median of the rounds, at the clock that it holds; on a CPU the fastest,
+    because other processes only ever take away, with the threads of this process."""
+    product, operations = matrix_product(dtype, device)
+    product()
+    seconds = [wall for wall, _ in in_turn({"product": product}, rounds, device, at_least=5, until=1.0)["product"]]
+    return operations / (median(seconds) if device.type == "cuda" else min(seconds))

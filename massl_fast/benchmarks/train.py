@@ -114,53 +114,53 @@ def verdict(s: Situation) -> list[str]:
     ]
 
 
+SMALLER_FILES = (True, "Try smaller files: images scaled once to about 1.5 times the global crop decode in a fraction of the time.")
+
+
+def _tries(*pairs: tuple[bool, str]) -> list[str]:
+    """What may help, of (whether it may, sentence)."""
+    return [sentence for so, sentence in pairs if so]
+
+
 def _more_from_loader(s: Situation) -> list[str]:
-    tries = []
-    if s.loader_name == "torchvision":
-        if s.workers < s.cores - 1:
-            tries.append(f"Try --data.num_workers {s.cores - 1}: {s.workers} of {s.cores} cores load images.")
-        if s.on_gpu:
-            if importable("nvidia.dali"):
-                tries.append("Try --data.loader dali: it decodes and augments on the GPU.")
-            else:
-                tries.append("Try DALI, which decodes and augments on the GPU: pip install 'massl-fast[dali-cuda13]' (or [dali-cuda12]).")
-    else:
-        if s.decode == "cpu":
-            tries.append("Try --data.decode mixed: JPEGs are decoded on the GPU.")
-        if s.augment == "cpu":
-            tries.append("Try --data.augment gpu.")
-        if s.workers < s.cores - 1:
-            tries.append(f"Try --data.num_workers {s.cores - 1}: DALI has {s.workers} threads on {s.cores} cores.")
-    tries.append("Try smaller files: images scaled once to about 1.5 times the global crop decode in a fraction of the time.")
-    return tries
+    ours, idle, dali = s.loader_name == "torchvision", s.workers < s.cores - 1, importable("nvidia.dali")
+    more = f"Try --data.num_workers {s.cores - 1}:"
+    return _tries(
+        (ours and idle, f"{more} {s.workers} of {s.cores} cores load images."),
+        (ours and s.on_gpu and dali, "Try --data.loader dali: it decodes and augments on the GPU."),
+        (
+            ours and s.on_gpu and not dali,
+            "Try DALI, which decodes and augments on the GPU: pip install 'massl-fast[dali-cuda13]' (or [dali-cuda12]).",
+        ),
+        (not ours and s.decode == "cpu", "Try --data.decode mixed: JPEGs are decoded on the GPU."),
+        (not ours and s.augment == "cpu", "Try --data.augment gpu."),
+        (not ours and idle, f"{more} DALI has {s.workers} threads on {s.cores} cores."),
+        SMALLER_FILES,
+    )
 
 
 def _more_from_model(s: Situation) -> list[str]:
-    tries = []
-    if not s.compiled:
-        tries.append("Try --model.compile true.")
-    if s.precision == "fp32" and s.on_gpu:
-        tries.append("Try --train.precision bf16.")
-    tries.append("Try another batch: massl-fast bench step --search-batch; where its time goes: massl-fast bench step, profile trace.")
-    if s.on_gpu and s.loader > 2 * s.model and s.loader_name == "dali" and s.augment == "gpu":
-        tries.append("Try --data.augment cpu, if cores are idle: the loader has time to spare, the GPU has none.")
-    return tries
+    spare = s.on_gpu and s.loader > 2 * s.model and s.loader_name == "dali" and s.augment == "gpu"
+    return _tries(
+        (not s.compiled, "Try --model.compile true."),
+        (s.precision == "fp32" and s.on_gpu, "Try --train.precision bf16."),
+        (True, "Try another batch: massl-fast bench step --search-batch; where its time goes: massl-fast bench step, profile trace."),
+        (spare, "Try --data.augment cpu, if cores are idle: the loader has time to spare, the GPU has none."),
+    )
 
 
 def _more_from_shared_cores(s: Situation) -> list[str]:
-    tries = []
-    if s.workers > 1:
-        tries.append(f"Try --data.num_workers {max(1, s.workers // 2)}: fewer of the cores taken from the model.")
-    tries.append("Try smaller files: images scaled once to about 1.5 times the global crop decode in a fraction of the time.")
-    tries.append("On a GPU the loader would have the cores to itself.")
-    return tries
+    return _tries(
+        (s.workers > 1, f"Try --data.num_workers {max(1, s.workers // 2)}: fewer of the cores taken from the model."),
+        SMALLER_FILES,
+        (True, "On a GPU the loader would have the cores to itself."),
+    )
 
 
 def _less_interference(s: Situation) -> list[str]:
-    tries = []
-    if s.loader_name == "dali" and s.augment == "gpu":
-        tries.append("Try --data.augment cpu, or --data.decode cpu: both take time of the GPU from the model.")
-    if s.workers >= s.cores:
-        tries.append(f"Try --data.num_workers {max(1, s.cores - 1)}: the step's own thread needs a core.")
-    tries.append("massl-fast profile trace shows where the device idles.")
-    return tries
+    gpu_augments = s.loader_name == "dali" and s.augment == "gpu"
+    return _tries(
+        (gpu_augments, "Try --data.augment cpu, or --data.decode cpu: both take time of the GPU from the model."),
+        (s.workers >= s.cores, f"Try --data.num_workers {max(1, s.cores - 1)}: the step's own thread needs a core."),
+        (True, "massl-fast profile trace shows where the device idles."),
+    )

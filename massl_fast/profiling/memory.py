@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
-import itertools
 import resource
 from collections import defaultdict
 from collections.abc import Iterator
@@ -28,7 +27,7 @@ from massl_fast.distributed.world import World
 from massl_fast.processes import host_bytes
 from massl_fast.profiling.estimate import CUDA_ROUNDING, RESERVE, Estimate, gib, largest_batch, precision_on
 from massl_fast.profiling.ledger import Change, Ledger, Peak, find_peak, holdings, record_steps
-from massl_fast.profiling.profiler import host_allocations
+from massl_fast.profiling.profiler import host_allocations, peak_bytes
 from massl_fast.profiling.referrers import referrers_of
 from massl_fast.profiling.synthetic import SyntheticRun, micro_batches_of, synthetic_run
 
@@ -82,18 +81,16 @@ def measure_run(run: SyntheticRun, with_loader: bool = False) -> Measured:
     for _ in range(WARM_UP):
         run.step()
     if device.type == "cuda":
-        peak_bytes, rest = _peak_on_gpu(run, device)
+        peak, rest = _peak_on_gpu(run, device)
     else:
         known = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for tensors in holdings(run).values() for t in tensors}
-        with host_allocations() as sizes:
-            run.step()
-        peak_bytes = sum(known.values()) + max(0, *itertools.accumulate(sizes))
+        peak = sum(known.values()) + peak_bytes(run.step, device)
         most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        rest = {"rest of the process (Python, PyTorch, allocator slack)": max(0, most - peak_bytes)}
+        rest = {"rest of the process (Python, PyTorch, allocator slack)": max(0, most - peak)}
     growth: list[int] = []
     book = Ledger(run.train_step.student, rounding=CUDA_ROUNDING if device.type == "cuda" else 1)
     record_steps(run, book, LEAK_STEPS, lambda: _growing(device, growth))
-    return Measured(peak_bytes, book.changes[: book.ends[0]], rest | _loader_bytes(run, with_loader), growth, find_leaks(book))
+    return Measured(peak, book.changes[: book.ends[0]], rest | _loader_bytes(run, with_loader), growth, find_leaks(book))
 
 
 def _peak_on_gpu(run: SyntheticRun, device: torch.device) -> tuple[int, dict[str, int]]:

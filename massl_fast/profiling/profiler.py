@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from itertools import accumulate
 
+import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
@@ -26,6 +29,22 @@ def host_allocations() -> Iterator[list[int]]:
         yield sizes
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]" and e.device_type() == DeviceType.CPU]
     sizes.extend(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))
+
+
+def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
+    """Most bytes allocated at a time during some work, beyond those that were there: on a GPU by PyTorch's allocator, on a CPU by its
+    operators."""
+    if device.type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        work()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with host_allocations() as sizes:
+        work()
+    return max(0, *accumulate(sizes))
 
 
 @contextlib.contextmanager
