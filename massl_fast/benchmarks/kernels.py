@@ -131,21 +131,8 @@ def tuning() -> bool:
 
 
 def _loss(inputs: Inputs, case: Case, backend: str) -> tuple[Tensor, Tensor]:
-    return _differentiate(
-        lambda z, inputs: (
-            kernels.memory_cross_entropy(
-                z,
-                inputs.teacher,
-                inputs.memory,
-                block_size=case.block,
-                student_temp=STUDENT_TEMP,
-                teacher_temp=TEACHER_TEMP,
-                partition=inputs.partition,
-                backend=backend,
-            ).loss
-        ),
-        inputs,
-    )
+    options = dict(block_size=case.block, student_temp=STUDENT_TEMP, teacher_temp=TEACHER_TEMP, partition=inputs.partition, backend=backend)
+    return _differentiate(lambda z, inputs: kernels.memory_cross_entropy(z, inputs.teacher, inputs.memory, **options).loss, inputs)
 
 
 def _differentiate(function: Callable[[Tensor, Inputs], Tensor], inputs: Inputs) -> tuple[Tensor, Tensor]:
@@ -184,14 +171,13 @@ def _attention(rows: Tensor, inputs: Inputs, block: int, kind: str) -> tuple[Ten
     blocks, aten = inputs.memory.shape[0] // block, torch.ops.aten
     entries = inputs.memory[inputs.partition[: blocks * block]].view(blocks, 1, block, -1)
     queries, scale = rows.expand(blocks, 1, *rows.shape), 1 / STUDENT_TEMP
-    if kind == "cpu flash":
-        out, logsumexp = aten._scaled_dot_product_flash_attention_for_cpu(queries, entries, entries, scale=scale)[:2]
-    elif kind == "flash":
-        out, logsumexp = aten._scaled_dot_product_flash_attention(queries, entries, entries, scale=scale)[:2]
-    elif kind == "efficient":
-        out, logsumexp = aten._scaled_dot_product_efficient_attention(queries, entries, entries, None, True, scale=scale)[:2]
-    else:
-        out, logsumexp = aten._scaled_dot_product_cudnn_attention(queries, entries, entries, None, True, scale=scale)[:2]
+    operator, more = {
+        "cpu flash": (aten._scaled_dot_product_flash_attention_for_cpu, ()),
+        "flash": (aten._scaled_dot_product_flash_attention, ()),
+        "efficient": (aten._scaled_dot_product_efficient_attention, (None, True)),
+        "cudnn": (aten._scaled_dot_product_cudnn_attention, (None, True)),
+    }[kind]
+    out, logsumexp = operator(queries, entries, entries, *more, scale=scale)[:2]
     logsumexp = logsumexp.reshape(blocks, -1)[:, : len(rows)]  # efficient pads the rows
     return out.squeeze(1).sum(0, dtype=torch.float32), logsumexp.sum(0, dtype=torch.float32)
 
@@ -380,26 +366,21 @@ def chosen_cases(args: argparse.Namespace, device: torch.device) -> list[Case]:
     entries = args.entries or ([8192] if args.quick else [65536, 131072] if on_gpu else [65536])
     block = min(args.block, 2048) if args.quick else args.block
     dtype = args.dtype or ("bfloat16" if on_gpu else "float32")
-    for name, value, least in (
-        ("--images", min(images), 1),
-        ("--entries", min(entries), 1),
-        ("--block", block, 1),
-        ("--width", args.width, 1),
-        ("--teacher-views", args.teacher_views, 1),
-        ("--student-views", args.student_views, 2),
-        ("--rounds", args.rounds, 0),
-    ):
+    found = {"--images": min(images), "--entries": min(entries), "--block": block, "--width": args.width}
+    found |= {"--teacher-views": args.teacher_views, "--student-views": args.student_views, "--rounds": args.rounds}
+    for name, value in found.items():
+        least = {"--student-views": 2, "--rounds": 0}.get(name, 1)
         if value < least:
             raise ValueError(f"{name} is {value}; it takes at least {least}.")
     for name, value in (("--images", max(images)), ("--block", block)):
         if value > min(entries):
             raise ValueError(f"{name} is {value}, more than the {min(entries)} entries of the memory (--entries).")
-    cases = []
-    for operation in args.cases:
-        for count in images if operation != "partition" else images[:1]:
-            for size in entries:
-                cases.append(Case(operation, args.student_views, args.teacher_views, count, args.width, size, block, dtype))
-    return cases
+    return [
+        Case(operation, args.student_views, args.teacher_views, count, args.width, size, block, dtype)
+        for operation in args.cases
+        for count in (images if operation != "partition" else images[:1])
+        for size in entries
+    ]
 
 
 def slug(device: torch.device) -> str:

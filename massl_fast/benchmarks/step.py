@@ -25,7 +25,7 @@ from massl_fast.engine import graphed_step
 from massl_fast.engine.phases import PHASES
 from massl_fast.hardware import peak_flops, synchronize
 from massl_fast.models.precision import Precision
-from massl_fast.profiling.estimate import RESERVE, capacity, explain_out_of_memory, gib, largest_batch
+from massl_fast.profiling.estimate import RESERVE, capacity, explain, gib, largest_batch
 from massl_fast.profiling.out_of_memory import explained, is_out_of_memory
 from massl_fast.profiling.synthetic import SyntheticRun, micro_batches_of, synthetic_run
 
@@ -200,7 +200,7 @@ def search(
     tell(f"{'batch':>7}{'images/s':>12}{'ms per step':>12}{'peak MiB':>12}")
     low, high = largest_that_fits(attempt, most, fineness=16)
     if not low:
-        raise ValueError(explain_out_of_memory(config, world))
+        raise ValueError(explain(config, world).text)
     rates = {batch: result["images_per_second"] for batch, result in tried.items() if result}
     best = min(batch for batch, rate in rates.items() if rate >= 0.97 * max(rates.values()))
     tell(f"Best: {best} images ({rates[best]:.1f} images/s, within 3 % of the highest rate with the least memory).")

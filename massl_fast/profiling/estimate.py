@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import nn
 from torch._ops import OpOverload
@@ -370,22 +371,13 @@ def explain(config: Config, world: World) -> Explanation:
     return Explanation(estimate, ways, reason + first, "\n".join(lines))
 
 
-def explain_out_of_memory(config: Config, world: World) -> str:
-    """``explain``, as lines for a terminal."""
-    return explain(config, world).text
-
-
 def capacity(device: torch.device) -> tuple[int, int]:
     """(bytes of the device or host, bytes free now)."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return total, free
-    fields = {}
-    with open("/proc/meminfo", encoding="ascii") as file:
-        for line in file:
-            name, _, value = line.partition(":")
-            fields[name] = int(value.split()[0]) * 1024
-    total, free = fields["MemTotal"], fields["MemAvailable"]
+    memory = psutil.virtual_memory()
+    total, free = memory.total, memory.available
     limit, used = (Path("/sys/fs/cgroup", name) for name in ("memory.max", "memory.current"))
     if limit.is_file() and used.is_file() and (most := limit.read_text().strip()).isdigit():  # of a container
         total = min(total, int(most))

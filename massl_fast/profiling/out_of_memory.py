@@ -16,7 +16,7 @@ import torch
 
 from massl_fast.config import Config
 from massl_fast.distributed.world import World
-from massl_fast.profiling.estimate import Estimate, Explanation, capacity, estimate_step, explain, explain_out_of_memory, gib
+from massl_fast.profiling.estimate import Estimate, Explanation, capacity, estimate_step, explain, gib
 from massl_fast.profiling.memory_report import estimate_lines, folded
 from massl_fast.profiling.synthetic import micro_batches_of
 
@@ -41,7 +41,7 @@ def explained(config: Config, world: World) -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        raise ValueError(explain_out_of_memory(config, world)) from None
+        raise ValueError(explain(config, world).text) from None
 
 
 def write_out_of_memory_report(config: Config, world: World, folder: Path | str) -> str:
@@ -74,7 +74,7 @@ def demand_host_memory(config: Config, world: World, estimate: Estimate | None =
         accumulation, batch = micro_batches_of(config, world.size)
         estimate = estimate_step(config, device_type="cpu", device_batch=batch, accumulation=accumulation)
     if estimate.bytes > capacity(world.device)[1]:
-        raise ValueError(explain_out_of_memory(config, world))
+        raise ValueError(explain(config, world).text)
 
 
 def report_lines(explanation: Explanation, world: World) -> list[str]:
