@@ -62,12 +62,9 @@ def by_case(rows: list[dict[str, Any]]) -> dict[str, tuple[str, dict[str, Any]]]
         key = json.dumps([row["kind"], row["case"]], sort_keys=True)
         _, figures = cases.setdefault(key, (records.name_of_case(row), {}))
         for name, value in row["figures"].items():
-            if name in figures:
-                known = figures[name]
-                medians = known["medians"] + [median(value["samples"])]
-                figures[name] = {**value, "samples": known["samples"] + value["samples"], "medians": medians}
-            else:
-                figures[name] = {**value, "medians": [median(value["samples"])]}
+            known = figures.get(name, {"samples": [], "medians": []})
+            medians = known["medians"] + [median(value["samples"])]
+            figures[name] = {**value, "samples": known["samples"] + value["samples"], "medians": medians}
     return cases
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 from massl_fast import records
@@ -51,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
         details = {
             "operators": [vars(row) for row in found.operators[: args.top]],
             "parts": found.parts,
-            "gaps": found.gaps.as_details() if found.gaps else None,
+            "gaps": asdict(found.gaps) if found.gaps else None,
             "waits": [vars(wait) for wait in waits],
             "steps": args.steps,
         }

@@ -28,13 +28,11 @@ from torch.utils.flop_counter import flop_registry
 
 from massl_fast import records
 from massl_fast.config import Config
-from massl_fast.distributed.world import World
 from massl_fast.engine import phases
 from massl_fast.hardware import Gpu
 from massl_fast.kernels import flops as _formulas  # noqa: F401  registers those of our operators
 from massl_fast.profiling.cuda_casts import cuda_casts
-from massl_fast.profiling.estimate import ATTENTION, bring_optimizer_state, in_shapes, precision_on
-from massl_fast.profiling.synthetic import synthetic_run
+from massl_fast.profiling.estimate import bring_optimizer_state, fake_run
 
 GROUPS = ("products", "attention", "loss", "other")
 """What an operator belongs to."""
@@ -133,16 +131,8 @@ def size_of(tensor: Tensor) -> int:
 
 def count_step(config: Config, batch: int, accumulation: int) -> Budget:
     """The work of one step of ``accumulation`` micro-batches of ``batch`` images, as a GPU takes it, but for the blocks' compilation."""
-    simulated = in_shapes(config, "streaming")  # the operator counts as one, whatever does its work
     with FakeTensorMode():
-        taken = synthetic_run(
-            simulated,
-            World(0, 1, 0, torch.device("cpu")),
-            precision_on(config, "cuda"),
-            device_batch=batch,
-            accumulation=accumulation,
-            attention=ATTENTION["cuda"],
-        )
+        taken = fake_run(config, "cuda", batch, accumulation)  # the loss counts as one operator, whatever does its work
         with cuda_casts():
             bring_optimizer_state(taken)
             taken.step()  # which makes what later ones keep

@@ -77,11 +77,9 @@ def estimate_step(config: Config, *, device_type: str, device_batch: int, accumu
 
     ``objective.backend`` auto stands for triton on a GPU and streaming on a CPU.
     """
-    precision = precision_on(config, device_type)
     backend = getattr(config.objective, "backend", "streaming")
     if backend == "auto":
         backend = "triton" if device_type == "cuda" else "streaming"
-    simulated = in_shapes(config, "reference" if backend == "reference" else "streaming")
     # Further micro-batches add crops and nothing else.
     passes = min(accumulation, 2)
 
@@ -93,14 +91,7 @@ def estimate_step(config: Config, *, device_type: str, device_batch: int, accumu
         return 0
 
     with FakeTensorMode():
-        run = synthetic_run(
-            simulated,
-            World(0, 1, 0, torch.device("cpu")),
-            precision,
-            device_batch=device_batch,
-            accumulation=passes,
-            attention=ATTENTION[device_type],
-        )
+        run = fake_run(config, device_type, device_batch, passes, "reference" if backend == "reference" else "streaming")
         bring_optimizer_state(run)
         book = Ledger(run.train_step.student, rounding=CUDA_ROUNDING if device_type == "cuda" else 1, hidden=hidden)
         record_steps(run, book)
@@ -116,6 +107,18 @@ def estimate_step(config: Config, *, device_type: str, device_batch: int, accumu
         beside["DALI's queue of crops, without its pool for decoding"] = loader_queue(config, device_batch)
         beside["rest of the device: CUDA context (assumed)"] = CUDA_CONTEXT
     return Estimate(peak, book.changes, extras, device_batch, accumulation, beside)
+
+
+def fake_run(config: Config, device_type: str, device_batch: int, accumulation: int, backend: str = "streaming") -> SyntheticRun:
+    """A run as a kind of device would take it, on tensors of a CPU without contents; to be made inside a ``FakeTensorMode``."""
+    return synthetic_run(
+        in_shapes(config, backend),
+        World(0, 1, 0, torch.device("cpu")),
+        precision_on(config, device_type),
+        device_batch=device_batch,
+        accumulation=accumulation,
+        attention=ATTENTION[device_type],
+    )
 
 
 def loader_queue(config: Config, device_batch: int) -> int:

@@ -15,6 +15,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -254,11 +255,9 @@ class Peak:
 
 
 def find_peak(changes: list[Change]) -> Peak:
-    total = highest = position = 0
-    for index, change in enumerate(changes):
-        total += change.sign * change.piece.bytes
-        if total > highest:
-            highest, position = total, index
+    heights = list(accumulate(change.sign * change.piece.bytes for change in changes))
+    highest = max(heights, default=0)
+    position = heights.index(highest) if heights else 0
     living: dict[int, Piece] = {}
     for change in changes[: position + 1]:
         if change.sign > 0:

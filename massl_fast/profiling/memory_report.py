@@ -73,13 +73,31 @@ def memory_lines(estimate: Estimate, measured: Measured | None) -> list[str]:
     columns = {"estimated": estimate.by_owner, "measured": measured.peak.by_owner | {"inside operators": inside}}
     lines = table(columns, {"estimated": estimate.bytes, "measured": measured.peak_bytes}, "At the peak, MiB")
     lines.append(f"The estimate is {100 * (estimate.bytes / measured.peak_bytes - 1):+.1f} % off the measured peak.")
-    lines += [peak_sentence(measured.peak), "Largest storages at that moment:", *largest_pieces(measured.peak.pieces)]
-    lines += ["Highest in each part of a step, measured (parts that allocate nothing are not listed):", *way_through(measured.changes)]
-    lines.append("Beside the step's own bytes, not in the peak above:")
-    lines += [f"{size / MIB:>9,.1f} MiB  {name}" for name, size in measured.rest.items()]
+    lines += [*story_of(measured.peak, measured.changes, ", measured"), *beside_lines(measured.rest)]
     if estimate.beside:
         lines.append("Estimated of these: " + ", ".join(f"{name} {gib(size)}" for name, size in estimate.beside.items()) + ".")
     return lines + leak_sentences(measured)
+
+
+def estimate_lines(estimate: Estimate) -> list[str]:
+    """An estimate alone: the book at its peak, the way there and what lies beside."""
+    lines = table({"estimated": estimate.by_owner}, {"estimated": estimate.bytes}, "At the peak, MiB")
+    lines += story_of(estimate.peak, estimate.changes, always=sum(estimate.extras.values()))
+    if estimate.beside:
+        lines += beside_lines(estimate.beside)
+        lines.append(f"{(estimate.bytes + sum(estimate.beside.values())) / MIB:>9,.1f} MiB  of the device in all, estimated")
+    return lines
+
+
+def story_of(peak: Peak, changes: list[Change], how: str = "", always: int = 0) -> list[str]:
+    """What makes the peak, and the way there; ``always`` bytes are added to each part's."""
+    head = f"Highest in each part of a step{how} (parts that allocate nothing are not listed):"
+    return [peak_sentence(peak), "Largest storages at that moment:", *largest_pieces(peak.pieces), head, *way_through(changes, always)]
+
+
+def beside_lines(sizes: dict[str, int]) -> list[str]:
+    lines = [f"{size / MIB:>9,.1f} MiB  {name}" for name, size in sizes.items()]
+    return ["Beside the step's own bytes, not in the peak above:", *lines]
 
 
 def leak_sentences(measured: Measured) -> list[str]:
@@ -91,21 +109,6 @@ def leak_sentences(measured: Measured) -> list[str]:
         where = f" at {leak.line}" if leak.line else ""
         lines.append(f"  {gib(leak.bytes_per_step)} per step made by {leak.operator}{where}, in '{leak.section}', outlive their step.")
         lines.append(f"    Kept by {leak.referrer or 'no Python object that could be found'}.")
-    return lines
-
-
-def estimate_lines(estimate: Estimate) -> list[str]:
-    """An estimate alone: the book at its peak, the way there and what lies beside."""
-    lines = table({"estimated": estimate.by_owner}, {"estimated": estimate.bytes}, "At the peak, MiB")
-    lines += [peak_sentence(estimate.peak), "Largest storages at that moment:", *largest_pieces(estimate.peak.pieces)]
-    lines += [
-        "Highest in each part of a step (parts that allocate nothing are not listed):",
-        *way_through(estimate.changes, sum(estimate.extras.values())),
-    ]
-    if estimate.beside:
-        lines.append("Beside the step's own bytes, not in the peak above:")
-        lines += [f"{size / MIB:>9,.1f} MiB  {name}" for name, size in estimate.beside.items()]
-        lines.append(f"{(estimate.bytes + sum(estimate.beside.values())) / MIB:>9,.1f} MiB  of the device in all, estimated")
     return lines
 
 

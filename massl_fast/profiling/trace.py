@@ -55,9 +55,6 @@ class Gaps:
     by_part: dict[str, float]
     """Idle seconds by part of the step."""
 
-    def as_details(self) -> dict[str, Any]:
-        return {"idle_share": self.idle_share, "largest": [vars(gap) for gap in self.largest], "by_part": self.by_part}
-
 
 @dataclass(frozen=True)
 class Traced:
@@ -127,12 +124,8 @@ def top_operators(profiler: profile, on_gpu: bool, steps: int) -> list[Operator]
         rows = [row for row in rows if row.device_type != DeviceType.CPU]
     micros = {row.key: (row.self_device_time_total if on_gpu else row.self_cpu_time_total) for row in rows}
     total = sum(micros.values()) or 1
-    ordered = sorted(rows, key=lambda row: -micros[row.key])
-    return [
-        Operator(row.key, micros[row.key] / 1e6 / steps, row.count / steps, 100 * micros[row.key] / total)
-        for row in ordered
-        if micros[row.key] > 0
-    ]
+    found = [Operator(row.key, micros[row.key] / 1e6 / steps, row.count / steps, 100 * micros[row.key] / total) for row in rows]
+    return sorted((row for row in found if row.seconds > 0), key=lambda row: -row.seconds)
 
 
 def find_gaps(kernels: Sequence[Interval], host: Sequence[Interval], smallest: float = MIN_GAP, most: int = 10) -> Gaps:
