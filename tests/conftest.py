@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -21,3 +22,12 @@ from small_images import write_images  # noqa: E402
 def images(tmp_path_factory) -> Path:
     """Sixteen images of two classes."""
     return write_images(tmp_path_factory.mktemp("images"), classes=2, per_class=8)
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Beside other processes two threads spend most of their time waiting for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -8,26 +8,21 @@ from massl_fast.benchmarks import step, timing, train
 from massl_fast.benchmarks.train import Situation, verdict
 from massl_fast.cli import main
 from massl_fast.config import load_config
-from massl_fast.distributed.world import World
 from massl_fast.engine.phases import PHASES as NAMES
 from massl_fast.models.backbone import Encoder
-from massl_fast.models.precision import Precision
+from small_encoders import FP32, ONE_CPU
 
 TINY = ["--model.architecture", "vit_tiny_patch16_224", "--model.model_args", "{patch_size: 8, depth: 1, embed_dim: 24, num_heads: 2}"]
 TINY += ["--objective.memory_size", "64", "--objective.block_size", "32", "--model.head_hidden_dim", "16"]
 
 
 @pytest.fixture(autouse=True)
-def short(monkeypatch):
-    """Few steps, in one thread: beside other processes two threads spend most of their time waiting for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def short(monkeypatch, one_thread):
+    """Few steps, in one thread."""
     monkeypatch.setattr(step, "ROUND_SECONDS", 1e-6)
     monkeypatch.setattr(step, "SEARCH_SECONDS", 1e-6)
     monkeypatch.setattr(step, "OVERTIME", 1e9)
     monkeypatch.setattr(step, "matrix_rate", lambda device, dtype: 1e11)
-    yield
-    torch.set_num_threads(threads)
 
 
 def test_bench_step_records_the_whole_and_its_parts(tmp_path, capsys):
@@ -86,10 +81,9 @@ def test_every_batch_of_a_search_is_compiled(monkeypatch):
     monkeypatch.setattr(Encoder, "compile_blocks", lambda encoder: encoder.packed.compile_blocks(dynamic=False, backend="eager"))
     config = load_config("demo", [*TINY, "--model.model_args", "{patch_size: 8, depth: 2, embed_dim: 24, num_heads: 2}"])
     config.model.compile = True
-    world = World(0, 1, 0, torch.device("cpu"))
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
         for batch in (2, 3, 4):
-            assert step.rate_at(config, world, Precision("fp32", "test"), batch)
+            assert step.rate_at(config, ONE_CPU, FP32, batch)
 
 
 @pytest.mark.parametrize("arguments", [["--seconds", "0"], ["--max-batch", "-1"], ["--recipe", "none"], ["--train.batch", "3"]])

@@ -13,7 +13,7 @@ from massl_fast.engine.build import build_objective
 from massl_fast.engine.schedules import Schedules
 from massl_fast.length import length_of
 from massl_fast.models.backbone import build_backbone
-from massl_fast.models.precision import Precision
+from small_encoders import FP32
 
 TRIALS = 1000
 NUMBERS = ["0", "-1", "1", "3.5", "-0.0", "1.0e-320", "1.0e+308", "1.0e+20", "1" + "0" * 20, "-1" + "0" * 20, "1" + "0" * 5000]
@@ -62,7 +62,7 @@ def set_up(config: Config) -> None:
     small = config.model_copy(deep=True)  # sizes that this machine lacks the memory for end a run with another sentence
     small.objective.memory_size = small.objective.block_size = 64
     small.model.embedding_dim = 8
-    objective = build_objective(small, Precision("fp32", "test"), rank=0)
+    objective = build_objective(small, FP32, rank=0)
     for steps_per_epoch in (1, 10**6):
         length = length_of(config, steps_per_epoch, world_size=1)
         schedules = Schedules(config, length, objective)

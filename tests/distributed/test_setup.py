@@ -25,8 +25,8 @@ from massl_fast.distributed.world import (
 from massl_fast.engine.build import build_objective, build_pair
 from massl_fast.hardware import keep_freed_memory
 from massl_fast.models.backbone import build_backbone
-from massl_fast.models.precision import Precision
 from massl_fast.objectives.base import At
+from small_encoders import FP32, ONE_CPU
 
 CPU = torch.device("cpu")
 
@@ -68,9 +68,9 @@ def test_srun_without_a_meeting_point_is_a_sentence(monkeypatch):
 
 @pytest.mark.parametrize("name", ["TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"])
 def test_a_restart_is_known(monkeypatch, name):
-    assert not restarted(World(0, 1, 0, CPU)) and restarted(World(0, 2, 0, CPU, round=2))
+    assert not restarted(ONE_CPU) and restarted(World(0, 2, 0, CPU, round=2))
     monkeypatch.setenv(name, "1")
-    assert restarted(World(0, 1, 0, CPU))
+    assert restarted(ONE_CPU)
 
 
 def meeting(store, ranks, timeout: float = 20) -> list:
@@ -133,17 +133,17 @@ def settings(**sections) -> dict:
 @pytest.mark.parametrize(("scope", "equal"), [("shared", True), ("rank", False)])
 def test_partitions_are_shared_or_of_each_rank_and_the_memory_always_the_same(scope, equal):
     config = settings(objective={"memory_size": 64, "block_size": 16, "partition_scope": scope})
-    one, other = (build_objective(config, Precision("fp32", "test"), rank) for rank in (0, 1))
+    one, other = (build_objective(config, FP32, rank) for rank in (0, 1))
     assert torch.equal(one.memory, other.memory)
     student, teacher = (torch.nn.functional.normalize(torch.randn(v * 3, 16), dim=-1) for v in (3, 2))
-    at = At(1, {"teacher_temperature": 0.05}, 3, 0, (), World(0, 1, 0, CPU))
+    at = At(1, {"teacher_temperature": 0.05}, 3, 0, (), ONE_CPU)
     losses = [objective(student, teacher, at).loss for objective in (one, other)]
     assert torch.equal(*losses) == equal
 
 
 def test_batch_norms_are_synchronised_on_gpus_and_named_on_cpus():
     config = settings(model={"architecture": "resnet10t", "drop_path": 0, "head_hidden_dim": 32, "embedding_dim": 16})
-    pair, _ = build_pair(config, build_objective(config, Precision("fp32", "test"), 0))
+    pair, _ = build_pair(config, build_objective(config, FP32, 0))
     names = list(pair.state_dict())
     same, note = synchronise_batch_norms(pair, World(0, 2, 0, CPU))
     assert same is pair and "on GPUs only" in note

@@ -10,14 +10,12 @@ import torch
 from kill_ranks import command, kill_once, write_recipe
 from two_ranks import configured, play
 
-from massl_fast.distributed.world import World
 from massl_fast.models.published import load_backbone
 from massl_fast.run.checkpoint import read_checkpoint
 from massl_fast.run.outputs import CLOCK_KEYS
 from rank_processes import run_two_ranks
+from small_encoders import ONE_CPU
 from small_images import write_images
-
-ONE = World(0, 1, 0, torch.device("cpu"))
 
 
 def rows(folder: Path) -> list[dict]:
@@ -42,12 +40,12 @@ def workplace(tmp_path_factory) -> Path:
     write_images(folder / "images", classes=2, per_class=14)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    assert play(configured(folder, "one"), ONE) == ("finished", "")
+    assert play(configured(folder, "one"), ONE_CPU) == ("finished", "")
     shutil.copytree(folder / "one", folder / "one-then-fsdp2")
     for step in (15, 20):
         shutil.rmtree(folder / f"one-then-fsdp2/checkpoints/step_{step:08d}", ignore_errors=True)
     (folder / "output").write_text(run_two_ranks(Path(__file__).with_name("two_ranks.py"), folder, seconds=270))
-    assert play(configured(folder, "fsdp2-then-one"), ONE) == ("finished", "")
+    assert play(configured(folder, "fsdp2-then-one"), ONE_CPU) == ("finished", "")
     torch.set_num_threads(threads)
     return folder
 

@@ -7,6 +7,7 @@ import torch
 
 from massl_fast.models.backbone import Encoder, build_backbone
 from massl_fast.models.head import ProjectionHead
+from small_encoders import with_head
 
 GOLDEN = Path(__file__).parents[2] / "../shared/golden/trajectory.npz"
 SMALL = {"depth": 2, "embed_dim": 32, "num_heads": 2}
@@ -80,7 +81,7 @@ def test_building_leaves_the_mode_and_the_weights_alone():
 def test_embeddings_come_in_the_order_of_the_crops(crops_pass):
     torch.manual_seed(0)
     backbone = build(other_sizes=[16])
-    encoder = Encoder(backbone, ProjectionHead(32, hidden_dim=16, out_dim=8), crops_pass=crops_pass)
+    encoder = with_head(backbone, crops_pass=crops_pass)
     assert encoder.pass_name == crops_pass
     crops = [torch.randn(n, 3, side, side) for n, side in [(2, 16), (3, 32), (1, 16), (2, 32)]]
     embeddings = encoder(crops)

@@ -8,17 +8,16 @@ from safetensors.torch import load_file, save_file
 from timm.models._hub import save_config_for_hf
 
 from massl_fast.models import export
-from massl_fast.models.backbone import Encoder, build_backbone
-from massl_fast.models.head import ProjectionHead
+from massl_fast.models.backbone import build_backbone
 from massl_fast.models.published import load_backbone
+from small_encoders import small_encoder
 
 SMALL = {"depth": 1, "embed_dim": 32, "num_heads": 2}
 
 
 def write_checkpoint(folder, arch="vit_tiny_patch16_224", model_args=SMALL, size=48):
     torch.manual_seed(0)
-    backbone = build_backbone(arch, image_size=size, model_args=model_args)
-    encoder = Encoder(backbone, ProjectionHead(backbone.feature_dim, hidden_dim=16, out_dim=8))
+    encoder = small_encoder(arch, image_size=size, model_args=model_args)
     with torch.no_grad():
         for parameter in encoder.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))

@@ -10,13 +10,13 @@ from massl_fast.models.backbone import Encoder, build_backbone, patch_size
 from massl_fast.models.flops import backbone_flops
 from massl_fast.models.head import ProjectionHead
 from massl_fast.objectives.massl import MasslObjective
+from small_encoders import with_head
 
 SMALL = {"depth": 2, "embed_dim": 64, "num_heads": 2}
 
 
 def build(arch, size, **model_args):
-    backbone = build_backbone(arch, image_size=size, model_args=model_args)
-    return Encoder(backbone, ProjectionHead(backbone.feature_dim, hidden_dim=32, out_dim=16))
+    return with_head(build_backbone(arch, image_size=size, model_args=model_args), 32, 16)
 
 
 def counted(encoder, crops, monkeypatch):

@@ -11,7 +11,7 @@ from torch._dynamo.utils import counters
 
 from massl_fast.models import packed
 from massl_fast.models.backbone import Encoder, build_backbone
-from massl_fast.models.head import ProjectionHead
+from small_encoders import small_encoder, with_head
 
 SMALL = {"depth": 2, "embed_dim": 32, "num_heads": 2}
 # name → architecture, arguments, global and local crop
@@ -44,7 +44,7 @@ def twins(variant, dtype=torch.float32, drop_path=0.0):
     with torch.no_grad():
         for parameter in backbone.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
-    encoder = Encoder(backbone, ProjectionHead(backbone.feature_dim, hidden_dim=32, out_dim=16)).to(dtype)
+    encoder = with_head(backbone, 32, 16).to(dtype)
     twin = copy.deepcopy(encoder)
     separate = Encoder(twin.backbone, twin.head, crops_pass="separate")
     assert encoder.pass_name == "packed", encoder.pass_reason
@@ -120,12 +120,11 @@ sides = st.sampled_from([8, 16, 24, 40])
 @given(st.lists(st.tuples(st.integers(1, 3), sides, sides), min_size=1, max_size=5), st.booleans())
 def test_any_mixture_of_crops(crops, channels_last):
     torch.manual_seed(0)
-    backbone = build_backbone("vit_tiny_patch16_224", image_size=24, model_args={**SMALL, "patch_size": 8})
-    encoder = Encoder(backbone, ProjectionHead(32, hidden_dim=16, out_dim=8))
+    encoder = small_encoder(image_size=24, model_args={**SMALL, "patch_size": 8})
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     images = [torch.randn(n, 3, height, width).contiguous(memory_format=memory_format) for n, height, width in crops]
     images = [image[:, :, :, :] if channels_last else image.flip(0) for image in images]
-    expected = torch.cat([encoder.head(backbone(image)) for image in images])
+    expected = torch.cat([encoder.head(encoder.backbone(image)) for image in images])
     assert torch.allclose(encoder(images), expected, atol=2e-6)
 
 
@@ -263,7 +262,7 @@ def test_other_networks_fall_back_with_a_reason(arch, model_args, reason):
     backbone = build_backbone(arch, image_size=32, model_args={**SMALL, **model_args})
     supported, why = packed.supports(backbone)
     assert not supported
-    encoder = Encoder(backbone, ProjectionHead(backbone.feature_dim, hidden_dim=16, out_dim=8))
+    encoder = with_head(backbone)
     assert encoder.pass_name == "separate" and encoder.pass_reason == why
     with pytest.raises(ValueError, match=reason):
         Encoder(backbone, encoder.head, crops_pass="packed")

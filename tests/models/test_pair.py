@@ -3,16 +3,14 @@ import copy
 import pytest
 import torch
 
-from massl_fast.models.backbone import Encoder, build_backbone
-from massl_fast.models.head import ProjectionHead
 from massl_fast.models.pair import StudentTeacher
+from small_encoders import small_encoder
 
 
 def encoder(arch="vit_tiny_patch16_224", drop_path=0.0, **model_args):
     if arch.startswith("vit"):
         model_args = {"depth": 2, "embed_dim": 32, "num_heads": 2, **model_args}
-    backbone = build_backbone(arch, image_size=32, drop_path=drop_path, model_args=model_args)
-    return Encoder(backbone, ProjectionHead(backbone.feature_dim, hidden_dim=16, out_dim=8))
+    return small_encoder(arch, drop_path=drop_path, model_args=model_args)
 
 
 def test_the_teacher_starts_as_a_copy_without_gradient_or_drop_path():

@@ -6,11 +6,11 @@ import timm.models.vision_transformer as timm_vit
 import torch
 from safetensors.torch import save_file
 
-from massl_fast.models.backbone import Encoder, build_backbone
+from massl_fast.models.backbone import build_backbone
 from massl_fast.models.checkpoint_files import write_files
-from massl_fast.models.head import ProjectionHead
 from massl_fast.models.pair import StudentTeacher
 from massl_fast.models.published import load_backbone, start_from
+from small_encoders import small_encoder
 
 ARCH = "vit_tiny_patch16_224"
 SMALL = {"depth": 1, "embed_dim": 32, "num_heads": 2}
@@ -21,8 +21,7 @@ def make_pair(arch=ARCH, image_size=48, model_args=SMALL):
     torch.manual_seed(0)
 
     def encoder():
-        backbone = build_backbone(arch, image_size=image_size, model_args=model_args)
-        return Encoder(backbone, ProjectionHead(backbone.feature_dim, hidden_dim=16, out_dim=8))
+        return small_encoder(arch, image_size=image_size, model_args=model_args)
 
     pair = StudentTeacher(encoder(), encoder())
     with torch.no_grad():

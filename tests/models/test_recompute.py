@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from massl_fast.models.backbone import Encoder, build_backbone
 from massl_fast.models.head import ProjectionHead
+from small_encoders import with_head
 
 SMALL = {"depth": 3, "embed_dim": 32, "num_heads": 2}
 VARIANTS = {
@@ -111,9 +112,8 @@ def test_evaluation_recomputes_nothing():
 
 def test_a_separate_pass_recomputes_blocks_or_says_why_not():
     backbone = build_backbone("vit_tiny_patch16_224", image_size=32, model_args=SMALL)
-    head = ProjectionHead(32, hidden_dim=16, out_dim=8)
-    assert Encoder(backbone, head, crops_pass="separate", recompute="blocks").backbone.grad_checkpointing
+    assert with_head(backbone, crops_pass="separate", recompute="blocks").backbone.grad_checkpointing
     with pytest.raises(ValueError, match=r"model\.recompute is pointwise, which needs the packed pass"):
-        Encoder(backbone, head, crops_pass="separate", recompute="pointwise")
+        with_head(backbone, crops_pass="separate", recompute="pointwise")
     with pytest.raises(ValueError, match="can be nothing, pointwise or blocks"):
-        Encoder(backbone, head, recompute="everything")
+        with_head(backbone, recompute="everything")

@@ -13,9 +13,9 @@ from massl_fast.engine import phases
 from massl_fast.engine.build import build_objective, build_pair
 from massl_fast.engine.flops import step_flops
 from massl_fast.hardware import GPUS
-from massl_fast.models.precision import Precision
 from massl_fast.profiling import budget
 from massl_fast.profiling.estimate import estimate_step
+from small_encoders import FP32
 
 SMALL = ["--crops.global_size", "64", "--crops.local_size", "32", "--crops.num_local", "2", "--train.global_batch", "6"]
 SMALL += ["--model.architecture", "vit_tiny_patch16_224", "--model.model_args", "{depth: 2}", "--objective.memory_size", "2048"]
@@ -72,7 +72,7 @@ def test_operations_are_those_of_the_formula(accumulation, optimizer):
     found = budget.count_step(config, 6, accumulation)
     flops = sum(work.flops for work in found.values())
     again = found[phases.BACKWARD, "attention"].flops / 5
-    objective = build_objective(config, Precision("fp32", "test"), rank=0)
+    objective = build_objective(config, FP32, rank=0)
     pair, _ = build_pair(config, objective)
     sizes = [view.size for view in views_of(config.crops)]
     expected = step_flops(pair, objective, crop_sizes=sizes, batch=6 * accumulation)

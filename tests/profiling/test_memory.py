@@ -7,25 +7,18 @@ import torch
 
 from massl_fast.cli import main
 from massl_fast.config import Config, load_config
-from massl_fast.distributed.world import World
 from massl_fast.models.precision import choose_precision
 from massl_fast.profiling import ledger, memory, memory_report
 from massl_fast.profiling.estimate import WayOut, estimate_step, largest_batch, ways_out
 from massl_fast.profiling.ledger import Change, Piece, find_peak, highest_by_section, part_of, timeline
 from massl_fast.profiling.synthetic import SyntheticRun, micro_batches_of, synthetic_run
+from small_encoders import ONE_CPU
 
-CPU = World(0, 1, 0, torch.device("cpu"))
 VIT = ["--model.architecture", "vit_tiny_patch16_224", "--model.model_args", "{patch_size: 8, depth: 2, embed_dim: 48}"]
 SMALL = ["--objective.memory_size", "512", "--objective.block_size", "128", "--train.global_batch", "8", "--model.head_hidden_dim", "64"]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Beside other processes two threads spend most of their time waiting for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def settings(*more: str) -> Config:
@@ -34,8 +27,8 @@ def settings(*more: str) -> Config:
 
 def real_run(config: Config) -> SyntheticRun:
     accumulation, batch = micro_batches_of(config)
-    precision = choose_precision(config.train.precision, CPU.device)
-    run = synthetic_run(config, CPU, precision, device_batch=batch, accumulation=accumulation)
+    precision = choose_precision(config.train.precision, ONE_CPU.device)
+    run = synthetic_run(config, ONE_CPU, precision, device_batch=batch, accumulation=accumulation)
     run.crop_sets = run.crop_sets[:1]
     return run
 
@@ -105,7 +98,7 @@ def test_a_gpu_that_is_not_here_is_estimated():
     assert on_gpu.peak.by_category[ledger.MEMORY] < on_cpu.peak.by_category[ledger.MEMORY]  # bf16
     assert on_gpu.extras["cuBLAS workspace"] > 0
     assert set(on_gpu.beside) and all(size > 0 for size in on_gpu.beside.values()) and not on_cpu.beside
-    # A GPU's attention keeps no probabilities, whatever the format; a CPU's in 16 bits does.
+    # A GPU's attention keeps no probabilities, whatever the format; a ONE_CPU's in 16 bits does.
     config.train.precision = "bf16"
     for device_type, kept in (("cuda", False), ("cpu", True)):
         shapes = {change.piece.shape for change in estimate_step(config, device_type=device_type, device_batch=8).changes}

@@ -10,8 +10,8 @@ from massl_fast.distributed.world import World
 from massl_fast.profiling import estimate, memory, out_of_memory
 from massl_fast.profiling.out_of_memory import is_out_of_memory, write_out_of_memory_report
 from massl_fast.profiling.synthetic import synthetic_run
+from small_encoders import ONE_CPU
 
-CPU = World(0, 1, 0, torch.device("cpu"))
 TINY = ["--model.architecture", "vit_tiny_patch16_224", "--model.model_args", "{patch_size: 8, depth: 2, embed_dim: 24, num_heads: 2}"]
 TINY += ["--objective.memory_size", "64", "--objective.block_size", "32", "--train.global_batch", "16", "--model.head_hidden_dim", "16"]
 COMMANDS = {"memory": memory, "trace": profile_trace}
@@ -41,13 +41,13 @@ def test_what_is_out_of_memory():
 
 def test_a_step_that_runs_out_leaves_a_report(tmp_path):
     config = tiny()
-    run = synthetic_run(config, CPU, estimate.precision_on(config, "cpu"), device_batch=16)
+    run = synthetic_run(config, ONE_CPU, estimate.precision_on(config, "cpu"), device_batch=16)
     run.train_step.objective.register_forward_hook(lambda *_: torch.empty(2**50, dtype=torch.uint8))
     try:
         run.step()
     except RuntimeError as error:
         assert is_out_of_memory(error)
-        sentence = write_out_of_memory_report(config, CPU, tmp_path / "run")
+        sentence = write_out_of_memory_report(config, ONE_CPU, tmp_path / "run")
     path = tmp_path / "run" / "out_of_memory.txt"
     assert sentence.startswith("Out of memory: a step with micro-batches of 16 images needs about")
     assert "Cheapest way out: --train.micro_batch 8, which saves" in sentence and str(path) in sentence and "\n" not in sentence
@@ -78,13 +78,13 @@ def test_a_gpu_is_asked_what_others_hold(monkeypatch):
 
 def test_a_report_that_cannot_be_written_or_made_is_told(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    assert "could not be written to" in write_out_of_memory_report(tiny(), CPU, tmp_path / "file" / "run")
+    assert "could not be written to" in write_out_of_memory_report(tiny(), ONE_CPU, tmp_path / "file" / "run")
 
     def fails(*_):
         raise MemoryError
 
     monkeypatch.setattr(out_of_memory, "explain", fails)
-    assert "the report on it could not be made: MemoryError" in write_out_of_memory_report(tiny(), CPU, tmp_path)
+    assert "the report on it could not be made: MemoryError" in write_out_of_memory_report(tiny(), ONE_CPU, tmp_path)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

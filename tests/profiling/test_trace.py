@@ -12,21 +12,20 @@ from massl_fast.benchmarks.timing import PhaseClock
 from massl_fast.cli import main
 from massl_fast.commands import profile_trace
 from massl_fast.config import load_config
-from massl_fast.distributed.world import World
 from massl_fast.engine import phases
 from massl_fast.models.precision import choose_precision
 from massl_fast.profiling import trace
 from massl_fast.profiling.synthetic import END, SyntheticRun, synthetic_run
 from massl_fast.profiling.waits import find_waits
+from small_encoders import ONE_CPU
 
-CPU = World(0, 1, 0, torch.device("cpu"))
 TINY = ["--model.architecture", "vit_tiny_patch16_224", "--model.model_args", "{patch_size: 8, depth: 1, embed_dim: 24, num_heads: 2}"]
 TINY += ["--objective.memory_size", "64", "--objective.block_size", "32", "--train.global_batch", "2", "--model.head_hidden_dim", "16"]
 
 
 def tiny_run(*more: str, accumulation: int = 1) -> SyntheticRun:
     config = load_config("demo", [*TINY, *more])
-    return synthetic_run(config, CPU, choose_precision("fp32", CPU.device), device_batch=2, accumulation=accumulation)
+    return synthetic_run(config, ONE_CPU, choose_precision("fp32", ONE_CPU.device), device_batch=2, accumulation=accumulation)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "lars"])
@@ -50,7 +49,7 @@ def test_marks_change_no_number():
         torch.manual_seed(0)
         plain.step()
         torch.manual_seed(0)
-        with watched.observed(PhaseClock(CPU.device)):
+        with watched.observed(PhaseClock(ONE_CPU.device)):
             watched.step()
     for ours, theirs in zip(plain.train_step.pair.parameters(), watched.train_step.pair.parameters()):
         assert torch.equal(ours, theirs)
@@ -58,7 +57,7 @@ def test_marks_change_no_number():
 
 
 def test_the_clock_adds_up_the_parts_of_each_step():
-    clock = PhaseClock(CPU.device)
+    clock = PhaseClock(ONE_CPU.device)
     clock.marks = [("rest", 0.0), ("loss", 1.0), ("rest", 3.0), ("loss", 4.0), ("", 9.0), ("rest", 20.0), ("", 21.0)]
     assert clock.read() == [{"rest": 2.0, "loss": 7.0}, {"rest": 1.0}]
     assert clock.read() == []

@@ -8,15 +8,12 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-import torch
 
-from massl_fast.distributed.world import World
 from massl_fast.run import lock
 from massl_fast.run.checkpoint import CheckpointFolder
 from massl_fast.run.folder import prepare_folder
 from massl_fast.run.lock import FolderLock
-
-ONE = World(0, 1, 0, torch.device("cpu"))
+from small_encoders import ONE_CPU
 
 
 @pytest.fixture(autouse=True)
@@ -170,9 +167,9 @@ def test_starting_over_does_not_move_a_folder_that_is_in_use(tmp_path):
     (folder / "config.yaml").write_text("")
     child = other_process(folder)
     with pytest.raises(ValueError, match="in use"):
-        prepare_folder(folder, "never", checkpoints, ONE)
+        prepare_folder(folder, "never", checkpoints, ONE_CPU)
     child.communicate()
-    _, held = prepare_folder(folder, "never", checkpoints, ONE)
+    _, held = prepare_folder(folder, "never", checkpoints, ONE_CPU)
     assert [path.name for path in folder.iterdir()] == [lock.NAME]
     assert [path.name for path in (tmp_path / "run.1").iterdir()] == ["config.yaml"]
     with held:

@@ -7,12 +7,10 @@ import shutil
 import pytest
 import torch
 
-from massl_fast.distributed.world import World
 from massl_fast.run.checkpoint import CheckpointFolder, read_checkpoint, read_into, shapes_of
 from massl_fast.run.outputs import Telemetry, rows_up_to
 from massl_fast.run.saving import BackgroundSaver
-
-ONE = World(0, 1, 0, torch.device("cpu"))
+from small_encoders import ONE_CPU
 
 
 @pytest.fixture
@@ -26,7 +24,7 @@ def folder(tmp_path) -> CheckpointFolder:
 
 
 def test_training_may_go_on_while_a_checkpoint_is_written(folder, tensors):
-    saver = BackgroundSaver(folder, ONE)
+    saver = BackgroundSaver(folder, ONE_CPU)
     before = {name: tensor.clone() for name, tensor in tensors.items()}
     assert saver.save(1, tensors, {}) is None
     tensors["student/weight"].zero_()  # the next step
@@ -50,7 +48,7 @@ def test_tensors_are_read_in_place_with_their_own_dtype(folder, tensors):
 
 
 def test_a_disk_that_refuses_leaves_the_last_good_checkpoint_and_no_debris(folder, tensors):
-    saver = BackgroundSaver(folder, ONE)
+    saver = BackgroundSaver(folder, ONE_CPU)
     saver.save(1, tensors, {})
     assert saver.wait() is None
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
