@@ -13,6 +13,7 @@ from massl_fast.benchmarks.intervals import median_interval
 from massl_fast.report.figures import STAND_INS, drawing, plain, ticker
 
 COLOURS = ("--blue", "--orange", "--green", "--violet", "--muted")
+INK, MUTED = STAND_INS["--ink"], STAND_INS["--muted"]
 MIB = 2**20
 # Of memory: a colour and how opaque it is, for each category of profiling.ledger.
 MEMORY_COLOURS = {
@@ -47,14 +48,14 @@ def bars(items: Sequence[Bar], unit: str, *, wide: bool = False) -> str:
         for row, (item, value, interval) in enumerate(zip(items, medians, intervals)):
             axes.barh(row, value, height=0.62, color=STAND_INS[item.colour], linewidth=0)
             if interval:
-                axes.plot(interval, [row, row], color=STAND_INS["--ink"], linewidth=1)
+                axes.plot(interval, [row, row], color=INK, linewidth=1)
             text = f"{_number(value)} {unit}" + (f" · {item.note}" if item.note else "")
-            axes.text(1.01, row, text, transform=axes.get_yaxis_transform(), va="center", color=STAND_INS["--ink"], fontsize=8.5)
+            axes.text(1.01, row, text, transform=axes.get_yaxis_transform(), va="center", color=INK, fontsize=8.5)
         axes.set_yticks(range(len(items)), [item.label for item in items])
         axes.invert_yaxis()
         axes.set_xlim(0, longest * 1.04)
         plain(axes)
-        axes.tick_params(axis="y", colors=STAND_INS["--ink"])
+        axes.tick_params(axis="y", colors=INK)
         axes.xaxis.set_major_locator(ticker.NullLocator())
         axes.spines["bottom"].set_visible(False)
         return finish()
@@ -77,9 +78,9 @@ def roofline(dots: Sequence[Dot], matrix_rate: float, bandwidth: float) -> str:
         ridge = matrix_rate / bandwidth
         left = min([ridge / 8, *(dot.intensity / 3 for dot in dots)])
         right = max([ridge * 8, *(dot.intensity * 3 for dot in dots)])
-        axes.plot([left, ridge, right], [left * bandwidth, matrix_rate, matrix_rate], color=STAND_INS["--ink"], linewidth=1.4, zorder=2)
-        axes.text(right, matrix_rate * 1.12, f"matrix product {_number(matrix_rate / 1e12)} TFLOP/s", ha="right", color=STAND_INS["--ink"])
-        axes.text(left * 1.3, left * bandwidth, f"copy {_number(bandwidth / 1e9)} GB/s", color=STAND_INS["--ink"])
+        axes.plot([left, ridge, right], [left * bandwidth, matrix_rate, matrix_rate], color=INK, linewidth=1.4, zorder=2)
+        axes.text(right, matrix_rate * 1.12, f"matrix product {_number(matrix_rate / 1e12)} TFLOP/s", ha="right", color=INK)
+        axes.text(left * 1.3, left * bandwidth, f"copy {_number(bandwidth / 1e9)} GB/s", color=INK)
         named: set[str] = set()
         for dot in dots:
             colour = STAND_INS[dot.colour]
@@ -99,8 +100,8 @@ def roofline(dots: Sequence[Dot], matrix_rate: float, bandwidth: float) -> str:
         _powers(axes.yaxis, "FLOP/s")
         if highest < 100 * lowest:
             axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
-        axes.set_xlabel("operations per byte of least traffic", color=STAND_INS["--muted"], loc="right")
-        axes.set_ylabel("FLOP/s", color=STAND_INS["--muted"])
+        axes.set_xlabel("operations per byte of least traffic", color=MUTED, loc="right")
+        axes.set_ylabel("FLOP/s", color=MUTED)
         _legend(axes)
         return finish()
 
@@ -131,8 +132,8 @@ def over_sizes(lines: Sequence[Line], x_label: str, unit: str) -> str:
         axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1,)) if high > 30 * low else ticker.LogLocator(subs=(1, 2, 5), numticks=12))
         axes.yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
         axes.yaxis.set_minor_formatter(ticker.NullFormatter())
-        axes.set_xlabel(x_label, color=STAND_INS["--muted"], loc="right")
-        axes.set_ylabel(unit, color=STAND_INS["--muted"])
+        axes.set_xlabel(x_label, color=MUTED, loc="right")
+        axes.set_ylabel(unit, color=MUTED)
         _legend(axes, columns=2)
         return finish()
 
@@ -146,14 +147,12 @@ def split(parts: dict[str, float], unit: str) -> str:
             colour, alpha = COLOURS[number % len(COLOURS)], (0.9, 0.5)[number // len(COLOURS) % 2]
             axes.barh(0, value, left=left, height=0.7, color=STAND_INS[colour], alpha=alpha, label=label, linewidth=0)
             if value / total >= 0.04:
-                axes.text(
-                    left + value / 2, 0, f"{100 * value / total:.0f} %", ha="center", va="center", color=STAND_INS["--ink"], fontsize=8.5
-                )
+                axes.text(left + value / 2, 0, f"{100 * value / total:.0f} %", ha="center", va="center", color=INK, fontsize=8.5)
             left += value
         axes.set_xlim(0, total)
         plain(axes)
         axes.yaxis.set_major_locator(ticker.NullLocator())
-        axes.set_xlabel(unit, color=STAND_INS["--muted"], loc="right")
+        axes.set_xlabel(unit, color=MUTED, loc="right")
         _legend(axes, columns=9)
         return finish()
 
@@ -170,20 +169,18 @@ def waterfall(estimated: dict[str, int], measured: dict[str, int] | None) -> str
             colour, alpha = MEMORY_COLOURS.get(name.split(":")[0], ("--muted", 0.7))
             axes.barh(row, size, left=left, height=0.6, color=STAND_INS[colour], alpha=alpha, linewidth=0)
             if measured is not None:
-                axes.barh(row, guess, left=left_estimated, height=0.82, fill=False, edgecolor=STAND_INS["--ink"], linewidth=0.7)
+                axes.barh(row, guess, left=left_estimated, height=0.82, fill=False, edgecolor=INK, linewidth=0.7)
             left, left_estimated = left + size, left_estimated + guess
-            axes.text(
-                max(left, left_estimated) + 0.008 * total, row, f"{_number(size)}", va="center", color=STAND_INS["--ink"], fontsize=8.5
-            )
-        axes.barh(len(names), left, height=0.6, color=STAND_INS["--ink"], alpha=0.8, linewidth=0)
-        axes.text(left + 0.008 * total, len(names), f"{_number(left)}", va="center", color=STAND_INS["--ink"], fontsize=8.5)
+            axes.text(max(left, left_estimated) + 0.008 * total, row, f"{_number(size)}", va="center", color=INK, fontsize=8.5)
+        axes.barh(len(names), left, height=0.6, color=INK, alpha=0.8, linewidth=0)
+        axes.text(left + 0.008 * total, len(names), f"{_number(left)}", va="center", color=INK, fontsize=8.5)
         axes.set_yticks(range(len(names) + 1), [*names, "peak"])
         axes.invert_yaxis()
         axes.set_xlim(0, total * 1.09)
         plain(axes)
-        axes.tick_params(axis="y", colors=STAND_INS["--ink"])
+        axes.tick_params(axis="y", colors=INK)
         axes.xaxis.set_major_locator(ticker.MaxNLocator(6))
-        axes.set_xlabel("MiB", color=STAND_INS["--muted"], loc="right")
+        axes.set_xlabel("MiB", color=MUTED, loc="right")
         return finish()
 
 
@@ -203,21 +200,21 @@ def memory_timeline(line: dict[str, Any], by_moment: bool) -> str:
         highest = max(base, default=0.0)
         if base:
             at = base.index(highest)
-            axes.plot(xs[at], highest, "v", color=STAND_INS["--ink"], markersize=5, clip_on=False, zorder=4)
+            axes.plot(xs[at], highest, "v", color=INK, markersize=5, clip_on=False, zorder=4)
         edges = [0] + [i for i in range(1, count) if line["sections"][i] != line["sections"][i - 1]] + [count - 1]
         for begin, end in pairwise(edges):
             if begin:
-                axes.axvline(xs[begin], color=STAND_INS["--muted"], linewidth=0.5, linestyle=(0, (2, 3)), zorder=5)
+                axes.axvline(xs[begin], color=MUTED, linewidth=0.5, linestyle=(0, (2, 3)), zorder=5)
             if count and (xs[end] - xs[begin]) > 0.07 * (xs[-1] - xs[0]):
                 middle = (xs[begin] + xs[end]) / 2
-                axes.text(middle, highest * 1.05, line["sections"][begin], ha="center", color=STAND_INS["--muted"], fontsize=8)
+                axes.text(middle, highest * 1.05, line["sections"][begin], ha="center", color=MUTED, fontsize=8)
         axes.set_xlim(xs[0] if xs else 0, xs[-1] if xs else 1)
         axes.set_ylim(0, highest * 1.13 or 1)
         plain(axes, grid=True)
         axes.yaxis.set_major_locator(ticker.MaxNLocator(5))
-        axes.set_ylabel("MiB", color=STAND_INS["--muted"])
+        axes.set_ylabel("MiB", color=MUTED)
         x_label = "allocations and releases, in order" if by_moment else "ms, while every operator is watched"
-        axes.set_xlabel(x_label, color=STAND_INS["--muted"], loc="right")
+        axes.set_xlabel(x_label, color=MUTED, loc="right")
         _legend(axes, columns=9)
         return finish()
 
@@ -231,7 +228,7 @@ def _legend(axes, columns: int = 5) -> None:
         borderaxespad=0.1,
         handlelength=1.2,
         columnspacing=1.2,
-        labelcolor=STAND_INS["--ink"],
+        labelcolor=INK,
         fontsize=8.5,
     )
 
