@@ -1,4 +1,4 @@
-"""Does a faster way of taking a step change what is learned? ``python tests/equal_curves.py IMAGES [--steps 200] [--dtype float64]``
+"""Does a faster way of taking a step change what is learned? ``python tests/equal_curves.py IMAGES [--steps 200] [--dtype float64] [--ways …]``
 
 One seed, the same crops of real photos, and every way of taking the step beside the plain one: a pass a crop size, the loss from logits,
 PyTorch's AdamW, launched from Python. Printed is how far each loss curve lies from the plain one at most, and, as the measure of what
@@ -6,6 +6,9 @@ rounding alone does over so many steps, how far the plain one lies from itself w
 code 1 where a way differs by more than ten times that. Products in bf16 are another rounding of everything; their curves may differ by 2 %.
 (In float64 timm's own interpolation of position embeddings, in float32, is what
 sets the plain way apart.)
+
+Under ``torchrun --nproc-per-node 2`` the batch is shared by two processes, the plain step is DistributedDataParallel's, and gradients that are
+exchanged as one flat buffer stand beside it; what holds for one process is compared in one.
 
 On a CPU a tape of operators stands in for the CUDA graph (tests/operator_tape.py).
 """
@@ -24,7 +27,7 @@ from torch import Tensor
 
 from massl_fast.config import Config, load_config
 from massl_fast.data.loaders import loader_without_run, open_data
-from massl_fast.distributed.world import World, join_world
+from massl_fast.distributed.world import World, join_world, leave_world
 from massl_fast.engine.build import build_objective, build_pair, build_step
 from massl_fast.engine.graphed_step import GraphedStep
 from massl_fast.engine.schedules import Schedules
@@ -34,7 +37,6 @@ from massl_fast.models.precision import Precision
 from massl_fast.models.products import multiply_by_onednn_
 from massl_fast.models.varlen import one_by_one
 
-sys.path.insert(0, str(Path(__file__).parent / "engine"))
 from operator_tape import OperatorTape
 
 RECIPE = """
@@ -68,6 +70,14 @@ NARROW = {
     "packed, bf16, tokens too": ("--train.precision", "bf16", "--model.residual", "bf16"),
 }
 """Ways of a step in 16 bits; beside steps in float32 only."""
+OF_RANKS = {
+    "plain": PLAIN,
+    "plain, last bit of weights changed": PLAIN,
+    "packed": (),
+    "packed, one flat exchange": ("--parallel.gradients", "flat"),
+    "packed, one flat exchange, recorded": ("--train.cuda_graph", "true", "--optimizer.name", "adamw_with_teacher"),
+}
+"""Ways of a step of several processes."""
 ALLOWED_OF_NARROW = 0.02
 """Relative difference of a loss."""
 ALLOWED = 10.0
@@ -79,11 +89,21 @@ def main() -> int:
     parser.add_argument("images", help="folder or tars of images")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--dtype", choices=["float32", "float64"], default="float32")
+    parser.add_argument("--ways", nargs="+", metavar="NAME", help="these alone beside the plain ones, for a run in parts")
     args = parser.parse_args()
-    curves = curves_of(args.images, args.steps, getattr(torch, args.dtype))
+    world = join_world()
+    dtype = getattr(torch, args.dtype)
+    ways = OF_RANKS if world.size > 1 else WAYS | (NARROW if dtype == torch.float32 else {})
+    if unknown := set(args.ways or ()) - set(ways):
+        parser.error(f"no way here is called {', '.join(unknown)}; there are {', '.join(ways)}")
+    ways = {name: settings for name, settings in ways.items() if not args.ways or settings is PLAIN or name in args.ways}
+    curves = curves_of(ways, args.images, args.steps, dtype, world)
+    leave_world()
+    if not world.is_main:
+        return 0
     plain, control = curves["plain"], difference(curves["plain"], curves["plain, last bit of weights changed"])
     print(
-        f"{args.steps} steps, {args.dtype}: plain loss {plain[0]:.4f} to {plain[-1]:.4f}, between {plain.min():.4f} and {plain.max():.4f}"
+        f"{args.steps} steps, {args.dtype}, {world.size} processes: plain loss {plain[0]:.4f} to {plain[-1]:.4f}, between {plain.min():.4f} and {plain.max():.4f}"
     )
     print(f"{'largest relative difference to plain':<40}{'of the loss':>12}{'step 10':>12}")
     for name, curve in list(curves.items())[1:]:
@@ -97,29 +117,26 @@ def difference(one: Tensor, other: Tensor) -> float:
     return ((one - other).abs() / one.abs()).max().item()
 
 
-def curves_of(images: str, steps: int, dtype: torch.dtype) -> dict[str, Tensor]:
+def curves_of(asked: dict[str, tuple[str, ...]], images: str, steps: int, dtype: torch.dtype, world: World) -> dict[str, Tensor]:
     """Losses [steps] of each way; all see the same crops."""
-    world = join_world()
     with tempfile.TemporaryDirectory() as folder:
         recipe = Path(folder, "equal_curves.yaml")
         recipe.write_text(RECIPE)
-        asked = WAYS | (NARROW if dtype == torch.float32 else {})
         configs = {name: load_config(str(recipe), ["--data.train", images, *settings]) for name, settings in asked.items()}
         config = configs["plain"]
         ways = {name: way_of(name, config, world, dtype) for name, config in configs.items()}
         losses: dict[str, list[Tensor]] = {name: [] for name in ways}
         source = open_data(config.data.train, "data.train", "train")
-        with loader_without_run(config, source, world, device_batch=config.train.global_batch, accumulation=1) as loader:
+        batch_of_rank = config.train.global_batch // world.size
+        with loader_without_run(config, source, world, device_batch=batch_of_rank, accumulation=1) as loader:
             objective = build_objective(config, Precision("fp32", "a comparison of roundings"), 0)
-            schedules = Schedules(
-                config, Length(steps, loader.steps_per_epoch, config.train.global_batch, 1, config.train.global_batch), objective
-            )
+            schedules = Schedules(config, Length(steps, loader.steps_per_epoch, config.train.global_batch, 1, batch_of_rank), objective)
             for number, batch in zip(range(steps), loader.batches(0)):
                 crops = [crop.to(world.device, dtype) for crop in batch.crops]
                 for name, way in ways.items():
                     torch.manual_seed(zlib.crc32(f"{config.run.seed}/{number}/0".encode()))
                     losses[name].append(way([crops], schedules.at(number), number).loss.double().clone())
-    return {name: torch.stack(found) for name, found in losses.items()}
+    return {name: world.mean(torch.stack(found)) for name, found in losses.items()}
 
 
 def way_of(name: str, config: Config, world: World, dtype: torch.dtype) -> Callable[..., StepResult]:
