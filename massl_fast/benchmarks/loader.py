@@ -209,7 +209,7 @@ def published_transform(view: View):
     from torchvision import transforms as t
 
     steps = [
-        t.RandomResizedCrop(view.size, scale=view.scale, interpolation=t.InterpolationMode.BICUBIC),
+        t.RandomResizedCrop(view.size, scale=view.scale, interpolation=t.InterpolationMode(view.interpolation)),
         t.RandomHorizontalFlip(view.flip_probability),
         t.RandomApply([t.ColorJitter(*view.jitter)], view.jitter_probability),
         t.RandomGrayscale(view.grayscale_probability),

@@ -139,6 +139,8 @@ class CropsSection(Section):
     """Area of a global crop as a share of the image, smallest and largest."""
     local_scale: tuple[Share, Share] = (0.05, 0.32)
     """Area of a local crop as a share of the image, smallest and largest."""
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    """How crops are resized, antialiased either way: bicubic (MaSSL, CARP, DINO, iBOT) or bilinear (MoCo v3)."""
     flip_probability: Share = 0.5
     """Probability of a horizontal flip."""
     jitter: tuple[Jitter, Jitter, Jitter, Hue] = (0.4, 0.4, 0.2, 0.1)

@@ -2,7 +2,7 @@
 
 The steps and their order are those of the published augmentation (Silva et al. 2024, section 4; the multi-crop of Caron et al. 2021):
 
-    random resized crop (bicubic, antialiased) -> flip -> colour jitter in random order -> grey -> blur -> solarize -> normalise
+    random resized crop (bicubic or bilinear, antialiased) -> flip -> colour jitter in random order -> grey -> blur -> solarize -> normalise
 
 ``draw`` decides, ``apply`` carries out. They are apart so that the distribution of what is drawn can be tested without an image,
 and so that another loader can carry out the very same draw.
@@ -41,6 +41,7 @@ class View:
     size: int = 224  # pixels, both sides of the output
     scale: tuple[float, float] = (0.32, 1.0)  # share of the image's area that the crop covers
     ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height of the crop, drawn log-uniformly
+    interpolation: str = "bicubic"  # or bilinear: how the crop is resized, antialiased either way
     flip_probability: float = 0.5
     jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)
     jitter_probability: float = 0.8
@@ -60,6 +61,7 @@ class View:
         demand(self.size >= 1, "size", "at least 1 pixel")
         demand(0 < self.scale[0] <= self.scale[1] <= 1, "scale", "two shares of the image's area, 0 < least <= most <= 1")
         demand(0 < self.ratio[0] <= self.ratio[1], "ratio", "two width-to-height ratios, 0 < least <= most")
+        demand(self.interpolation in ("bicubic", "bilinear"), "interpolation", "bicubic or bilinear")
         for name in ("flip", "jitter", "grayscale", "blur", "solarize"):
             demand(0 <= getattr(self, f"{name}_probability") <= 1, f"{name}_probability", "a probability from 0 to 1")
         demand(len(self.jitter) == 4 and min(self.jitter) >= 0, "jitter", "four strengths of at least 0")
@@ -207,7 +209,8 @@ def resize(pixels: torch.Tensor, drawn: Drawn) -> np.ndarray:
     left, top = min(round(drawn.left / scale), pixels.shape[1] - 1), min(round(drawn.top / scale), pixels.shape[0] - 1)
     right, bottom = round((drawn.left + drawn.width) / scale), round((drawn.top + drawn.height) / scale)
     box = pixels[top : max(bottom, top + 1), left : max(right, left + 1)]
-    resized = torch.nn.functional.interpolate(box.permute(2, 0, 1)[None], size=(size, size), mode="bicubic", antialias=True)
+    mode = drawn.view.interpolation
+    resized = torch.nn.functional.interpolate(box.permute(2, 0, 1)[None], size=(size, size), mode=mode, antialias=True)
     return (resized.flip(-1) if drawn.flip else resized)[0].numpy()
 
 

@@ -39,6 +39,7 @@ def views_of(crops: CropsSection) -> tuple[View, ...]:
         num_local=crops.num_local,
         global_scale=crops.global_scale,
         local_scale=crops.local_scale,
+        interpolation=crops.interpolation,
         blur_probabilities=crops.blur_probability,
         solarize_probabilities=crops.solarize_probability,
         flip_probability=crops.flip_probability,

@@ -126,12 +126,13 @@ def test_blur_weights_have_the_variance_asked_for(sigma):
     assert variance == pytest.approx(sigma**2, rel=0.02, abs=0.01)
 
 
-def test_crop_and_resize_are_pillows(photos):
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+def test_crop_and_resize_are_pillows(photos, interpolation):
     for n, photo in enumerate(photos):
         for size in (16, 96, 224):
-            drawn = draw(View(size=size, scale=(0.05, 1.0)), sample_generator(0, 0, n), *photo.size)
+            drawn = draw(View(size=size, scale=(0.05, 1.0), interpolation=interpolation), sample_generator(0, 0, n), *photo.size)
             box = (drawn.top, drawn.left, drawn.height, drawn.width)
-            theirs = tv.resized_crop(photo, *box, [size, size], InterpolationMode.BICUBIC, antialias=True)
+            theirs = tv.resized_crop(photo, *box, [size, size], InterpolationMode(interpolation), antialias=True)
             theirs = tv.horizontal_flip(theirs) if drawn.flip else theirs
             off = difference(resize(torch.from_numpy(np.array(photo)), drawn), theirs)
             assert off.max() <= 3 and off.mean() <= 0.25
@@ -401,6 +402,7 @@ def test_published_views():
         ({"scale": (0.0, 1.0)}, "scale"),
         ({"scale": (0.5, 0.3)}, "scale"),
         ({"ratio": (2.0, 1.0)}, "ratio"),
+        ({"interpolation": "nearest"}, "interpolation"),
         ({"flip_probability": 1.1}, "flip_probability"),
         ({"jitter": (0.4, 0.4, 0.2, 0.6)}, "hue"),
         ({"jitter": (0.4, 0.4, 0.2)}, "jitter"),

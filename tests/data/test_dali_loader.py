@@ -104,6 +104,7 @@ OPERATIONS = {
     "solarize": (only(solarize_probability=0.5), 0, 0),
     "solarize at 60": (only(solarize_probability=1, solarize_threshold=60), 0, 0),
     "all": (View(size=96, blur_probability=0.5), 4.0, 255),
+    "resize, bilinear": (only(**RESIZE, size=96, interpolation="bilinear"), 0.3, 40),
 }
 
 

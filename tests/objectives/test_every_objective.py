@@ -6,6 +6,7 @@ import torch
 from safetensors.torch import load_file
 
 from massl_fast.config import SETTINGS, load_config, recipe_names
+from massl_fast.data.loaders import views_of
 from massl_fast.distributed.world import World
 from massl_fast.engine.graphed_step import WARM_UP, GraphedStep
 from massl_fast.engine.optimizer import optimizer_tensors
@@ -204,3 +205,5 @@ def test_recipes_build(recipe):
     config = load_config(recipe, ["--data.train", "somewhere"])
     assert config.objective.name in recipe
     assert objective_class(config.objective.name).Settings is type(config.objective)
+    published = "bilinear" if config.objective.name == "moco_v3" else "bicubic"
+    assert {view.interpolation for view in views_of(config.crops)} == {published}

@@ -13,6 +13,9 @@ from massl_fast.data.crops import View
 from massl_fast.data.dali.draws import Draws
 
 
+INTERPOLATIONS = {"bicubic": types.INTERP_CUBIC, "bilinear": types.INTERP_LINEAR}
+
+
 def drawn_inputs(views: Sequence[View]) -> list[str]:
     """The fields of Draws that the graph of these views takes."""
     names = ["start", "end"]
@@ -74,7 +77,7 @@ def _resized(images, drawn: dict, n: int, view: View):
         size=[view.size, view.size],
         roi_start=drawn["start"][n],
         roi_end=drawn["end"][n],
-        interp_type=types.INTERP_CUBIC,
+        interp_type=INTERPOLATIONS[view.interpolation],
         antialias=True,
     )
 
