@@ -192,6 +192,12 @@ class Objective(nn.Module, ABC):
         return [persistent[name] for name, _ in self.named_buffers() if name in persistent]
 
 
+def head_sizes(config: Config, feature_dim: int) -> dict[str, int]:
+    """What all heads take from the section ``model``, by the names of their arguments, for features of width C."""
+    model = config.model
+    return {"in_dim": feature_dim, "hidden_dim": model.head_hidden_dim, "out_dim": model.embedding_dim, "num_layers": model.head_layers}
+
+
 def patch_side(config: Config) -> int:
     """Side of a patch in pixels, from ``model.model_args`` or else from timm's name of the transformer."""
     named = re.search(r"patch(\d+)", config.model.architecture)

@@ -14,7 +14,7 @@ from massl_fast.kernels import partition_consistency
 from massl_fast.length import Length
 from massl_fast.models.heads import PrototypeHead
 from massl_fast.models.precision import Precision
-from massl_fast.objectives.base import At, Metric, Objective, Outcome, spread
+from massl_fast.objectives.base import At, Metric, Objective, Outcome, head_sizes, spread
 
 UNEVEN = "block_entropy_nats"
 
@@ -58,19 +58,9 @@ class CarpObjective(Objective):
         return cls(config, config.run.seed)
 
     def heads(self, feature_dim: int) -> tuple[nn.Module, nn.Module]:
-        model = self.config.model
+        sizes = head_sizes(self.config, feature_dim)
         student, teacher = (
-            PrototypeHead(
-                feature_dim,
-                hidden_dim=model.head_hidden_dim,
-                out_dim=model.embedding_dim,
-                num_layers=model.head_layers,
-                prototypes=self.settings.prototypes,
-                free_norm=False,
-                batch_norm=True,
-                unit=False,
-            )
-            for _ in range(2)
+            PrototypeHead(**sizes, prototypes=self.settings.prototypes, free_norm=False, batch_norm=True, unit=False) for _ in range(2)
         )
         return student, teacher
 

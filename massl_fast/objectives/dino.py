@@ -16,7 +16,7 @@ from massl_fast.kernels import available_backends, prototype_cross_entropy, sink
 from massl_fast.length import Length, linear
 from massl_fast.models.heads import PrototypeHead
 from massl_fast.models.precision import Precision
-from massl_fast.objectives.base import At, Curve, Metric, Objective, Outcome, spread
+from massl_fast.objectives.base import At, Curve, Metric, Objective, Outcome, head_sizes, spread
 from massl_fast.objectives.meters import assignment_meters
 
 LAST_LAYER = "head.last_layer."
@@ -58,17 +58,10 @@ class DinoObjective(Objective):
         return cls(config, precision.dtype)
 
     def heads(self, feature_dim: int) -> tuple[nn.Module, nn.Module]:
-        model = self.config.model
+        sizes = head_sizes(self.config, feature_dim)
         student, teacher = (
             PrototypeHead(
-                feature_dim,
-                hidden_dim=model.head_hidden_dim,
-                out_dim=model.embedding_dim,
-                num_layers=model.head_layers,
-                prototypes=self.settings.prototypes,
-                free_norm=not self.settings.freeze_norm,
-                batch_norm=False,
-                unit=True,
+                **sizes, prototypes=self.settings.prototypes, free_norm=not self.settings.freeze_norm, batch_norm=False, unit=True
             )
             for _ in range(2)
         )

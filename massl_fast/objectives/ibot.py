@@ -15,7 +15,7 @@ from massl_fast.length import Length, linear
 from massl_fast.models.backbone import Masks
 from massl_fast.models.flops import linear_flops
 from massl_fast.models.heads import PatchPrototypeHead
-from massl_fast.objectives.base import At, Curve, Inputs, Metric, Outcome, patches_of
+from massl_fast.objectives.base import At, Curve, Inputs, Metric, Outcome, head_sizes, patches_of
 from massl_fast.objectives.dino import LAST_LAYER, DinoObjective, move_center_
 from massl_fast.objectives.draws import block_masks, chosen_rows, names_of_crops
 
@@ -48,13 +48,10 @@ class IbotObjective(DinoObjective):
         self.register_buffer("patch_center", torch.zeros(self.settings.prototypes))
 
     def heads(self, feature_dim: int) -> tuple[nn.Module, nn.Module]:
-        model = self.config.model
+        sizes = head_sizes(self.config, feature_dim)
         student, teacher = (
             PatchPrototypeHead(
-                feature_dim,
-                hidden_dim=model.head_hidden_dim,
-                out_dim=model.embedding_dim,
-                num_layers=model.head_layers,
+                **sizes,
                 prototypes=self.settings.prototypes,
                 free_norm=not self.settings.freeze_norm,
                 shared=self.settings.shared_head,

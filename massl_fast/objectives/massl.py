@@ -17,7 +17,7 @@ from massl_fast.kernels import available_backends, enqueue_, memory_cross_entrop
 from massl_fast.length import Length, linear
 from massl_fast.models.head import ProjectionHead
 from massl_fast.models.precision import DTYPES, Precision
-from massl_fast.objectives.base import At, Curve, Metric, Objective, Outcome, spread
+from massl_fast.objectives.base import At, Curve, Metric, Objective, Outcome, head_sizes, spread
 
 
 class MasslObjective(Objective):
@@ -103,11 +103,7 @@ class MasslObjective(Objective):
         return objective
 
     def heads(self, feature_dim: int) -> tuple[nn.Module, nn.Module]:
-        model = self.config.model
-        student, teacher = (
-            ProjectionHead(feature_dim, hidden_dim=model.head_hidden_dim, out_dim=model.embedding_dim, num_layers=model.head_layers)
-            for _ in range(2)
-        )
+        student, teacher = (ProjectionHead(**head_sizes(self.config, feature_dim)) for _ in range(2))
         return student, teacher
 
     def forward(self, student: Tensor, teacher: Tensor, at: At) -> Outcome:

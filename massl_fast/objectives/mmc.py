@@ -19,7 +19,7 @@ from massl_fast.models.backbone import Masks
 from massl_fast.models.flops import linear_flops
 from massl_fast.models.heads import ClassPatchPixelHead
 from massl_fast.models.precision import Precision
-from massl_fast.objectives.base import At, Inputs, Metric, Objective, Outcome, patch_side, patches_of, spread
+from massl_fast.objectives.base import At, Inputs, Metric, Objective, Outcome, head_sizes, patch_side, patches_of, spread
 from massl_fast.objectives.draws import names_of_crops, small_blocks, uniforms
 from massl_fast.objectives.meters import positive_rank
 
@@ -60,18 +60,9 @@ class MmcObjective(Objective):
         return cls(config, precision.dtype)
 
     def heads(self, feature_dim: int) -> tuple[nn.Module, nn.Module]:
-        model = self.config.model
+        sizes = head_sizes(self.config, feature_dim)
         side = patch_side(self.config)
-        student, teacher = (
-            ClassPatchPixelHead(
-                feature_dim,
-                hidden_dim=model.head_hidden_dim,
-                out_dim=model.embedding_dim,
-                num_layers=model.head_layers,
-                pixels=pixels,
-            )
-            for pixels in (3 * side * side, 0)
-        )
+        student, teacher = (ClassPatchPixelHead(**sizes, pixels=pixels) for pixels in (3 * side * side, 0))
         return student, teacher
 
     def student_inputs(self, crops: list[Tensor], at: At) -> Inputs:

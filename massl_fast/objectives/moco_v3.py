@@ -11,7 +11,7 @@ from massl_fast.kernels import available_backends, contrast
 from massl_fast.length import Length
 from massl_fast.models.heads import ContrastHead
 from massl_fast.models.precision import Precision
-from massl_fast.objectives.base import At, Metric, Objective, Outcome, spread
+from massl_fast.objectives.base import At, Metric, Objective, Outcome, head_sizes, spread
 from massl_fast.objectives.meters import positive_rank
 
 
@@ -46,16 +46,10 @@ class MocoV3Objective(Objective):
         return cls(config, precision.dtype)
 
     def heads(self, feature_dim: int) -> tuple[nn.Module, nn.Module]:
-        model = self.config.model
+        sizes = head_sizes(self.config, feature_dim)
         student, teacher = (
             ContrastHead(
-                feature_dim,
-                hidden_dim=model.head_hidden_dim,
-                out_dim=model.embedding_dim,
-                num_layers=model.head_layers,
-                predictor=predictor,
-                last_batch_norm_of_predictor=self.settings.predictor_batch_norm,
-                views=self.teacher_views,
+                **sizes, predictor=predictor, last_batch_norm_of_predictor=self.settings.predictor_batch_norm, views=self.teacher_views
             )
             for predictor in (True, False)
         )
