@@ -236,6 +236,9 @@ class TeacherSection(Section):
     """Momentum of the teacher's moving average at step 0."""
     momentum_end: Share = 1.0
     """Where the momentum's cosine ends."""
+    moves: Literal["after_student", "before_student"] = "after_student"
+    """after_student: towards the weights that the optimizer's step has just made; before_student: towards those that the step began with
+    (CARP's published code)."""
 
 
 class TrainSection(Section):

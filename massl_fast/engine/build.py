@@ -83,7 +83,8 @@ def build_step(
 ) -> TrainStep:
     """The step of ``pair`` and ``objective``, which lie on ``world.device``, with the optimizer and clipping of the settings.
 
-    Raises ValueError for an optimizer that cannot run here, or an exchange of gradients that does not fit the rest.
+    Raises ValueError for an optimizer that cannot run here, or an exchange of gradients or an order of the teacher's move that does not
+    fit the rest.
     """
     sharded = isinstance(pair.student, FSDPModule)
     exchange, _ = choose_exchange(config.parallel.gradients, recorded=config.train.cuda_graph, sharded=sharded, world_size=world.size)
@@ -97,4 +98,5 @@ def build_step(
         clip_mode=config.optimizer.clip_mode,
         before_exchange=before_exchange,
         flat_gradients=exchange == "flat",
+        teacher_first=config.teacher.moves == "before_student",
     )

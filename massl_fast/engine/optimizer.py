@@ -103,9 +103,11 @@ def update_weights_(
     clip: float,
     clip_mode: str,
     loss_scale: Tensor | None = None,
+    teacher_first: bool = False,
     observe: Observer = unobserved,
 ) -> None:
-    """Clip, step and move the teacher; where ``finite`` (bool 0-d tensor) is false, nothing changes.
+    """Clip, step and move the teacher, or with ``teacher_first`` move the teacher and step; where ``finite`` (bool 0-d tensor) is false,
+    nothing changes. An ``AdamWWithTeacher`` has the teacher follow whatever ``teacher_first`` says.
 
     ``gradients``: of those of the student's parameters that have one, in their order, multiplied by ``loss_scale`` (0-d, where there is
     one); ``norms``
@@ -123,14 +125,21 @@ def update_weights_(
     if clip or loss_scale is not None:
         torch._foreach_mul_(gradients, list(factors.unbind()))
     apply_settings(optimizer, settings)
+    if teacher_first:
+        _move_teacher_(pair, finite, settings, observe)
     observe(OPTIMIZER)
     if skips_on_device(optimizer):
         optimizer.found_inf = (~finite).to(torch.float32)
         optimizer.step()
     elif finite.item():  # apex's optimizer: it has no such switch outside apex's own loss scaler, so the host asks
         optimizer.step()
-    # In float64, because 1 − momentum is small and taken later.
+    if not teacher_first:
+        _move_teacher_(pair, finite, settings, observe)
+
+
+def _move_teacher_(pair: StudentTeacher, finite: Tensor, settings: StepSettings, observe: Observer) -> None:
     observe(AVERAGE)
+    # In float64, because 1 − momentum is small and taken later.
     momentum = torch.full((), settings.teacher_momentum, dtype=torch.float64, device=finite.device)
     pair.update_teacher_(torch.where(finite, momentum, 1.0))
 

@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from massl_fast.distributed.flat_gradients import FlatGradients
 from massl_fast.distributed.sharding import local
 from massl_fast.distributed.world import World
+from massl_fast.engine.fused_update import AdamWWithTeacher
 from massl_fast.engine.optimizer import update_weights_
 from massl_fast.engine.phases import BACKWARD, CLIP, COMMIT, LOSS, REST, STUDENT, TEACHER, Observer, unobserved
 from massl_fast.engine.schedules import StepSettings
@@ -77,9 +78,16 @@ class TrainStep:
         clip_mode: str,
         before_exchange: Callable[[], None] = lambda: None,
         flat_gradients: bool = False,
+        teacher_first: bool = False,
     ):
         """``before_exchange`` is called where a rank first waits for others: before the backward pass whose gradients are exchanged, with
-        ``flat_gradients`` (see ``FlatGradients``) behind it."""
+        ``flat_gradients`` (see ``FlatGradients``) behind it. ``teacher_first``: see ``update_weights_``. ValueError where the optimizer
+        moves the teacher itself, after the student."""
+        if teacher_first and isinstance(optimizer, AdamWWithTeacher):
+            raise ValueError(
+                "teacher.moves is before_student, and optimizer.name adamw_with_teacher moves each weight of the teacher right after the "
+                "student's. Choose optimizer.name adamw, or teacher.moves after_student."
+            )
         self.pair = pair
         self.objective = objective
         self.optimizer = optimizer
@@ -87,6 +95,7 @@ class TrainStep:
         self.precision = precision
         self.clip = clip
         self.clip_mode = clip_mode
+        self.teacher_first = teacher_first
         self.scaler = LossScaler(precision, world.device)
         flat = flat_gradients and world.size > 1
         self.flat = FlatGradients(pair.student, world, votes=NUM_VOTES) if flat else None
@@ -214,6 +223,7 @@ class TrainStep:
             clip=self.clip,
             clip_mode=self.clip_mode,
             loss_scale=self.scaler.scale if self.scaler.enabled else None,
+            teacher_first=self.teacher_first,
             observe=self.observe,
         )
         self.observe(REST)

@@ -61,10 +61,10 @@ def patch_contrast_loss(x: Tensor, y: Tensor, taken: Tensor, patches: int, tempe
 
 
 class PlainStep:
-    """AdamW, each parameter clipped by its own norm, and a moving average by name; ``loss_of(student, teacher, crops) -> loss``."""
+    """AdamW, each parameter clipped by its own norm, and a moving average by name, of what the student is after or before its move."""
 
-    def __init__(self, student: nn.Module, teacher: nn.Module, clip: float):
-        self.student, self.teacher, self.clip = student, teacher, clip
+    def __init__(self, student: nn.Module, teacher: nn.Module, clip: float, teacher_first: bool = False):
+        self.student, self.teacher, self.clip, self.teacher_first = student, teacher, clip, teacher_first
         trained = [(name, p) for name, p in student.named_parameters() if p.requires_grad]
         decayed = [p for name, p in trained if p.ndim > 1 and not name.endswith(".bias")]
         exempt = [p for name, p in trained if p.ndim <= 1 or name.endswith(".bias")]
@@ -83,8 +83,9 @@ class PlainStep:
                 parameter.grad.mul_(factor)
             if name.startswith(frozen):
                 parameter.grad = None
+        before = {name: parameter.detach().clone() for name, parameter in self.student.named_parameters()}
         self.optimizer.step()
         with torch.no_grad():
-            student = dict(self.student.named_parameters())
+            student = before if self.teacher_first else dict(self.student.named_parameters())
             for name, parameter in self.teacher.named_parameters():
                 parameter.mul_(momentum).add_((1 - momentum) * student[name])

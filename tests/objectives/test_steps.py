@@ -17,7 +17,7 @@ STEPS, IMAGES = 5, 6
 def plain_side(step):
     """Copies of both networks, walked through one crop at a time."""
     student, teacher = copy.deepcopy(step.pair.student), copy.deepcopy(step.pair.teacher)
-    return student, teacher, PlainStep(student, teacher, clip=step.clip)
+    return student, teacher, PlainStep(student, teacher, step.clip, step.teacher_first)
 
 
 def walked(encoder, crops):
@@ -66,9 +66,11 @@ def test_dino(name):
     demand_equal(step, student, teacher)
 
 
-def test_carp():
-    config = settings_of("carp")
+@pytest.mark.parametrize("moves", ["after_student", "before_student"])
+def test_carp(moves):
+    config = settings_of("carp", teacher={"moves": moves})
     step = small_step(config, torch.float64)
+    assert step.teacher_first == (moves == "before_student")
     student, teacher, plain = plain_side(step)
     for number in range(STEPS):
         crops = crops_of(config, IMAGES, number, torch.float64)
@@ -81,6 +83,11 @@ def test_carp():
         plain(loss, settings.learning_rate, settings.weight_decay, settings.teacher_momentum)
         torch.testing.assert_close(result.loss, loss.detach(), rtol=1e-10, atol=1e-10)
     demand_equal(step, student, teacher)
+
+
+def test_a_teacher_that_moves_first_and_an_update_that_moves_it_last_exclude_each_other():
+    with pytest.raises(ValueError, match=r"Choose optimizer\.name adamw, or teacher\.moves after_student"):
+        small_step(settings_of("carp", teacher={"moves": "before_student"}, optimizer={"name": "adamw_with_teacher"}))
 
 
 def test_moco_v3():
