@@ -12,7 +12,6 @@ from nvidia.dali.pipeline import Pipeline
 from massl_fast.data.crops import View
 from massl_fast.data.dali.draws import Draws
 
-
 INTERPOLATIONS = {"bicubic": types.INTERP_CUBIC, "bilinear": types.INTERP_LINEAR}
 
 
