@@ -21,6 +21,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from massl_fast.data.torchvision_loader import worker_arguments
 from massl_fast.kernels import contrast, memory_readout, partition_consistency, prototype_cross_entropy, sinkhorn_bias
 
 Stored = dict[str, Tensor]
@@ -63,10 +64,13 @@ def load(path: Path) -> Stored:
 
 
 def _on_ranks(ranks: int, path: Path, name: str, backend: str, dtype: torch.dtype) -> Figures:
-    """Figures of all ranks, stacked: this process is rank 0, and the others start anew."""
+    """Figures of all ranks, stacked: this process is rank 0, and the others come from the server that workers of loaders are forked from,
+    which imports PyTorch once for all files.
+    """
+    context = worker_arguments()["multiprocessing_context"]
     with tempfile.TemporaryDirectory() as folder:
         given = (ranks, path, name, backend, dtype, folder)
-        others = [torch.multiprocessing.get_context("spawn").Process(target=_rank, args=(rank, *given)) for rank in range(1, ranks)]
+        others = [context.Process(target=_rank, args=(rank, *given)) for rank in range(1, ranks)]
         for process in others:
             process.start()
         _rank(0, *given)
