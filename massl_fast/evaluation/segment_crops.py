@@ -23,8 +23,9 @@ from massl_fast.data.torchvision_loader import worker_arguments
 from massl_fast.evaluation.images import gathered
 from massl_fast.evaluation.layouts.scenes import IGNORED, Scene
 from massl_fast.evaluation.metrics.segmentation import confusion_matrix
+from massl_fast.evaluation.store import progress
 from massl_fast.evaluation.subject import RAW_PIXELS, Subject, backbone_of
-from massl_fast.evaluation.tokens import block_tokens, evaluated, normalised, patch_colours
+from massl_fast.evaluation.tokens import block_tokens, demand_finite, evaluated, normalised, patch_colours
 
 SIDE = 512
 STEPS, CROPS, WARM_UP = 40_000, 16, 1_500
@@ -96,7 +97,7 @@ class Crops(Dataset):
     Images take turns in an order that is drawn for each epoch.
     """
 
-    def __init__(self, scenes: Sequence[Scene], side: int, seed: int, numbers: Sequence[int], fill: tuple[int, int, int]) -> None:
+    def __init__(self, scenes: Sequence[Scene], side: int, seed: int, numbers: Sequence[int], fill: tuple[int, ...]) -> None:
         self.scenes, self.side, self.seed, self.numbers, self.fill = scenes, side, seed, numbers, fill
 
     def __len__(self) -> int:
@@ -151,6 +152,7 @@ def _features(subject: Subject, pixels: Tensor, patch: int, with_colours: bool) 
             found[name] = block_tokens(network, batch, blocks_of(network))
         if with_colours:
             found[RAW_PIXELS] = patch_colours(batch, patch).permute(0, 3, 1, 2)
+    demand_finite(found)
     return {name: tokens.float() for name, tokens in found.items()}
 
 
@@ -182,27 +184,29 @@ def trained(
     optimizer = torch.optim.AdamW(weights, lr=rate, betas=BETAS, weight_decay=DECAY)
     losses: list[float] = []
     unreadable: set[int] = set()
-    for step, (pixels, labels, missing) in enumerate(loader):
-        unreadable |= set(missing[missing >= 0].tolist())
-        labels = labels.to(subject.device).long()
-        total = torch.zeros((), device=subject.device)
-        optimizer.zero_grad()
-        for name, tokens in _features(subject, pixels, patch, subject.raw_pixels).items():
-            for row in range(len(labels)):  # one by one: the logits of 16 crops and 150 classes take 2.5 GB
-                logits = _enlarged(layers[name](tokens[row : row + 1]), (side, side))
-                loss = F.cross_entropy(logits, labels[row : row + 1], ignore_index=IGNORED, reduction="sum") / (crops * side**2)
-                loss.backward()
-                total += loss.detach() / len(layers)
-        if world > 1:
-            flat = torch.cat([total[None], *(weight.grad.flatten() for weight in weights)])
-            dist.all_reduce(flat)
-            total, *gradients = flat.split([1, *(weight.numel() for weight in weights)])
-            for weight, gradient in zip(weights, gradients):
-                weight.grad.copy_(gradient.view_as(weight))
-        for group in optimizer.param_groups:
-            group["lr"] = rate * (1 - step / steps) * min(1, (step + 1) / warm_up_steps(steps))
-        optimizer.step()
-        losses.append(float(total))
+    with torch.enable_grad(), progress("steps of linear layers", steps) as advance:
+        for step, (pixels, labels, missing) in enumerate(loader):
+            unreadable |= set(missing[missing >= 0].tolist())
+            labels = labels.to(subject.device).long()
+            total = torch.zeros((), device=subject.device)
+            optimizer.zero_grad()
+            for name, tokens in _features(subject, pixels, patch, subject.raw_pixels).items():
+                for row in range(len(labels)):  # one by one: the logits of 16 crops and 150 classes take 2.5 GB
+                    logits = _enlarged(layers[name](tokens[row : row + 1]), (side, side))
+                    loss = F.cross_entropy(logits, labels[row : row + 1], ignore_index=IGNORED, reduction="sum") / (crops * side**2)
+                    loss.backward()
+                    total += loss.detach() / len(layers)
+            if world > 1:
+                flat = torch.cat([total[None], *(weight.grad.flatten() for weight in weights)])
+                dist.all_reduce(flat)
+                total, *gradients = flat.split([1, *(weight.numel() for weight in weights)])
+                for weight, gradient in zip(weights, gradients):
+                    weight.grad.copy_(gradient.view_as(weight))
+            for group in optimizer.param_groups:
+                group["lr"] = rate * (1 - step / steps) * min(1, (step + 1) / warm_up_steps(steps))
+            optimizer.step()
+            losses.append(float(total))
+            advance(1)
     return LinearLayers(layers, losses, sorted(set(gathered(sorted(unreadable), subject.shard))))
 
 

@@ -23,7 +23,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,7 +105,7 @@ class FeatureStore:
     def _locked(self, places: Mapping[Path, str]) -> Iterator[None]:
         """No other process writes to the same folders meanwhile; ValueError where one does."""
         with contextlib.ExitStack() as stack:
-            if self._is_main():
+            if _is_main():
                 try:
                     self.folder.mkdir(parents=True, exist_ok=True)
                     for place in sorted(places):
@@ -130,23 +130,23 @@ class FeatureStore:
     ) -> None:
         step = extraction["batch_size"] * images.world_size
         writers = {name: _Writer(self._place(metas[name]), len(images.positions), DTYPES[self.dtype]) for name in functions}
-        starts = [writer.rows_noted() // step for writer in writers.values()] if self._is_main() else []
+        starts = [writer.rows_noted() // step for writer in writers.values()] if _is_main() else []
         first = min(starts, default=0)
         if images.world_size > 1:
             shared = torch.tensor([first], device=extraction["device"])
             dist.broadcast(shared, 0)
             first = int(shared)
         try:
-            with self._progress(images, first * step) as advance:
+            with progress(f"features of {images.source.path}", len(images.positions), first * step, quiet=self.quiet) as advance:
                 row = first * step
                 for flags, columns in feature_batches(functions, images, first_batch=first, **extraction):
                     readable, columns = _of_all_ranks(flags, columns, images, extraction["device"], row)
-                    if self._is_main():
+                    if _is_main():
                         for name, writer in writers.items():
                             writer.write(row, columns[name], readable)
                     row += len(readable)
                     advance(len(readable))
-            if self._is_main():
+            if _is_main():
                 for name, writer in writers.items():
                     writer.finish(metas[name], images)
         except OSError as error:
@@ -173,18 +173,19 @@ class FeatureStore:
         features, labels, indices = map(torch.from_numpy, arrays)
         return Features(features, labels, indices, tuple(images.source.classes), unreadable)
 
-    @contextlib.contextmanager
-    def _progress(self, images: LabelledImages, done: int) -> Iterator[Any]:
-        """A bar on stderr, with the time left; yields how to move it."""
-        console = Console(stderr=True, quiet=self.quiet or not self._is_main() or not sys.stderr.isatty())
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=console, transient=True) as bar:
-            task = bar.add_task(f"features of {images.source.path}", total=len(images.positions), completed=done)
-            yield lambda rows: bar.advance(task, rows)
 
-    @staticmethod
-    def _is_main() -> bool:
-        return not dist.is_initialized() or dist.get_rank() == 0
+def _is_main() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+@contextlib.contextmanager
+def progress(title: str, total: int, done: int = 0, *, quiet: bool = False) -> Iterator[Callable[[int], None]]:
+    """A bar on stderr with the time left, where rank 0 writes to a terminal; yields how to move it on."""
+    console = Console(stderr=True, quiet=quiet or not _is_main() or not sys.stderr.isatty())
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task(title, total=total, completed=done)
+        yield lambda more: bar.advance(task, more)
 
 
 def _of_all_ranks(
