@@ -7,7 +7,8 @@
 Both sides take turns in one process on one thread, images are decoded in it, too; a figure is the median of the turns, in seconds of
 processor time, so that others at work on the machine disturb less. With worker processes, whose time is not this process's, figures are
 seconds of the clock on all cores: run that on a machine without other work. The first turn of each side, in which ours starts the server
-that workers fork from, is printed apart. The plain ways are what users write: a loop over ``nn.Linear`` and
+that workers fork from, is printed apart. Before Python 3.12.8 each worker of ours imports this script once more; it imports what it needs where
+it needs it. The plain ways are what users write: a loop over ``nn.Linear`` and
 ``torch.optim.SGD``, scikit-learn penalty by penalty, torchvision's ImageFolder and a timm network.
 """
 
@@ -19,16 +20,9 @@ import time
 import warnings
 from collections.abc import Callable
 
-import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from massl_fast.data.crops import IMAGENET_MEAN, IMAGENET_STD
-from massl_fast.data.loaders import open_data
-from massl_fast.evaluation.features import extract_features
-from massl_fast.evaluation.heads import Sweep, fit_logistic, train_heads
-from massl_fast.evaluation.linear import PUBLISHED_RATES
 
 WIDTH = 384
 PENALTIES = tuple(10 ** (-6 + 5 * i / 9) for i in range(10))
@@ -71,6 +65,9 @@ def separate_heads(rows: Tensor, labels: Tensor, rates: tuple[float, ...], class
 
 
 def heads(turns: int) -> None:
+    from massl_fast.evaluation.heads import Sweep, train_heads
+    from massl_fast.evaluation.linear import PUBLISHED_RATES
+
     rows, labels = labelled_rows(10_000, 100, 0.0, 2.0)
     rows *= WIDTH**0.5  # as large as features after a norm
     for batch in (128, 1024):
@@ -98,6 +95,8 @@ def objective(weight: Tensor, rows: Tensor, labels: Tensor, penalty: float) -> f
 def regressions(turns: int) -> None:
     """Both sides at the loosest tolerance at which every objective is within 1e-4 of its minimum."""
     from sklearn.linear_model import LogisticRegression
+
+    from massl_fast.evaluation.heads import fit_logistic
 
     warnings.simplefilter("ignore")
     for count, classes, decay, spread in ((3_000, 30, 0.0, 2.0), (3_000, 30, 0.7, 1.5), (10_000, 100, 0.7, 1.5)):
@@ -134,6 +133,8 @@ def plain_extraction(images: str, network: nn.Module, batch: int, workers: int) 
     from torchvision import transforms
     from torchvision.datasets import ImageFolder
 
+    from massl_fast.data.crops import IMAGENET_MEAN, IMAGENET_STD
+
     steps = [transforms.Resize(256, transforms.InterpolationMode.BICUBIC), transforms.CenterCrop(224), transforms.ToTensor()]
     steps.append(transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD))
     loader = torch.utils.data.DataLoader(ImageFolder(images, transforms.Compose(steps)), batch, num_workers=workers)
@@ -142,6 +143,12 @@ def plain_extraction(images: str, network: nn.Module, batch: int, workers: int) 
 
 
 def extraction(turns: int, images: str, architecture: str, workers: int) -> None:
+    import timm
+
+    from massl_fast.data.crops import IMAGENET_MEAN, IMAGENET_STD
+    from massl_fast.data.loaders import open_data
+    from massl_fast.evaluation.features import extract_features
+
     network = timm.create_model(architecture, num_classes=0).eval()
     source = open_data(images, "--images", "train")
     arguments = dict(image_size=224, device="cpu", mean=IMAGENET_MEAN, std=IMAGENET_STD, batch_size=64, num_workers=workers)

@@ -315,7 +315,8 @@ def extract(
         mean, std: of the normalisation, in the range 0 to 1.
         batch_size: images at a time, on this rank.
         num_workers: processes that decode; 0: this one. They are not forked from this process (`worker_arguments`), so that a script of
-            your own must begin its work under ``if __name__ == "__main__":``.
+            your own must begin its work under ``if __name__ == "__main__":``. Before Python 3.12.8 each of them imports that script anew:
+            what it imports outside of that condition is paid for at every pass.
         amp_dtype: autocast to this type; None: none.
         keep_images: hold the decoded images in memory for the next call.
     """
