@@ -7,8 +7,8 @@
 Both sides take turns in one process on one thread, images are decoded in it, too; a figure is the median of the turns, in seconds of
 processor time, so that others at work on the machine disturb less. With worker processes, whose time is not this process's, figures are
 seconds of the clock on all cores: run that on a machine without other work. The first turn of each side, in which ours starts the server
-that workers fork from, is printed apart. Before Python 3.12.8 each worker of ours imports this script once more; it imports what it needs where
-it needs it. The plain ways are what users write: a loop over ``nn.Linear`` and
+that workers fork from, is printed apart. Before Python 3.12.8 each worker of ours imports this script once more, so it imports late.
+The plain ways are what users write: a loop over ``nn.Linear`` and
 ``torch.optim.SGD``, scikit-learn penalty by penalty, torchvision's ImageFolder and a timm network.
 """
 
