@@ -57,6 +57,13 @@ def report_writer(world: World) -> Callable[..., Path] | None:
     return write_report
 
 
+def kept_of(config: Config) -> str:
+    """What a run that fails has kept, in a sentence."""
+    if not (Path(config.run.folder) / "checkpoints" / "last").is_file():
+        return "The run has no checkpoint yet, so there is nothing to continue from."
+    return "What was trained until the last checkpoint is kept; the same command continues from it."
+
+
 @contextlib.contextmanager
 def explaining_out_of_memory(config: Config, world: World) -> Iterator[None]:
     """Turn the error of an allocator into ``OutOfMemory``, and leave a report in the run's folder."""
@@ -69,7 +76,7 @@ def explaining_out_of_memory(config: Config, world: World) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         sentence = write_out_of_memory_report(config, world, config.run.folder)
-        raise OutOfMemory(f"{sentence} What was trained until the last checkpoint is kept; the same command continues from it.") from error
+        raise OutOfMemory(f"{sentence} {kept_of(config)}") from error
 
 
 @contextlib.contextmanager
@@ -82,8 +89,7 @@ def explaining_a_full_disk(config: Config) -> Iterator[None]:
             raise
         place = error.filename or config.run.folder
         raise ValueError(
-            f"{place} could not be written: {error.strerror}. Make room there, or name another run.folder. What was trained until the last "
-            f"checkpoint is kept; the same command continues from it."
+            f"{place} could not be written: {error.strerror}. Make room there, or name another run.folder. {kept_of(config)}"
         ) from error
 
 

@@ -9,7 +9,10 @@ import pytest
 import torch
 
 from massl_fast.cli import COMMANDS, main
+from massl_fast.commands.train import kept_of
+from massl_fast.config import Config
 from massl_fast.engine.trainer import Trainer
+from massl_fast.run.checkpoint import CheckpointFolder
 from small_images import write_images
 from small_runs import train
 
@@ -117,6 +120,13 @@ def test_a_full_disk_is_a_sentence(images, tmp_path, capsys, monkeypatch):
     assert train(tmp_path, images) == 2
     told = capsys.readouterr().err
     assert "Traceback" not in told and "summary.json could not be written: No space left" in told and "continues from it" in told
+
+
+def test_a_run_without_a_checkpoint_promises_none(tmp_path):
+    config = Config.model_validate({"run": {"folder": str(tmp_path)}})
+    assert "nothing to continue from" in kept_of(config)
+    CheckpointFolder(tmp_path / "checkpoints").save(1, {"weight": torch.ones(2)}, {})
+    assert "continues from it" in kept_of(config)
 
 
 def test_other_errors_keep_their_traceback(images, tmp_path, monkeypatch):
