@@ -173,7 +173,7 @@ class MasslObjective(Objective):
             f"objective.memory_size {size} holds only {size / batch:.1f} steps of {batch} images.": size < 8 * batch,
             f"objective.block_size {block} does not divide objective.memory_size {size}: {remainder} random "
             f"entries ({100 * remainder / size:.1f}%) sit out each step.": remainder > 0,
-            f"one block holds the whole memory (objective.block_size {block}): nothing is random about it, and it is the random "
+            f"One block holds the whole memory (objective.block_size {block}): nothing is random about it, and it is the random "
             f"blocks that keep the representation from collapsing.": block == size,
             "objective.partition is blockwise: contiguous blocks collapse (paper, table 13; docs/demo.md). Choose stochastic to train.": (
                 settings.partition == "blockwise"
@@ -183,7 +183,7 @@ class MasslObjective(Objective):
             f"are none. Choose a lower one; half of the student's or less gets short runs off the ground.": (
                 settings.teacher_temperature >= settings.student_temperature
             ),
-            f"the memory of {size} entries takes {size / batch:.0f} of this run's {length.total_steps} steps to fill with embeddings; "
+            f"The memory of {size} entries takes {size / batch:.0f} of this run's {length.total_steps} steps to fill with embeddings; "
             f"until then it holds random directions. Choose a smaller objective.memory_size, or train longer.": (
                 size / batch > length.total_steps / 4
             ),
