@@ -20,10 +20,12 @@ FLOAT32 = (
     *("pow.Tensor_Scalar", "pow.Tensor_Tensor", "pow.Scalar", "cosine_similarity", "dist", "softplus"),
 )
 """Operators whose arguments are cast to float32."""
-FLOAT32_RESULT = ("sum", "sum.dim_IntList", "softmax.int", "log_softmax.int", "cumsum", "cumprod", "linalg_vector_norm")
+FLOAT32_RESULT = {
+    **{name: name for name in ("sum", "sum.dim_IntList", "softmax.int", "log_softmax.int", "cumsum", "cumprod", "linalg_vector_norm")},
+    "norm.Scalar": "norm.ScalarOpt_dtype",
+    "norm.ScalarOpt_dim": "norm.ScalarOpt_dim_dtype",
+}
 """Operators that read what they are given and are told to give float32."""
-NORMS = {"norm.Scalar": "norm.ScalarOpt_dtype", "norm.ScalarOpt_dim": "norm.ScalarOpt_dim_dtype"}
-"""The same by another overload."""
 WIDEST = ("addcmul", "addcdiv", "atan2", "bilinear", "cross", "dot", "vdot", "index_put", "scatter_add", "tensordot")
 """Operators whose arguments are cast to the widest of them."""
 
@@ -40,9 +42,7 @@ def cuda_casts() -> Iterator[None]:
             library.impl(name, _casting(name, lambda tensors: torch.float32), "AutocastCPU")
         for name in WIDEST:
             library.impl(name, _casting(name, _widest), "AutocastCPU")
-        for name in FLOAT32_RESULT:
-            library.impl(name, _giving_float32(name, name), "AutocastCPU")
-        for name, overload in NORMS.items():
+        for name, overload in FLOAT32_RESULT.items():
             library.impl(name, _giving_float32(name, overload), "AutocastCPU")
         for name in unknown():
             library.impl(name, _refusing(name), "AutocastCPU")
@@ -53,7 +53,7 @@ def cuda_casts() -> Iterator[None]:
 
 def unknown() -> list[str]:
     """Operators that CUDA's autocast handles, a CPU's does not and this module does not."""
-    known = {*FLOAT32, *FLOAT32_RESULT, *NORMS, *WIDEST}
+    known = {*FLOAT32, *FLOAT32_RESULT, *WIDEST}
     names = [name[len("aten::") :] for name in torch._C._dispatch_get_all_op_names() if name.startswith("aten::")]
     return [name for name in names if _handles("AutocastCUDA", name) and not _handles("AutocastCPU", name) and name not in known]
 

@@ -239,22 +239,21 @@ def ways_out(config: Config, *, device_type: str, world_size: int, budget: int, 
     now = estimate_step(config, device_type=device_type, device_batch=batch, accumulation=accumulation)
     ways: list[WayOut] = []
 
-    def attempt(settings: str, effect: str, time: str, batch: int = batch, accumulation: int = accumulation, **changes: object) -> None:
+    def attempt(key: str, value: object, effect: str, time: str, batch: int = batch, accumulation: int = accumulation) -> None:
         if len(ways) == most:
             return
         changed = config.model_copy(deep=True)
-        for key, value in changes.items():
-            section, name = key.split("__")
-            setattr(getattr(changed, section), name, value)
+        section, name = key.split(".")
+        setattr(getattr(changed, section), name, value)
         try:
             estimate = estimate_step(changed, device_type=device_type, device_batch=batch, accumulation=accumulation)
         except ValueError:  # a setting that this network does not allow
             return
         if estimate.bytes < 0.98 * now.bytes:
-            ways.append(WayOut(settings, effect, time, estimate.bytes, now.bytes - estimate.bytes))
+            ways.append(WayOut(f"--{key} {value}", effect, time, estimate.bytes, now.bytes - estimate.bytes))
 
     if getattr(config.objective, "backend", "") == "reference":
-        attempt("--objective.backend auto", "the same training", "less: no logits are written", objective__backend="auto")
+        attempt("objective.backend", "auto", "the same training", "less: no logits are written")
     works = Operations(config)
     divisors = [n for n in range(accumulation + 1, accumulation * batch + 1) if (accumulation * batch) % n == 0]
     if divisors:
@@ -264,20 +263,21 @@ def ways_out(config: Config, *, device_type: str, world_size: int, budget: int, 
         fitting = [n for n in divisors if now.bytes - slope * (batch - accumulation * batch // n) <= budget]
         more = fitting[0] if fitting else divisors[-1]
         attempt(
-            f"--train.micro_batch {accumulation * batch // more}",
+            "train.micro_batch",
+            accumulation * batch // more,
             "batch norms see fewer images, otherwise the same training" if works.batch_norm else "the same training",
             f"as many operations, in {more} micro-batches per step instead of {accumulation}: smaller products, more launches",
             batch=accumulation * batch // more,
             accumulation=more,
         )
     if config.model.recompute == "nothing":
-        attempt("--model.recompute pointwise", "the same training", "norms and activations twice, no product", model__recompute="pointwise")
+        attempt("model.recompute", "pointwise", "the same training", "norms and activations twice, no product")
     if config.model.recompute != "blocks":
         more_work = f"{100 * works.recomputed / works.of_an_image():.0f} % more operations"
-        attempt("--model.recompute blocks", "the same training", more_work, model__recompute="blocks")
+        attempt("model.recompute", "blocks", "the same training", more_work)
     precision = precision_on(config, device_type)
     if precision.name == "fp32" and (device_type == "cpu" or not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] >= 8):
-        attempt("--train.precision bf16", "other rounding", "less on a GPU", train__precision="bf16")
+        attempt("train.precision", "bf16", "other rounding", "less on a GPU")
     if len(ways) < most and world_size > 1 and config.parallel.strategy != "fsdp2":
         kept = now.peak.by_category
         shared = sum(kept[name] for name in (ledger.WEIGHTS, ledger.TEACHER, ledger.GRADIENTS, ledger.OPTIMIZER))
@@ -287,13 +287,14 @@ def ways_out(config: Config, *, device_type: str, world_size: int, budget: int, 
     if config.crops.num_local > 2:
         fewer = config.crops.num_local // 2
         attempt(
-            f"--crops.num_local {fewer}",
+            "crops.num_local",
+            fewer,
             f"another training: {fewer} local crops per image instead of {config.crops.num_local}",
             f"{100 - 100 * works.of_an_image(fewer) / works.of_an_image():.0f} % fewer operations",
-            crops__num_local=fewer,
         )
     attempt(
-        f"--train.global_batch {max(1, config.train.global_batch // 2)}",
+        "train.global_batch",
+        max(1, config.train.global_batch // 2),
         "another training: half the images per step (the learning rate follows)",
         "as many operations per image, twice the updates",
         batch=max(1, batch // 2),
@@ -301,7 +302,7 @@ def ways_out(config: Config, *, device_type: str, world_size: int, budget: int, 
     )
     if getattr(config.objective, "memory_size", 0) > getattr(config.objective, "block_size", 0):
         half = max(config.objective.block_size, config.objective.memory_size // 2)
-        attempt(f"--objective.memory_size {half}", "another training: a memory half as long", "less", objective__memory_size=half)
+        attempt("objective.memory_size", half, "another training: a memory half as long", "less")
     return ways
 
 
