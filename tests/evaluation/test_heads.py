@@ -216,8 +216,8 @@ def test_extreme_logits_stay_finite():
 
 def test_the_order_of_penalties_and_repeats_of_one_change_nothing():
     features, labels = clusters(80, 6, 3, dtype=torch.float64)
-    fit = fit_logistic([features], [labels], (1e-4, 1e-1, 1e-1, 1e-2, 1e-3), classes=3, tolerance=1e-9)
+    fit = fit_logistic([features], [labels], (1e-3, 1e-1, 1e-1, 1e-2), classes=3, tolerance=1e-9)
     assert fit.converged.all()
-    for place, penalty in enumerate((1e-4, 1e-1, 1e-1, 1e-2, 1e-3)):
+    for place, penalty in enumerate((1e-3, 1e-1, 1e-1, 1e-2)):
         alone = fit_logistic([features], [labels], (penalty,), classes=3, tolerance=1e-9)
         torch.testing.assert_close(fit.weight[0, place], alone.weight[0, 0], atol=1e-5, rtol=1e-5)
