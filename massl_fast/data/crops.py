@@ -338,7 +338,7 @@ def gaussian_blur(images: np.ndarray, sigma: float) -> np.ndarray:
 def _weigh(images: np.ndarray, weights: list, axis: int, dtype: type) -> np.ndarray:
     """The sum of the images moved by −radius … radius along an axis, those at equal distance with equal weight."""
     radius, length = len(weights) - 1, images.shape[axis]
-    padded = np.empty([n + 2 * radius * (k == axis) for k, n in enumerate(images.shape)], dtype)
+    padded: np.ndarray = np.empty([n + 2 * radius * (k == axis) for k, n in enumerate(images.shape)], dtype)
 
     def moved(begin: int, end: int) -> np.ndarray:
         return padded[:, :, begin:end] if axis == 2 else padded[:, begin:end]
