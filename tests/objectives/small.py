@@ -41,8 +41,19 @@ OBJECTIVES = {
     "moco_v3": "{objective: {name: moco_v3}, crops: {num_local: 0}}",
 }
 
-AS_ONE = {"carp-as-one": OBJECTIVES["carp"]}
-"""What two processes train as one where batch norms see both, as they do on GPUs (``BatchNormOfAllRanks``)."""
+STRATEGIES = ("ddp", "fsdp2")
+AS_ONE = {
+    "carp-as-one": OBJECTIVES["carp"],
+    "moco_v3-as-one": "{objective: {name: moco_v3}, crops: {num_local: 0}, optimizer: {name: lars, learning_rate: 3.2}}",
+    "mmc-classes": "{objective: {name: mmc, patch_weight: 0, pixel_weight: 0, alien_ratio: 0}, crops: {num_local: 0}}",
+    "mmc-patches": "{objective: {name: mmc, class_weight: 0}, crops: {num_local: 0}}",
+}
+"""What two replicas train as one where batch norms see both, as they do on GPUs (``BatchNormOfAllRanks``). AdamW makes whole steps of
+gradients that are nothing but rounding, which moco_v3's batch norms of a handful of images magnify; LARS does not. mmc in two parts: its
+contrast of class tokens meets the keys of all ranks, that of patches and the alien ones stay within a rank's images, as within a
+micro-batch."""
+AS_MICRO_BATCHES = ("mmc-patches",)
+"""What two processes train as one does that takes the halves of its batch as two micro-batches."""
 
 
 def settings_of(name: str, workplace: Path | None = None, **sections: dict) -> Config:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from massl_fast.distributed.world import join_world, leave_world
 from massl_fast.engine.trainer import Trainer
-from small import AS_ONE, OBJECTIVES, settings_of
+from small import AS_ONE, OBJECTIVES, STRATEGIES, settings_of
 
 
 def main(workplace: Path) -> None:
@@ -23,7 +23,7 @@ def main(workplace: Path) -> None:
         if names is AS_ONE:
             torch.nn.BatchNorm1d = BatchNormOfAllRanks
         for name in names:
-            for strategy in ("ddp", "fsdp2"):
+            for strategy in STRATEGIES if names is OBJECTIVES else ("ddp",):
                 config = settings_of(name, workplace, parallel={"strategy": strategy}, train={"stop_at_step": 20, "steps": 21})
                 config.run.folder += f"-{strategy}"
                 Trainer(config, world).run()
