@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 from massl_fast.distributed.flat_gradients import FlatGradients
 from massl_fast.distributed.sharding import local
@@ -139,13 +139,13 @@ class TrainStep:
             at = At(step, settings.own, images, first, settings.frozen, self.world, self.patch)
             last = index + 1 == len(micro_batches)
             with self._exchanging_gradients(now=last):
-                outcome, teacher, student = self._forward(crops, at)
+                outcome, sound_here = self._forward(crops, at)
                 if last and self.flat is None:
                     self.before_exchange()
                 self.observe(BACKWARD)
                 (outcome.loss * (self.scaler.scale / len(micro_batches))).backward()
                 self.observe(REST)
-            sound &= torch.stack([_finite(teacher), _finite(student), outcome.loss.isfinite()])
+            sound &= sound_here
             carried.append(outcome.carried)
             outcomes.append(torch.stack([outcome.loss, *outcome.metrics.values()]).detach())
         if self.flat is not None:
@@ -174,8 +174,8 @@ class TrainStep:
             return self.student.no_sync()
         return contextlib.nullcontext()
 
-    def _forward(self, crops: list[Tensor], at: At) -> tuple[Outcome, Any, Any]:
-        """(outcome, what the teacher's and the student's head gave, without gradient)."""
+    def _forward(self, crops: list[Tensor], at: At) -> tuple[Outcome, Tensor]:
+        """(outcome, whether what the teacher's and the student's head gave and the loss are finite, bool [3])."""
         with self.precision.autocast(self.world.device):
             self.observe(TEACHER)
             with torch.no_grad():
@@ -185,7 +185,9 @@ class TrainStep:
             student = self.student(*inputs)
         self.observe(LOSS)
         outcome = self.objective(student, teacher, at._replace(inputs=inputs))
-        return outcome, teacher, tree_map(Tensor.detach, student)
+        self.observe(REST)
+        # Asked here, so that the backward pass need not keep what the heads gave: prototypes may be the largest tensors of a step.
+        return outcome, torch.stack([_finite(teacher), _finite(student), outcome.loss.isfinite()])
 
     @torch.no_grad()
     def _update(self, settings: StepSettings, step: int | Tensor, sound: Tensor, stopping: Tensor | None) -> tuple[Tensor, Tensor]:
