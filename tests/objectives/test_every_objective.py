@@ -1,5 +1,7 @@
 """What holds for every objective: packed as separate, accumulated as whole, recorded as eager, frozen layers, commits undone, recipes."""
 
+import os
+
 import pytest
 import timm
 import torch
@@ -96,6 +98,23 @@ def test_a_step_that_is_not_finite_changes_nothing(name):
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
+def test_fp16_steps_as_fp32_and_skips_what_overflows(name):
+    """By the scaler of the step, the same for all; the trainer refuses fp16 on CPUs, whose autocast it is here."""
+    config, settings = settings_of(name), step_settings(0)
+    wide, narrow = small_step(config), small_step(config, precision_name="fp16")
+    narrow.scaler.scale.fill_(2.0**12)
+    crops = crops_of(config, 8, 0)
+    found, expected = narrow([crops], settings, 0), wide([crops], settings, 0)
+    torch.testing.assert_close(found.loss, expected.loss, rtol=2e-2, atol=0)
+    torch.testing.assert_close(found.gradient_norm, expected.gradient_norm, rtol=5e-2, atol=0)
+    before, running = state(narrow), ("running_mean", "running_var", "num_batches_tracked")
+    narrow.scaler.scale.fill_(2.0**60)
+    found = narrow([crops], settings, 1)
+    assert found.loss.isfinite() and narrow.scaler.scale == 2.0**59 and narrow.failure() is None
+    assert all(key.endswith(running) or torch.equal(tensor, before[key]) for key, tensor in state(narrow).items())
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
 def test_recorded_steps_are_eager_steps(name):
     """By a tape of operators, which freezes what a CUDA graph freezes; layers that are frozen at first need a recording of their own."""
     config = settings_of(name, optimizer={"name": "adamw_with_teacher"})
@@ -114,12 +133,14 @@ def test_recorded_steps_are_eager_steps(name):
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_compiled_blocks_train_as_eager_ones(name):
-    """The graphs that ``model.compile`` takes; what Inductor makes of them is held in tests/engine/test_compiled_step.py."""
+    """The graphs that ``model.compile`` takes. Inductor takes a minute for all of them, so it compiles MaSSL's alone in every run
+    (tests/engine/test_compiled_step.py), and the others' where all configurations are asked for."""
     config = settings_of(name)
     eager, compiled = small_step(config), small_step(config)
+    backend = "inductor" if os.environ.get("MASSL_FAST_TEST_ALL_CONFIGURATIONS") == "1" else "aot_eager"
     torch._dynamo.reset()
     for encoder in (compiled.pair.student, compiled.pair.teacher):
-        encoder.compile_blocks(fullgraph=True, backend="aot_eager")
+        encoder.compile_blocks(fullgraph=True, backend=backend)
     for number in range(3):
         crops, settings = crops_of(config, 8, number), step_settings(number)
         found, expected = compiled([crops], settings, number), eager([crops], settings, number)

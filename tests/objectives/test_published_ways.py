@@ -51,12 +51,13 @@ def test_a_published_way_and_ours_are_the_same_mathematics(name):
             torch.testing.assert_close(getattr(ours.objective, center), getattr(published, center), rtol=1e-8, atol=1e-9)
 
 
+@pytest.mark.parametrize("narrow_name", ["bf16", "fp16"])
 @pytest.mark.parametrize("name", published_objectives.STEPS)
-def test_bf16_errs_no_more_than_twice_as_much_as_the_published_way_in_bf16(name):
+def test_16_bits_err_no_more_than_twice_as_much_as_those_of_the_published_way(name, narrow_name):
     """Mean over batches of the distance of the loss from that of float64; where published logits are 16 bits, ours are not."""
     config = settings_of(name)
     settings = step_settings(0)._replace(learning_rate=0.0, teacher_momentum=1.0)
-    exact, ours = small_step(config, torch.float64), small_step(config, precision_name="bf16")
+    exact, ours = small_step(config, torch.float64), small_step(config, precision_name=narrow_name)
     narrow = published_way(name, config, ours, torch.float32)
     errors = []
     for step in range(8):
@@ -64,7 +65,7 @@ def test_bf16_errs_no_more_than_twice_as_much_as_the_published_way_in_bf16(name)
         rounded = [crop.float() for crop in crops]
         right = float(exact([crops], settings, step).loss)
         found = ours([rounded], settings, step)
-        assert found.loss.isfinite() and found.gradient_norm.isfinite()
+        assert found.loss.isfinite() and (found.gradient_norm.isfinite() or narrow_name == "fp16"), "a scaled gradient may overflow"
         errors.append((abs(float(found.loss) - right), abs(narrow(rounded, settings, step) - right)))
     mine, published = map(sum, zip(*errors))
     assert mine <= 2 * published + 8 * 1e-4 * abs(right), f"{mine / 8} against {published / 8}"
