@@ -42,16 +42,15 @@ OBJECTIVES = {
 }
 
 STRATEGIES = ("ddp", "fsdp2")
+STEPS = 20
 AS_ONE = {
     "carp-as-one": OBJECTIVES["carp"],
-    "moco_v3-as-one": "{objective: {name: moco_v3}, crops: {num_local: 0}, optimizer: {name: lars, learning_rate: 3.2}}",
+    "moco_v3-as-one": OBJECTIVES["moco_v3"],
     "mmc-classes": "{objective: {name: mmc, patch_weight: 0, pixel_weight: 0, alien_ratio: 0}, crops: {num_local: 0}}",
     "mmc-patches": "{objective: {name: mmc, class_weight: 0}, crops: {num_local: 0}}",
 }
-"""What two replicas train as one where batch norms see both, as they do on GPUs (``BatchNormOfAllRanks``). AdamW makes whole steps of
-gradients that are nothing but rounding, which moco_v3's batch norms of a handful of images magnify; LARS does not. mmc in two parts: its
-contrast of class tokens meets the keys of all ranks, that of patches and the alien ones stay within a rank's images, as within a
-micro-batch."""
+"""What two replicas train as one where batch norms see both, as on GPUs (``BatchNormOfAllRanks``). mmc in two parts: its contrast of
+class tokens meets the keys of all ranks, that of patches and the alien ones stay within a rank's images, as within a micro-batch."""
 AS_MICRO_BATCHES = ("mmc-patches",)
 """What two processes train as one does that takes the halves of its batch as two micro-batches."""
 
@@ -89,3 +88,16 @@ def step_settings(number: int, own: dict[str, float] | None = None, frozen: tupl
         {"teacher_temperature": 0.05, "patch_teacher_temperature": 0.06, "masking": 1.0, **(own or {})},
         frozen,
     )
+
+
+def losses_as_one(name: str, world: World) -> list[float]:
+    """Of STEPS steps on 8 images, which ranks share; in float64, as batch norms of a handful of images magnify what rounding leaves."""
+    config = settings_of(name)
+    step = small_step(config, torch.float64, world)
+    losses = []
+    for number in range(STEPS):
+        crops = [crop.chunk(world.size)[world.rank] for crop in crops_of(config, 8, number, torch.float64)]
+        parts = 2 if name in AS_MICRO_BATCHES and world.size == 1 else 1
+        micro_batches = [list(part) for part in zip(*(crop.chunk(parts) for crop in crops))]
+        losses.append(world.mean(step(micro_batches, step_settings(number % 5), number).loss).item())
+    return losses

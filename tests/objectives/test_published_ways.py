@@ -58,6 +58,7 @@ def test_16_bits_err_no_more_than_twice_as_much_as_those_of_the_published_way(na
     config = settings_of(name)
     settings = step_settings(0)._replace(learning_rate=0.0, teacher_momentum=1.0)
     exact, ours = small_step(config, torch.float64), small_step(config, precision_name=narrow_name)
+    ours.scaler.scale.fill_(1.0)  # at its first scale fp16 would skip steps, which leaves centres where they are
     narrow = published_way(name, config, ours, torch.float32)
     errors = []
     for step in range(8):
@@ -65,7 +66,7 @@ def test_16_bits_err_no_more_than_twice_as_much_as_those_of_the_published_way(na
         rounded = [crop.float() for crop in crops]
         right = float(exact([crops], settings, step).loss)
         found = ours([rounded], settings, step)
-        assert found.loss.isfinite() and (found.gradient_norm.isfinite() or narrow_name == "fp16"), "a scaled gradient may overflow"
+        assert found.loss.isfinite() and found.gradient_norm.isfinite()
         errors.append((abs(float(found.loss) - right), abs(narrow(rounded, settings, step) - right)))
     mine, published = map(sum, zip(*errors))
     assert mine <= 2 * published + 8 * 1e-4 * abs(right), f"{mine / 8} against {published / 8}"

@@ -5,6 +5,7 @@ One start serves all objectives and strategies, because importing is most of wha
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -13,20 +14,21 @@ import torch.distributed as dist
 
 from massl_fast.distributed.world import join_world, leave_world
 from massl_fast.engine.trainer import Trainer
-from small import AS_ONE, OBJECTIVES, STRATEGIES, settings_of
+from small import AS_ONE, OBJECTIVES, STEPS, STRATEGIES, losses_as_one, settings_of
 
 
 def main(workplace: Path) -> None:
     torch.set_num_threads(1)
     world = join_world("cpu", timeout_seconds=120)
-    for names in (OBJECTIVES, AS_ONE):
-        if names is AS_ONE:
-            torch.nn.BatchNorm1d = BatchNormOfAllRanks
-        for name in names:
-            for strategy in STRATEGIES if names is OBJECTIVES else ("ddp",):
-                config = settings_of(name, workplace, parallel={"strategy": strategy}, train={"stop_at_step": 20, "steps": 21})
-                config.run.folder += f"-{strategy}"
-                Trainer(config, world).run()
+    for name in OBJECTIVES:
+        for strategy in STRATEGIES:
+            config = settings_of(name, workplace, parallel={"strategy": strategy}, train={"stop_at_step": STEPS, "steps": STEPS + 1})
+            config.run.folder += f"-{strategy}"
+            Trainer(config, world).run()
+    torch.nn.BatchNorm1d = BatchNormOfAllRanks
+    losses = {name: losses_as_one(name, world) for name in AS_ONE}
+    if world.is_main:
+        (workplace / "as_one.json").write_text(json.dumps(losses))
     leave_world()
 
 
