@@ -85,8 +85,8 @@ class MmcObjective(Objective):
         )
         original = torch.cat(crops[: self.teacher_views])
         masks = [mask.view(-1, 1, side, side).repeat_interleave(at.patch, 2).repeat_interleave(at.patch, 3) for mask in (noise, alien)]
-        pixels = uniforms(seed + 3, at.step, names, 2 * original[0].numel()).view(len(names), 2, *original.shape[1:])
-        pixels = pixels.to(original.dtype).unbind(1)
+        drawn = uniforms(seed + 3, at.step, names, 2 * original[0].numel()).view(len(names), 2, *original.shape[1:])
+        pixels = drawn.to(original.dtype).unbind(1)
         # Box and Muller's way from uniform to normal numbers.
         normal = (-2 * (1 - pixels[0]).clamp_min(1e-7).log()).sqrt() * (2 * torch.pi * pixels[1]).cos()
         others = torch.cat([crop.roll(1, 0) for crop in crops[: self.teacher_views]])
