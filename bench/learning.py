@@ -210,7 +210,8 @@ def learned(
     config.optimizer.warmup_epochs = WARM_UP_SHARE * length.epoch(length.total_steps)
     config.logging.every_steps = max(1, length.total_steps // LOGGED_LINES)
     config.checkpoint.every_steps = 10**9
-    untrained = judge.figures(build_pair(config, build_objective(config, precision_of(config, world), 0))[0].teacher, config)
+    objective = build_objective(config, precision_of(config, world), 0)
+    untrained = judge.figures(build_pair(config, objective)[0].teacher, config)
     started = time.process_time()
     if by_lightly:
         network, rows, warnings = train_with_lightly(config, world, length)
@@ -230,7 +231,7 @@ def learned(
         "processor minutes": records.figure(used / 60, "min"),
         "epochs": records.figure(length.epoch(length.total_steps), "passes"),
     }
-    keys = ("step", "loss", "embedding_spread", "student_entropy_nats", "teacher_entropy_nats", "gradient_norm")
+    keys = ("step", "loss", "gradient_norm", *(metric.key for metric in objective.metrics()))
     curve = {key: [round(row[key], 4) for row in rows if key in row and "loss" in row] for key in keys}
     return figures, {"settings": settings, "steps": length.total_steps, "curve": curve, "warnings": warnings}
 
@@ -421,7 +422,7 @@ def page(check: bool) -> int:
 def files_of_page() -> Iterator[tuple[Path, str]]:
     """(path, text) of the page and of its drawings, from the records."""
     text = PAGE.read_text(encoding="utf-8")
-    for suite in ("search", "side_by_side", "tables", "failures", "runs"):
+    for suite in ("search", "search_vit", "tuning", "side_by_side", "tables", "failures", "runs"):
         path = RESULTS / f"{suite}.jsonl"
         rows = records.latest(records.read(path)) if path.is_file() else []
         parts = [taken(rows), table(*of_suite(rows, suite))] if rows else ["Not run."]
@@ -450,17 +451,20 @@ def of_suite(rows: list[dict[str, Any]], suite: str) -> tuple[list[str], list[li
 
 
 def by_network(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """(head, lines) of kept runs: a line per network, a column per figure that was found for any."""
-    found: dict[tuple[str, str], dict[str, str]] = {}
+    """(head, lines) of kept runs: a line per network, a column per figure that was found for any; over seeds as in the other tables."""
+    found: dict[tuple[str, str], dict[str, list[float]]] = {}
     for row in rows:
         for key, figure in row["figures"].items():
             protocol, *network, name = key.split()
             if network:
                 title = f"{protocol} {name.removesuffix('_percent').replace('_', ' ')}, %"
-                found.setdefault((row["case"]["name"], " ".join(network)), {})[title] = f"{figure['median']:.1f}"
+                found.setdefault((row["case"]["name"], " ".join(network)), {}).setdefault(title, []).append(figure["median"])
     titles = list(dict.fromkeys(title for line in found.values() for title in line))
-    lines = [[*names, *(line.get(title, "–") for title in titles)] for names, line in found.items()]
-    return ["run", "features of", *titles], lines
+    lines = [
+        [*names, str(max(map(len, line.values()))), *(mean_of(line[title]) if title in line else "–" for title in titles)]
+        for names, line in found.items()
+    ]
+    return ["run", "features of", "seeds", *titles], lines
 
 
 def mean_of(values: list[float]) -> str:
@@ -472,7 +476,9 @@ def mean_of(values: list[float]) -> str:
 def drawings(rows: list[dict[str, Any]], suite: str) -> Iterator[tuple[str, str]]:
     """(name, SVG): k-NN over a kept run; spread of the embeddings over the runs of a suite, of the first seed."""
     if suite == "runs":
-        for row in rows[:1]:  # further records are the same run on other images
+        names = [row["case"]["name"] for row in rows]
+        for row in (row for place, row in enumerate(rows) if names.index(names[place]) == place and " on " not in names[place]):
+            # The first seed of each run; "RUN on IMAGES" is the same run on other images.
             curve = row["details"]["curve"]
             curves = [
                 Curve(network, curve["step"], [number(value) for value in curve[f"knn_{network}_k20_percent"]], colour, markers=True)

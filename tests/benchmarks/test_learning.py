@@ -3,6 +3,7 @@
 import importlib.util
 import io
 import json
+import math
 import tarfile
 from pathlib import Path
 
@@ -116,7 +117,7 @@ def test_samples_are_held_out_evenly_and_once(learning, tmp_path):
 
 
 def test_every_case_of_the_suites_is_a_configuration(learning):
-    for suite in ("search", "side_by_side", "tables", "failures"):
+    for suite in ("search", "search_vit", "tuning", "side_by_side", "tables", "failures"):
         for settings in learning.cases_of(ROOT / "bench" / "learning.yaml", suite).values():
             learning.config_of(settings, "images", Path("run"), 0)
 
@@ -143,7 +144,7 @@ def recorded(suite):
     return records.read(path)
 
 
-@pytest.mark.parametrize("suite", ["search", "side_by_side"])
+@pytest.mark.parametrize("suite", ["search", "search_vit", "tuning", "side_by_side"])
 def test_runs_that_learned_are_not_told_of_collapse(suite):
     for row in recorded(suite):
         if row["figures"]["knn"]["median"] < row["figures"]["untrained knn"]["median"] + 2:
@@ -151,6 +152,25 @@ def test_runs_that_learned_are_not_told_of_collapse(suite):
         curve, length = row["details"]["curve"], Length(row["details"]["steps"], 1, 1, 1, 1)
         sentences = [collapse(spread, step, length, "") for step, spread in zip(curve["step"], curve["embedding_spread"])]
         assert not any(sentences), row["case"]
+
+
+def test_no_objective_collapses_in_a_thousand_steps_by_its_own_meters(learning):
+    """Over the second half of a run, no metric that says what a collapse looks like says so on average, for any objective and seed."""
+    seen = set()
+    for row in recorded("side_by_side"):
+        settings, curve = row["details"]["settings"], row["details"]["curve"]
+        if settings.get("library") or row["details"]["steps"] < 1000:
+            continue
+        config = learning.config_of(settings, "", Path("unused"), 0)
+        objective = learning.build_objective(config, learning.precision_of(config, learning.join_world("cpu")), 0)
+        for metric in objective.metrics():
+            side, limit = metric.collapsed or ("below", -math.inf)
+            late = curve[metric.key][len(curve["step"]) // 2 :]
+            mean = sum(late) / len(late)  # a meter of 32 images of one step is noisy
+            assert mean > limit if side == "below" else mean < limit, (row["case"], metric.key)
+        assert any(metric.collapsed for metric in objective.metrics())
+        seen.add(config.objective.name)
+    assert seen == {"massl", "carp", "dino", "ibot", "moco_v3", "mmc"}
 
 
 def test_runs_that_collapsed_are_told_so_within_their_first_half():

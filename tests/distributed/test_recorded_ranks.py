@@ -53,7 +53,7 @@ def test_a_recording_pauses_at_each_exchange_and_the_start_says_which(workplace,
     assert outcomes[0]["pauses"] == outcomes[1]["pauses"] == [2, 2]
     output = (workplace / "output").read_text()
     assert "gradients overlapped (DistributedDataParallel exchanges while the backward pass computes)" in output
-    assert "gradients flat (asked for)" in output and "gradients flat (train.cuda_graph: one buffer between two recordings" in output
+    assert "gradients flat (as set)" in output and "gradients flat (train.cuda_graph: one buffer between two recordings" in output
 
 
 def test_votes_that_ride_with_the_gradients_count(outcomes):

@@ -36,7 +36,7 @@ def test_sets_that_are_there_are_evaluated_and_absent_ones_named(tmp_path):
     result = protocol.run(small.subject_of())
     row = result.results["raw pixels"]
     assert row["pets_k1_percent"] == row["country_k1_percent"] == row["mean_k1_percent"] == 100
-    assert sum("Absent" in note for note in result.notes) == len(SETS) - 2
+    assert sum("This set is absent" in note for note in result.notes) == len(SETS) - 2
     assert any("20 compares with all 8 training images" in note for note in result.notes)
     assert result.published == [] and result.data["pets, test"]["images"] == 4
 
