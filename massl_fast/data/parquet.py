@@ -41,13 +41,12 @@ class ParquetSource(ShardedSource):
     ) -> None:
         super().__init__(path, shards, names, positions, labels, classes, notes)  # positions: shard, row
         self._groups, self._column = list(groups), column
-        self._local = threading.local()
 
     def read(self, i: int) -> bytes:
         shard, row = self._positions[i].tolist()
         group = int(np.searchsorted(self._groups[shard], row, "right")) - 1
         offset, here = row - int(self._groups[shard][group]), (shard, group)
-        state = self._local.__dict__  # a reader of Arrow belongs to one thread
+        state = self._open.__dict__  # a reader of Arrow belongs to one thread
         try:
             if state.get("held", (None,))[0] == here:
                 column, at = state["held"][1], offset
@@ -68,21 +67,13 @@ class ParquetSource(ShardedSource):
 
     def _file(self, shard: int) -> Any:
         """The file, kept open by each thread until it needs another one."""
-        state = self._local.__dict__
+        state = self._open.__dict__
         if state.get("open", (None,))[0] != shard:
             state["open"] = shard, _parquet().ParquetFile(self.shards[shard], memory_map=True)
         return state["open"][1]
 
-    def _keep(self, kept: list[int]) -> None:
-        super()._keep(kept)
-        self._local = threading.local()
-
-    def __getstate__(self) -> dict:
-        return {name: value for name, value in self.__dict__.items() if name != "_local"}
-
-    def __setstate__(self, state: dict) -> None:
-        self.__dict__ |= state
-        self._local = threading.local()
+    def _forget(self) -> None:
+        self._open = threading.local()
 
 
 def open_parquet(path: str, shards: Sequence[str]) -> ParquetSource:

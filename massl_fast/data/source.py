@@ -9,6 +9,7 @@ import hashlib
 import os
 import zlib
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -105,7 +106,12 @@ class Source:
 
 
 class ShardedSource(Source):
-    """Images that lie many to a file. ``shards``: the files; ``positions`` int64 [len, n]: each image's shard, then where it lies there."""
+    """Images that lie many to a file. ``shards``: the files; ``positions`` int64 [len, n]: each image's shard, then where it lies there.
+
+    Open files are in ``_open``, and no copy takes them along, in this process or another.
+    """
+
+    _open: Any
 
     def __init__(
         self,
@@ -119,9 +125,22 @@ class ShardedSource(Source):
     ) -> None:
         super().__init__(path, names, labels, classes, notes)
         self.shards, self._positions = tuple(shards), positions
+        self._forget()
+
+    def _forget(self) -> None:
+        """Begins anew with no file open."""
+        raise NotImplementedError
 
     def files(self) -> Iterator[str]:
         return iter(self.shards)
 
     def _keep(self, kept: list[int]) -> None:
         self._positions = self._positions[kept]
+        self._forget()
+
+    def __getstate__(self) -> dict:
+        return {name: value for name, value in self.__dict__.items() if name != "_open"}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__ |= state
+        self._forget()

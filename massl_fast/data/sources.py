@@ -9,7 +9,7 @@ import os
 import re
 import tarfile
 from collections import OrderedDict
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from io import FileIO
 from pathlib import Path
 
@@ -41,20 +41,12 @@ class FolderSource(Source):
 
 
 class TarSource(ShardedSource):
-    """Members of tar files, read in place: nothing is ever extracted, so a member's path is only a name."""
+    """Members of tar files, read in place: nothing is ever extracted, so a member's path is only a name.
 
-    def __init__(
-        self,
-        path: str,
-        shards: Sequence[str],
-        names: Sequence[str],
-        positions: np.ndarray,
-        labels: Sequence[int] | None,
-        classes: Sequence[str],
-        notes: Iterable[str] = (),
-    ) -> None:
-        super().__init__(path, shards, names, positions, labels, classes, notes)  # positions: shard, offset, bytes
-        self._open: OrderedDict[int, FileIO] = OrderedDict()
+    Positions are shard, offset and bytes.
+    """
+
+    _open: OrderedDict[int, FileIO]
 
     def read(self, i: int) -> bytes:
         shard, offset, size = self._positions[i].tolist()
@@ -68,12 +60,8 @@ class TarSource(ShardedSource):
             raise OSError(f"{self.shards[shard]} ends before this member does")
         return data
 
-    def _keep(self, kept: list[int]) -> None:
-        super()._keep(kept)
+    def _forget(self) -> None:
         self._open = OrderedDict()
-
-    def __getstate__(self) -> dict:
-        return self.__dict__ | {"_open": OrderedDict()}
 
 
 def open_source(path: str | os.PathLike, exclude: Collection[str] = (), classes: Sequence[str] | None = None) -> Source:

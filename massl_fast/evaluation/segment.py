@@ -6,6 +6,7 @@ their pixels, and masks are compared at the network's size. MMC's is the long on
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -119,11 +120,12 @@ class Segment(Protocol):
         if self.settings.train_like == "mmc":
             for network in subject.networks.values():
                 segment_crops.blocks_of(network)
-        scenes = self._scenes()
+        scenes = self._scenes
         if len(scenes.splits["train"]) < 2:
             raise ValueError(f"{self.settings.data} has {len(scenes.splits['train'])} training images; two are needed to hold one out.")
         return []
 
+    @functools.cached_property
     def _scenes(self) -> SceneSet:
         return read_scenes(Path(self.settings.data), augmented=self.settings.train_like == "mmc")
 
@@ -132,7 +134,7 @@ class Segment(Protocol):
 
     def _like_mmc(self, subject: Subject) -> Result:
         settings, notes = self.settings, self.prepare(subject)
-        scenes, patch = self._scenes(), patch_side(subject)
+        scenes, patch = self._scenes, patch_side(subject)
         side = max(1, subject.size_or(segment_crops.SIDE) // patch) * patch
         train, val = scenes.splits["train"][: settings.max_train_images or None], scenes.splits["val"]
         sizes = dict(side=side, patch=patch)
@@ -210,7 +212,7 @@ class Segment(Protocol):
 
     def _like_capi(self, subject: Subject) -> Result:
         settings, notes = self.settings, self.prepare(subject)
-        scenes = self._scenes()
+        scenes = self._scenes
         side = subject.size_or(IMAGE_SIZE) // patch_side(subject) * patch_side(subject)
         lists = {"train": scenes.splits["train"][: settings.max_train_images or None], "val": scenes.splits["val"]}
         unreadable: list[str] = []
