@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Iterable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from massl_fast.profiling.ledger import Change
 
@@ -19,17 +19,13 @@ SMALL, SMALL_SEGMENT = MIB, 2 * MIB
 LARGE, LARGE_SEGMENT = 10 * MIB, 20 * MIB
 
 
-@dataclass(eq=False)
-class Block:
-    """A stretch of a segment, in use or free."""
+class Block(NamedTuple):
+    """A stretch of a segment; blocks order by size, then by address, as the allocator chooses among them."""
 
+    bytes: int
     start: int
     """Address of the first byte; segments lie far apart."""
-    bytes: int
     small: bool
-    before: Block | None = None
-    after: Block | None = None
-    free: bool = False
 
 
 class SimulatedAllocator:
@@ -37,62 +33,46 @@ class SimulatedAllocator:
 
     def __init__(self) -> None:
         self.reserved = 0
-        self.in_use = 0
-        self._free: dict[bool, list[tuple[int, int, Block]]] = {True: [], False: []}  # by pool: (bytes, address, block), in order
+        self.free: dict[bool, list[Block]] = {True: [], False: []}  # by pool, in order
+        self._from: dict[int, Block] = {}  # free blocks by their first byte
+        self._until: dict[int, Block] = {}  # and by the byte behind their last
         self._segments = 0
 
     def take(self, size: int) -> Block:
         size = max(ROUNDING, -(-size // ROUNDING) * ROUNDING)
         small = size <= SMALL
-        free = self._free[small]
-        place = bisect_left(free, (size, -1))
-        block = free.pop(place)[2] if place < len(free) else self._segment(size, small)
-        block.free = False
+        free = self.free[small]
+        place = bisect_left(free, (size,))
+        block = self._pick(free[place]) if place < len(free) else self._segment(size, small)
         remaining = block.bytes - size
         if remaining >= ROUNDING if small else remaining > SMALL:
-            rest = Block(block.start + size, remaining, small, block, block.after)
-            if block.after is not None:
-                block.after.before = rest
-            block.after, block.bytes = rest, size
-            self._put(rest)
-        self.in_use += block.bytes
+            self._put(Block(remaining, block.start + size, small))
+            block = Block(size, block.start, small)
         return block
 
     def give_back(self, block: Block) -> None:
-        self.in_use -= block.bytes
-        if (before := block.before) is not None and before.free:
+        if before := self._until.get(block.start):
             self._pick(before)
-            before.bytes += block.bytes
-            before.after = block.after
-            if block.after is not None:
-                block.after.before = before
-            block = before
-        if (after := block.after) is not None and after.free:
+            block = Block(before.bytes + block.bytes, before.start, block.small)
+        if after := self._from.get(block.start + block.bytes):
             self._pick(after)
-            block.bytes += after.bytes
-            block.after = after.after
-            if after.after is not None:
-                after.after.before = block
+            block = Block(block.bytes + after.bytes, block.start, block.small)
         self._put(block)
 
     def _segment(self, size: int, small: bool) -> Block:
-        if small:
-            total = SMALL_SEGMENT
-        elif size < LARGE:
-            total = LARGE_SEGMENT
-        else:
-            total = -(-size // (2 * MIB)) * 2 * MIB
+        total = SMALL_SEGMENT if small else LARGE_SEGMENT if size < LARGE else -(-size // (2 * MIB)) * 2 * MIB
         self.reserved += total
         self._segments += 1
-        return Block(self._segments << 48, total, small)
+        return Block(total, self._segments << 48, small)
 
     def _put(self, block: Block) -> None:
-        block.free = True
-        insort(self._free[block.small], (block.bytes, block.start, block))
+        insort(self.free[block.small], block)
+        self._from[block.start] = self._until[block.start + block.bytes] = block
 
-    def _pick(self, block: Block) -> None:
-        free = self._free[block.small]
-        del free[bisect_left(free, (block.bytes, block.start))]
+    def _pick(self, block: Block) -> Block:
+        free = self.free[block.small]
+        del free[bisect_left(free, block)], self._from[block.start], self._until[block.start + block.bytes]
+        return block
 
 
 def reserved_bytes(changes: Iterable[Change], steps: int = 2) -> int:
