@@ -15,7 +15,6 @@ No GPU is needed. Parts measured on such a GPU by ``massl-fast bench step --outp
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -46,29 +45,15 @@ ATTENTION_OF_CPUS = {
 NO_WORK = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "_unsafe_view", "lift_fresh")
 
 
-@dataclass
-class Work:
-    """What one operator, or several together, compute and move."""
-
-    flops: float = 0.0
-    bytes: float = 0.0
-    operators: int = 0
-    calls: list[tuple[float, float]] = field(default_factory=list)
-    """(operations, bytes) of each operator."""
-
-    def add(self, flops: float, moved: float) -> None:
-        self.flops += flops
-        self.bytes += moved
-        self.operators += 1
-        self.calls.append((flops, moved))
-
-    def floor(self, gpu: Gpu, share: float = 1.0) -> float:
-        """Seconds, where arithmetic runs at ``share`` of the peak."""
-        return sum(max(flops / (share * gpu.peak_flops), moved / gpu.bandwidth) for flops, moved in self.calls)
+Calls = list[tuple[float, float]]
+"""(operations, bytes) of each operator."""
+Budget = dict[tuple[str, str], Calls]
+"""(part of the step, group of operators) → what they compute and move."""
 
 
-Budget = dict[tuple[str, str], Work]
-"""(part of the step, group of operators) → work."""
+def floor(calls: Calls, gpu: Gpu, share: float = 1.0) -> float:
+    """Seconds, where arithmetic runs at ``share`` of the peak."""
+    return sum(max(flops / (share * gpu.peak_flops), moved / gpu.bandwidth) for flops, moved in calls)
 
 
 class OperatorCount(TorchDispatchMode):
@@ -94,7 +79,7 @@ class OperatorCount(TorchDispatchMode):
             group = "loss"
         else:
             group = "attention" if "attention" in name else "products" if flops else "other"
-        self.budget.setdefault((self.part, group), Work()).add(flops, bytes_moved(func, args, kwargs, out))
+        self.budget.setdefault((self.part, group), []).append((flops, bytes_moved(func, args, kwargs, out)))
         return out
 
 
@@ -163,16 +148,17 @@ def as_rows(budget: Budget, gpu: Gpu, measured: dict[str, float]) -> list[dict[s
         groups = {group: budget[part, group] for group in GROUPS if (part, group) in budget}
         rows.append(_row(part, "", list(groups.items()), gpu, measured.get(part)))
         if len(groups) > 1:
-            rows += [_row(part, group, [(group, work)], gpu) for group, work in groups.items()]
-    works = [(group, work) for (_, group), work in budget.items()]
-    return [*rows, _row("whole step", "", works, gpu, sum(measured.values()) if measured else None)]
+            rows += [_row(part, group, [(group, calls)], gpu) for group, calls in groups.items()]
+    whole = [(group, calls) for (_, group), calls in budget.items()]
+    return [*rows, _row("whole step", "", whole, gpu, sum(measured.values()) if measured else None)]
 
 
-def _row(part: str, name: str, works: Sequence[tuple[str, Work]], gpu: Gpu, measured: float | None = None) -> dict[str, Any]:
-    sums = {each: sum(getattr(work, each) for _, work in works) for each in ("flops", "bytes", "operators")}
-    seconds = {"floor_seconds": sum(work.floor(gpu) for _, work in works)}
-    seconds["expected_seconds"] = sum(work.floor(gpu, SHARE_OF_PEAK.get(group, 1.0)) for group, work in works)
-    return {"part": part, "group": name, **sums, **seconds, "measured_seconds": measured}
+def _row(part: str, name: str, groups: Sequence[tuple[str, Calls]], gpu: Gpu, measured: float | None = None) -> dict[str, Any]:
+    flops, moved = (sum(sum(call[which] for call in calls) for _, calls in groups) for which in (0, 1))
+    row = {"part": part, "group": name, "flops": flops, "bytes": moved, "operators": sum(len(calls) for _, calls in groups)}
+    row["floor_seconds"] = sum(floor(calls, gpu) for _, calls in groups)
+    row["expected_seconds"] = sum(floor(calls, gpu, SHARE_OF_PEAK.get(group, 1.0)) for group, calls in groups)
+    return row | {"measured_seconds": measured}
 
 
 def table(budget: Budget, gpu: Gpu, images: int, measured: dict[str, float]) -> list[str]:
@@ -181,20 +167,20 @@ def table(budget: Budget, gpu: Gpu, images: int, measured: dict[str, float]) -> 
     lines = [head, ["---"] * len(head)]
     rows = as_rows(budget, gpu, measured)
     for row in rows:
-        floor, seconds = row["floor_seconds"], row["measured_seconds"]
+        least, seconds = row["floor_seconds"], row["measured_seconds"]
         name = f"– {row['group']}" if row["group"] else f"**{row['part']}**"
-        cells = [f"{row['flops'] / 1e9:,.1f}", f"{row['bytes'] / 1e9:,.2f}", str(row["operators"]), f"{1000 * floor:,.2f}"]
+        cells = [f"{row['flops'] / 1e9:,.1f}", f"{row['bytes'] / 1e9:,.2f}", str(row["operators"]), f"{1000 * least:,.2f}"]
         cells.append(f"{1000 * row['expected_seconds']:,.2f}")
         if measured:
-            cells += [f"{1000 * seconds:.2f}", f"×{seconds / floor:.1f}" if floor else ""] if seconds is not None else ["", ""]
+            cells += [f"{1000 * seconds:.2f}", f"×{seconds / least:.1f}" if least else ""] if seconds is not None else ["", ""]
         lines.append([name, *cells])
     whole = rows[-1]
-    arithmetic, floor, expected = whole["flops"] / gpu.peak_flops, whole["floor_seconds"], whole["expected_seconds"]
+    arithmetic, least, expected = whole["flops"] / gpu.peak_flops, whole["floor_seconds"], whole["expected_seconds"]
     return [
         *("| " + " | ".join(line) + " |" for line in lines),
         "",
         f"{whole['flops'] / images / 1e9:.1f} GFLOP per image; {whole['operators']} operators. "
-        f"At the floor {images / floor:,.0f} images/s, {100 * arithmetic / floor:.0f} % of the peak; "
+        f"At the floor {images / least:,.0f} images/s, {100 * arithmetic / least:.0f} % of the peak; "
         f"with arithmetic alone {images / arithmetic:,.0f} images/s. With products at 70 % and attention at 40 % of the peak "
         f"{images / expected:,.0f} images/s, {100 * arithmetic / expected:.0f} % of the peak.",
     ]

@@ -332,7 +332,6 @@ class Explanation:
     """Why a step does not fit."""
 
     estimate: Estimate
-    ways: list[WayOut]
     short: str
     """One sentence or two."""
     text: str
@@ -359,7 +358,8 @@ def explain(config: Config, world: World) -> Explanation:
         reason += (
             " By this estimate it would fit the empty machine: other programs, the loader, a leak or a limit of the process take the rest."
         )
-    lines = [reason, "  " + ", ".join(f"{name} {gib(size)}" for name, size in largest_first(estimate.by_owner, most=7))]
+    largest = sorted((estimate.peak.by_category | estimate.extras).items(), key=lambda item: -item[1])[:7]
+    lines = [reason, "  " + ", ".join(f"{name} {gib(size)}" for name, size in largest if size)]
     if device_type == "cuda":
         lines.append(f"  Beside PyTorch, {gib(others)} of the device are taken (CUDA context, DALI's pool, other programs).")
     lines.append("What would lower it, cheapest first:" if ways else "No setting lowers it by more than 2 %: a smaller network is needed.")
@@ -372,7 +372,7 @@ def explain(config: Config, world: World) -> Explanation:
     if ways:
         way = next((way for way in ways if way.bytes <= budget), ways[0])
         first = f" Cheapest way out: {way.settings}, which saves {gib(way.saved)}{'' if way.bytes <= budget else ', not enough alone'}."
-    return Explanation(estimate, ways, reason + first, "\n".join(lines))
+    return Explanation(estimate, reason + first, "\n".join(lines))
 
 
 def capacity(device: torch.device) -> tuple[int, int]:
@@ -387,14 +387,6 @@ def capacity(device: torch.device) -> tuple[int, int]:
         total = min(total, int(most))
         free = min(free, max(0, int(most) - int(used.read_text())))
     return total, free
-
-
-def largest_first(sizes: dict[str, int], most: int) -> list[tuple[str, int]]:
-    """The largest entries, activations of all parts taken together."""
-    joined: dict[str, int] = {}
-    for name, size in sizes.items():
-        joined[name.split(":")[0]] = joined.get(name.split(":")[0], 0) + size
-    return sorted(joined.items(), key=lambda item: -item[1])[:most]
 
 
 def gib(size: float) -> str:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
@@ -30,7 +31,7 @@ from massl_fast.kernels.operators import implementation
 from massl_fast.profiling.source_lines import calling_line
 from massl_fast.profiling.synthetic import SyntheticRun
 
-WEIGHTS, TEACHER, OPTIMIZER, MEMORY, CROPS, GRADIENTS, ACTIVATIONS, LOSS, WORKSPACE = (
+CATEGORIES = (
     "student weights",
     "teacher weights",
     "optimizer state",
@@ -41,7 +42,7 @@ WEIGHTS, TEACHER, OPTIMIZER, MEMORY, CROPS, GRADIENTS, ACTIVATIONS, LOSS, WORKSP
     "loss",
     "workspace",
 )
-CATEGORIES = (WEIGHTS, TEACHER, OPTIMIZER, MEMORY, CROPS, GRADIENTS, ACTIVATIONS, LOSS, WORKSPACE)
+WEIGHTS, TEACHER, OPTIMIZER, MEMORY, CROPS, GRADIENTS, ACTIVATIONS, LOSS, WORKSPACE = CATEGORIES
 
 
 @dataclass
@@ -284,23 +285,17 @@ def highest_by_section(changes: list[Change]) -> dict[str, int]:
 
 def timeline(changes: list[Change], points: int = 400) -> dict[str, Any]:
     """Bytes of each category over a book, thinned to about ``points`` moments, each the highest of its stretch: seconds, sections and
-    a list a category."""
-    totals = dict.fromkeys(CATEGORIES, 0)
-    rows: list[tuple[float, str, dict[str, int]]] = []
+    a list per category."""
+    levels = np.zeros((len(changes), len(CATEGORIES)), np.int64)
+    for level, change in zip(levels, changes):
+        level[CATEGORIES.index(change.piece.category)] = change.sign * change.piece.bytes
+    levels = levels.cumsum(0)
     stretch = max(1, len(changes) // points)
-    best: tuple[int, float, str, dict[str, int]] | None = None
-    for index, change in enumerate(changes):
-        totals[change.piece.category] += change.sign * change.piece.bytes
-        height = sum(totals.values())
-        if best is None or height > best[0]:
-            best = (height, change.seconds, change.section, dict(totals))
-        if (index + 1) % stretch == 0 or index + 1 == len(changes):
-            rows.append(best[1:])
-            best = None
+    moments = [start + int(levels[start : start + stretch].sum(1).argmax()) for start in range(0, len(changes), stretch)]
     return {
-        "seconds": [round(row[0], 6) for row in rows],
-        "sections": [row[1] for row in rows],
-        "bytes": {category: [row[2][category] for row in rows] for category in CATEGORIES},
+        "seconds": [round(changes[moment].seconds, 6) for moment in moments],
+        "sections": [changes[moment].section for moment in moments],
+        "bytes": {category: [int(levels[moment, number]) for moment in moments] for number, category in enumerate(CATEGORIES)},
     }
 
 

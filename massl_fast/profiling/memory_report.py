@@ -126,7 +126,6 @@ def as_record(
     }
     figures = {"estimated_peak": records.figure(estimate.bytes / MIB, "MiB", exact=True)}
     details: dict[str, Any] = {"estimated": in_order(estimate.by_owner), "estimated_timeline": timeline(estimate.changes)}
-    details["estimated_beside"] = estimate.beside
     details["estimated_peak_section"] = estimate.peak.section
     if measured:
         figures["measured_peak"] = records.figure(measured.peak_bytes / MIB, "MiB", "lower", exact=True)
@@ -137,7 +136,6 @@ def as_record(
             "peak_section": measured.peak.section,
             "largest": largest_pieces(measured.peak.pieces, 10),
             "rest": measured.rest,
-            "growth_bytes": measured.growth,
             "leaks": leak_sentences(measured),
         }
     if prediction:

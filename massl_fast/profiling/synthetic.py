@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import _disable_current_modes
 
 from massl_fast.config import Config
 from massl_fast.data.loaders import views_of
@@ -95,7 +95,10 @@ def synthetic_run(
     demand_residual(config, precision)
     objective = build_objective(config, precision, world.rank)
     fake = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
-    with _without(fake), torch.device("meta") if fake else contextlib.nullcontext():
+    with contextlib.ExitStack() as outside:
+        if fake:
+            outside.enter_context(_disable_current_modes())
+            outside.enter_context(torch.device("meta"))
         pair, _ = build_pair(config, objective, attention)
     if fake:
         _in_shapes_(pair)
@@ -132,15 +135,3 @@ def _in_shapes_(module: nn.Module) -> None:
                     layout = torch.channels_last if tensor.ndim == 4 else torch.contiguous_format
                     shape = torch.empty(tensor.shape, dtype=tensor.dtype, memory_format=layout)
                     tensors[name] = nn.Parameter(shape, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else shape
-
-
-@contextlib.contextmanager
-def _without(mode: FakeTensorMode | None):
-    """Leave a fake-tensor mode for a while."""
-    if mode is None:
-        yield
-        return
-    from torch.utils._python_dispatch import _disable_current_modes
-
-    with _disable_current_modes():
-        yield

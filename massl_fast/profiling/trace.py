@@ -7,7 +7,7 @@ makes the host wait for the device. Lines that wait are found in a further step,
 
 from __future__ import annotations
 
-from collections import defaultdict
+import contextlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ from massl_fast.profiling.synthetic import SyntheticRun
 from massl_fast.profiling.waits import Wait
 
 STEP = "step"
-MIN_GAP = 10e-6  # seconds
+MIN_GAP, MOST_GAPS = 10e-6, 10  # seconds; those that are named
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,6 @@ class Gap:
 class Gaps:
     idle_share: float
     largest: list[Gap]
-    by_part: dict[str, float]
-    """Idle seconds by part of the step."""
 
 
 @dataclass(frozen=True)
@@ -70,17 +68,15 @@ class Ranges:
     """An observer that opens a named range in the trace for each part of a step."""
 
     def __init__(self):
-        self.open: list[record_function] = []
+        self.open = contextlib.ExitStack()
 
     def __call__(self, name: str) -> None:
-        while self.open:
-            self.open.pop().__exit__(None, None, None)
+        self.open.close()
         if name != END:
-            self.open.append(record_function(name))
-            self.open[-1].__enter__()
+            self.open.enter_context(record_function(name))
 
 
-def trace_steps(run: SyntheticRun, steps: int, path: Path | None = None) -> Traced:
+def trace_steps(run: SyntheticRun, steps: int, path: Path) -> Traced:
     """Trace some steps, write the trace to ``path`` and sum it up."""
     device = run.train_step.world.device
     on_gpu = device.type == "cuda"
@@ -91,8 +87,7 @@ def trace_steps(run: SyntheticRun, steps: int, path: Path | None = None) -> Trac
             with record_function(STEP):
                 run.step()
         synchronize(device)
-    if path is not None:
-        profiler.export_chrome_trace(str(path))
+    profiler.export_chrome_trace(str(path))
     events = profiler.profiler.kineto_results.events()
     host, kernels = split_events(events)
     parts = {name: sum(stop - start for start, stop, label in host if label == name) / steps for name in PHASES}
@@ -128,31 +123,24 @@ def top_operators(profiler: profile, on_gpu: bool, steps: int) -> list[Operator]
     return sorted((row for row in found if row.seconds > 0), key=lambda row: -row.seconds)
 
 
-def find_gaps(kernels: Sequence[Interval], host: Sequence[Interval], smallest: float = MIN_GAP, most: int = 10) -> Gaps:
+def find_gaps(kernels: Sequence[Interval], host: Sequence[Interval]) -> Gaps:
     """Times between the first and the last kernel in which none runs, with what the host did when each began.
 
-    Kernels may overlap; gaps below ``smallest`` seconds are what lies between any two kernels and are counted as work.
+    Kernels may overlap; gaps below ``MIN_GAP`` are what lies between any two kernels and are counted as work.
     """
     if not kernels:
-        return Gaps(1.0, [], {})
+        return Gaps(1.0, [])
     begin, busy_until = kernels[0][0], kernels[0][1]
     gaps: list[tuple[float, float]] = []
     for start, stop, _ in kernels:
-        if start - busy_until >= smallest:
+        if start - busy_until >= MIN_GAP:
             gaps.append((busy_until, start))
         busy_until = max(busy_until, stop)
     parts = [interval for interval in host if interval[2] in PHASES]
     others = [interval for interval in host if interval[2] not in PHASES and interval[2] != STEP]
     found = [Gap(stop - start, _innermost(parts, stop) or "between steps", _outermost(others, start, stop)) for start, stop in gaps]
-    by_part: dict[str, float] = defaultdict(float)
-    for gap in found:
-        by_part[gap.part] += gap.seconds
-    span = busy_until - begin
-    return Gaps(
-        sum(by_part.values()) / span if span else 0.0,
-        sorted(found, key=lambda gap: -gap.seconds)[:most],
-        dict(sorted(by_part.items(), key=lambda item: -item[1])),
-    )
+    idle, span = sum(stop - start for start, stop in gaps), busy_until - begin
+    return Gaps(idle / span if span else 0.0, sorted(found, key=lambda gap: -gap.seconds)[:MOST_GAPS])
 
 
 def _innermost(intervals: Sequence[Interval], at: float) -> str:
