@@ -5,12 +5,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
-from massl_fast.benchmarks.charts import MIB, Bar, Dot, Line, bars, memory_timeline, over_sizes, roofline, split, waterfall
+from massl_fast.benchmarks.charts import MIB, Bar, Line, bars, memory_timeline, over_sizes, roofline, split, waterfall
 from massl_fast.benchmarks.intervals import spread_percent
 from massl_fast.engine.phases import PHASES
 from massl_fast.report.html import Drawing
@@ -150,12 +151,9 @@ def kernel_bars(rows: Sequence[Row]) -> str:
 def growth(rows: Sequence[Row], first: dict[str, Any], size: str) -> list[str]:
     """Time against N or K, everything else as in the case ``first``; nothing where one size alone was measured."""
     rest = [name for name in ("V", "T", "N", "D", "K", "block", "dtype") if name != size]
-    lines: dict[str, list[tuple[float, float]]] = {}
-    for row in rows:
-        if all(row["case"][name] == first[name] for name in rest):
-            lines.setdefault(row["case"]["variant"], []).append((row["case"][size], row["figures"]["time"]["median"]))
-    looks = variant_looks(rows)
-    drawable = [Line(name, points, *looks[name]) for name, points in lines.items() if len(points) > 1]
+    fitting = [row for row in rows if all(row["case"][name] == first[name] for name in rest)]
+    lines = lines_by_variant(rows, fitting, lambda row: (row["case"][size], row["figures"]["time"]["median"]))
+    drawable = [line for line in lines if len(line.points) > 1]
     return [over_sizes(drawable, {"N": "N, images", "K": "K, entries"}[size], "ms")] if drawable else []
 
 
@@ -165,11 +163,7 @@ def roofline_of(rows: Sequence[Row]) -> list[Drawing]:
         return []
     rate = 1e12 * median(row["figures"]["matrix product"]["median"] for row in measured)
     bandwidth = 1e9 * median(row["figures"]["copy"]["median"] for row in measured)
-    looks = variant_looks(rows)
-    dots = []
-    for row in measured:
-        name = row["case"]["variant"]
-        dots.append(Dot(name, intensity(row["case"]), 1e12 * row["figures"]["rate"]["median"], *looks[name]))
+    dots = lines_by_variant(rows, measured, lambda row: (intensity(row["case"]), 1e12 * row["figures"]["rate"]["median"]))
     note = (
         "Both roofs were measured in the same run. Least traffic: the memory once, rows in, read-outs or gradient out; operations are the "
         "4·D·(V+T)·N·K of the one pass, also for variants that do more."
@@ -177,11 +171,14 @@ def roofline_of(rows: Sequence[Row]) -> list[Drawing]:
     return [Drawing("Roofline", roofline(dots, rate, bandwidth), note)]
 
 
-def variant_looks(rows: Sequence[Row]) -> dict[str, tuple[str, bool]]:
-    """(colour, whether hollow or dashed) of each variant: ours in colours of their own, peers hollow."""
+def lines_by_variant(rows: Sequence[Row], shown: Sequence[Row], point: Callable[[Row], tuple[float, float]]) -> list[Line]:
+    """The points of the records shown, a line per variant: ours in colours of their own, peers in one by their order among all ``rows``."""
     peers = [name for name in dict.fromkeys(row["case"]["variant"] for row in rows) if name not in OURS]
-    looks = {name: (colour, False) for name, colour in OURS.items()}
-    return looks | {name: (PEERS[number % len(PEERS)], True) for number, name in enumerate(peers)}
+    points: dict[str, list[tuple[float, float]]] = {}
+    for row in shown:
+        points.setdefault(row["case"]["variant"], []).append(point(row))
+    colours = OURS | {name: PEERS[number % len(PEERS)] for number, name in enumerate(peers)}
+    return [Line(name, of, colours[name], name in peers) for name, of in points.items()]
 
 
 def intensity(case: dict[str, Any]) -> float:
@@ -219,31 +216,24 @@ def objective_line(row: Row) -> list[str]:
 # Steps
 
 
-def sides(ratio: str) -> Callable[[Sequence[Row]], list[Part]]:
+def sides(ratio: str, rows: Sequence[Row]) -> list[Part]:
     """Ways of taking a step that took turns in one process, compared with the first of them."""
-
-    def parts(rows: Sequence[Row]) -> list[Part]:
-        lines, drawn = [], []
-        for row in rows:
-            case, found = row["case"], row["details"]["sides"]
-            objective = case.get("objective") or f"K {case['memory_size']}"
-            what = f"{published_model(row)}, {case['batch']} images, {case['precision']}, {objective}"
-            for side, result in found.items():
-                quartiles = " to ".join(f"{1000 * seconds:.0f}" for seconds in result.get("step_seconds_quartiles", ()))
-                processor = result.get("times_the_first_side_by_processor_time")
-                rate, memory = shown_number(result["images_per_second"]), f"{result['peak_mib']:.0f}"
-                ratios = f"{times_the_first(row, side):.2f}", f"{processor:.2f}" if processor else ""
-                lines.append([what, side, rate, quartiles, *ratios, memory])
-            first = next(iter(found))
-            items = [
-                Bar(side, [r["images_per_second"]], "--muted" if side == first else "--blue", f"× {times_the_first(row, side):.2f}")
-                for side, r in found.items()
-            ]
-            drawn.append(Drawing(f"Images per second: {what}", bars(items, "images/s")))
-        head = ["step", "side", "images/s", "ms per step, quartiles", ratio, "× by processor time", "peak MiB"]
-        return [Part(rows, head, lines, drawings=drawn, sentences=[RATIOS])]
-
-    return parts
+    lines, drawn = [], []
+    for row in rows:
+        case, found = row["case"], row["details"]["sides"]
+        objective = case.get("objective") or f"K {case['memory_size']}"
+        what = f"{published_model(row)}, {case['batch']} images, {case['precision']}, {objective}"
+        items = []
+        for side, result in found.items():
+            quartiles = " to ".join(f"{1000 * seconds:.0f}" for seconds in result.get("step_seconds_quartiles", ()))
+            processor = result.get("times_the_first_side_by_processor_time")
+            times, memory = f"{times_the_first(row, side):.2f}", f"{result['peak_mib']:.0f}"
+            rate = result["images_per_second"]
+            lines.append([what, side, shown_number(rate), quartiles, times, f"{processor:.2f}" if processor else "", memory])
+            items.append(Bar(side, [rate], "--blue" if items else "--muted", f"× {times}"))
+        drawn.append(Drawing(f"Images per second: {what}", bars(items, "images/s")))
+    head = ["step", "side", "images/s", "ms per step, quartiles", ratio, "× by processor time", "peak MiB"]
+    return [Part(rows, head, lines, drawings=drawn, sentences=[RATIOS])]
 
 
 def published_model(row: Row) -> str:
@@ -389,8 +379,8 @@ def trace(rows: Sequence[Row]) -> list[Part]:
 KINDS: tuple[tuple[str, str, str, Callable[[Sequence[Row]], list[Part]]], ...] = (
     ("Kernels", "kernels", KERNEL_COLUMNS, kernels),
     ("Losses beside the published way", "objectives", OBJECTIVE_COLUMNS, objectives),
-    ("A step beside the published way", "published step", "", sides("× published")),
-    ("A step with one thing taken back or added", "ablation", "", sides("× first")),
+    ("A step beside the published way", "published step", "", functools.partial(sides, "× published")),
+    ("A step with one thing taken back or added", "ablation", "", functools.partial(sides, "× first")),
     ("A step, model alone", "step", "", step),
     ("Rate against the batch", "batch search", "", search),
     ("Loader and model", "train", "", train),

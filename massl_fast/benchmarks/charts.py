@@ -62,38 +62,32 @@ def bars(items: Sequence[Bar], unit: str, *, wide: bool = False) -> str:
 
 
 @dataclass(frozen=True)
-class Dot:
-    """A kernel on a roofline: operations per byte of least traffic, operations per second."""
-
+class Line:
     label: str
-    intensity: float
-    rate: float
+    points: Sequence[tuple[float, float]]
+    """(size, value); on a roofline (operations per byte of least traffic, operations per second)."""
     colour: str
-    hollow: bool = False
+    peer: bool = False
+    """Drawn dashed, or on a roofline hollow."""
 
 
-def roofline(dots: Sequence[Dot], matrix_rate: float, bandwidth: float) -> str:
+def roofline(kernels: Sequence[Line], matrix_rate: float, bandwidth: float) -> str:
     """Kernels under the two roofs that were measured in the same run: bandwidth × intensity, and the rate of a large matrix product."""
     with drawing(wide=True, height=3.6) as (axes, finish):
         ridge = matrix_rate / bandwidth
-        left = min([ridge / 8, *(dot.intensity / 3 for dot in dots)])
-        right = max([ridge * 8, *(dot.intensity * 3 for dot in dots)])
+        intensities, heights = zip(*(point for kernel in kernels for point in kernel.points))
+        left, right = min(ridge / 8, min(intensities) / 3), max(ridge * 8, max(intensities) * 3)
         axes.plot([left, ridge, right], [left * bandwidth, matrix_rate, matrix_rate], color=INK, linewidth=1.4, zorder=2)
         axes.text(right, matrix_rate * 1.12, f"matrix product {_number(matrix_rate / 1e12)} TFLOP/s", ha="right", color=INK)
         axes.text(left * 1.3, left * bandwidth, f"copy {_number(bandwidth / 1e9)} GB/s", color=INK)
-        named: set[str] = set()
-        for dot in dots:
-            colour = STAND_INS[dot.colour]
-            label = dot.label if dot.label not in named else None
-            named.add(dot.label)
-            face = "none" if dot.hollow else colour
-            axes.plot(
-                dot.intensity, dot.rate, "o", color=colour, markerfacecolor=face, markersize=6, label=label, linestyle="none", zorder=3
-            )
+        for kernel in kernels:
+            colour = STAND_INS[kernel.colour]
+            look = dict(color=colour, markerfacecolor="none" if kernel.peer else colour, markersize=6, zorder=3)
+            axes.plot(*zip(*kernel.points), "o", label=kernel.label, **look)
         axes.set_xscale("log")
         axes.set_yscale("log")
         axes.set_xlim(left, right)
-        lowest, highest = min([left * bandwidth, *(dot.rate / 2 for dot in dots)]), matrix_rate * 2.2
+        lowest, highest = min(left * bandwidth, min(heights) / 2), matrix_rate * 2.2
         axes.set_ylim(lowest, highest)
         plain(axes)
         _powers(axes.xaxis, "")
@@ -106,21 +100,12 @@ def roofline(dots: Sequence[Dot], matrix_rate: float, bandwidth: float) -> str:
         return finish()
 
 
-@dataclass(frozen=True)
-class Line:
-    label: str
-    points: Sequence[tuple[float, float]]
-    """(size, value)"""
-    colour: str
-    dashed: bool = False
-
-
 def over_sizes(lines: Sequence[Line], x_label: str, unit: str) -> str:
     """One line per variant over a size, both axes logarithmic."""
     with drawing(height=3.2) as (axes, finish):
         for line in lines:
             xs, ys = zip(*sorted(line.points))
-            look = dict(color=STAND_INS[line.colour], linestyle="--" if line.dashed else "-", linewidth=1.5, marker="o", markersize=4)
+            look = dict(color=STAND_INS[line.colour], linestyle="--" if line.peer else "-", linewidth=1.5, marker="o", markersize=4)
             axes.plot(xs, ys, label=line.label, **look)
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")

@@ -7,7 +7,7 @@ import pytest
 
 from massl_fast import records
 from massl_fast.benchmarks.chapters import intensity
-from massl_fast.benchmarks.charts import Bar, Dot, Line, bars, over_sizes, roofline
+from massl_fast.benchmarks.charts import Bar, Line, bars, over_sizes, roofline
 from massl_fast.benchmarks.page import page_of
 from massl_fast.cli import main
 from massl_fast.engine.phases import PHASES as NAMES
@@ -48,7 +48,7 @@ def everything() -> list[dict]:
     published = {"published: step_seconds": figure(0.5, "s", "lower"), "published: times the first": figure(1.0, "×")}
     trace = {"operators": [{"name": "aten::mm<script>", "seconds": 0.1, "calls": 3, "share_percent": 9.0}], "steps": 2}
     trace |= {"parts": {}, "gaps": None, "waits": [{"operator": "item", "line": "a.py:3", "count": 2}]}
-    gaps = {"idle_share": 0.1, "largest": [{"seconds": 1e-4, "part": "loss", "meanwhile": ""}], "by_part": {"loss": 1e-4}}
+    gaps = {"idle_share": 0.1, "largest": [{"seconds": 1e-4, "part": "loss", "meanwhile": ""}]}
     loader = dict(loader="dali", workers=2, decode="cpu", augment="cpu", images="generated", batch=8)
     loader |= dict(global_size=224, local_size=96, num_local=10, device="cpu")
     return [
@@ -110,7 +110,7 @@ def test_any_bar_can_be_drawn(samples):
 
 def test_lines_and_dots_are_drawn():
     xml.dom.minidom.parseString(over_sizes([Line("a", [(8, 1.0), (64, 9.0)], "--blue")], "N", "ms"))
-    xml.dom.minidom.parseString(roofline([Dot("a", 100.0, 1e12, "--blue"), Dot("a", 1.0, 1e9, "--green", hollow=True)], 2e12, 1e10))
+    xml.dom.minidom.parseString(roofline([Line("a", [(100.0, 1e12)], "--blue"), Line("b", [(1.0, 1e9)], "--green", peer=True)], 2e12, 1e10))
 
 
 def test_the_command_writes_beside_the_records(tmp_path, capsys):
