@@ -135,11 +135,6 @@ def command_line(split: Sequence[str]) -> list[str]:
     return [sys.executable, *launcher(), *split]
 
 
-def place(split: Sequence[str]) -> Path | None:
-    """Where a part's process starts: pytest looks for packages where it stands, and the repository's is one without kernels."""
-    return ROOT / "tests" if split[0] == "pytest" else None
-
-
 def launcher() -> list[str]:
     """How this program was started, to start it again."""
     return [sys.argv[0]] if Path(sys.argv[0]).name in LAUNCHERS else ["-m", "massl_fast"]
@@ -213,8 +208,10 @@ class Process:
         self.log, self.limit, self.start = log, limit, time.monotonic()
         log.write_text(f"{shlex.join(split)}\n", encoding="utf-8")
         with open(log, "a") as file:
+            # pytest looks for packages where it stands, and the repository's is one without kernels.
+            place = ROOT / "tests" if split[0] == "pytest" else None
             self._process = subprocess.Popen(
-                command_line(split), stdout=file, stderr=subprocess.STDOUT, start_new_session=True, env=environment, cwd=place(split)
+                command_line(split), stdout=file, stderr=subprocess.STDOUT, start_new_session=True, env=environment, cwd=place
             )
 
     def __enter__(self) -> Process:

@@ -12,7 +12,7 @@ import functools
 import io
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -25,6 +25,7 @@ from PIL import Image, ImageFilter
 from massl_fast import records
 from massl_fast.benchmarks.timing import windows
 from massl_fast.data.crops import View, published_views
+from massl_fast.data.loader import Loader
 from massl_fast.data.sources import Source, open_source
 from massl_fast.data.torchvision_loader import TorchvisionLoader
 from massl_fast.extras import importable
@@ -74,8 +75,7 @@ def obstacle(setup: Setup) -> str:
     """Why a configuration cannot run here; empty where it can."""
     if "gpu" in (setup.augment, setup.decode) and setup.device == "cpu":
         return "it needs a GPU, and there is none here"
-    package = {"published": "torchvision", "dali": "nvidia.dali"}.get(setup.loader)
-    return f"{package} is not installed" if package and not importable(package) else ""
+    return "nvidia.dali is not installed" if setup.loader == "dali" and not importable("nvidia.dali") else ""
 
 
 def read_step_rate(text: str) -> float:
@@ -131,8 +131,7 @@ def measure(setup: Setup) -> dict[str, list[float]]:
     on_gpu = device.type == "cuda"
     free_before = torch.cuda.mem_get_info()[0] if on_gpu else 0
     memory_before = host_bytes()
-    loader = make_loader(setup)
-    batches = loader.batches(0)
+    batches = batches_of(setup)
     # As many batches as may lie ready, so that what is counted is made while the clock runs.
     for _ in range(2 * setup.workers + 2 if setup.loader != "dali" else 4):
         next(batches)
@@ -150,49 +149,38 @@ def measure(setup: Setup) -> dict[str, list[float]]:
         beside = free_before - torch.cuda.mem_get_info()[0] - reserved
         result["torch_gpu_memory_mib"] = [reserved / 2**20]
         result["dali_gpu_memory_mib"] = [beside / 2**20 if setup.loader == "dali" else 0.0]
-    loader.close()
+    batches.close()
     return result
 
 
-def make_loader(setup: Setup):
+def batches_of(setup: Setup) -> Generator[Any, None, None]:
+    """Endless batches of crops; closing the iterator ends the loader's processes."""
     source = open_source(setup.images)
     common = dict(seed=0, global_batch=setup.batch, device_batch=setup.batch, num_workers=setup.workers, device=setup.device)
     common |= dict(max_bad_percent=100.0)
     if setup.loader == "published":
-        return PublishedLoader(source, setup)
-    if setup.loader == "torchvision":
-        return TorchvisionLoader(source, setup.views, **common, pin_memory=setup.device == "cuda")
-    from massl_fast.data.dali.loader import DaliLoader
-
-    return DaliLoader(source, setup.views, **common, decode=setup.decode, augment=setup.augment)
-
-
-class PublishedLoader:
-    """The multi-crop augmentation as the published code has it: torchvision's transforms on Pillow images, one image at a time."""
-
-    def __init__(self, source: Source, setup: Setup) -> None:
-        self.device = setup.device
-        self.loader = torch.utils.data.DataLoader(
-            PublishedDataset(source, setup.views),
-            batch_size=setup.batch,
-            shuffle=True,
-            drop_last=True,
-            num_workers=setup.workers,
-            pin_memory=setup.device == "cuda",
-            multiprocessing_context="forkserver",
-            persistent_workers=True,
-        )
-
-    def batches(self, _: int) -> Iterator[list[torch.Tensor]]:
+        dataset, on_gpu = PublishedDataset(source, setup.views), setup.device == "cuda"
+        workers = dict(num_workers=setup.workers, multiprocessing_context="forkserver", persistent_workers=True)
+        published = torch.utils.data.DataLoader(dataset, setup.batch, shuffle=True, drop_last=True, pin_memory=on_gpu, **workers)
         while True:
-            for crops in self.loader:
-                yield [c.to(self.device, non_blocking=True) for c in crops]
+            for crops in published:
+                yield [c.to(setup.device, non_blocking=True) for c in crops]
+    loader: Loader
+    if setup.loader == "torchvision":
+        loader = TorchvisionLoader(source, setup.views, **common, pin_memory=setup.device == "cuda")
+    else:
+        from massl_fast.data.dali.loader import DaliLoader
 
-    def close(self) -> None:
-        pass
+        loader = DaliLoader(source, setup.views, **common, decode=setup.decode, augment=setup.augment)
+    try:
+        yield from loader.batches(0)
+    finally:
+        loader.close()
 
 
 class PublishedDataset(torch.utils.data.Dataset):
+    """The multi-crop augmentation as the published code has it: torchvision's transforms on Pillow images, one image at a time."""
+
     def __init__(self, source: Source, views: tuple[View, ...]) -> None:
         self.source = source
         self.transforms = [published_transform(view) for view in views]

@@ -7,6 +7,7 @@ for, and the host's clock on a CPU. Beside the published way of a step, and comp
 
 from __future__ import annotations
 
+import functools
 import gc
 import math
 from collections.abc import Callable
@@ -179,23 +180,22 @@ def lines_of(run: SyntheticRun, figures: dict[str, Any], details: dict[str, Any]
 # The batch that does best
 
 
-def search(
-    config: Config, recipe: str, world: World, precision: Precision, most: int, tell: Callable[[str], None] = print
-) -> dict[str, Any]:
+def search(config: Config, recipe: str, world: World, precision: Precision, most: int) -> dict[str, Any]:
     """Double the micro-batch until memory or ``most`` ends it, then close in on the largest that fits. What is found
-    is told as it comes; returns the record."""
+    is printed as it comes; returns the record."""
     device = world.device
     most = min(most, getattr(config.objective, "memory_size", most))
     tried: dict[int, dict[str, float] | None] = {}
+    tell = functools.partial(print, flush=True)
 
     def attempt(batch: int) -> bool:
         tried[batch] = result = rate_at(config, world, precision, batch)
-        if result is None:
-            tell(f"{batch:>7}  out of memory")
-            return False
-        share = f"{result['peak_bytes'] / 2**20:>12.0f}" if result["peak_bytes"] else f"{'–':>12}"
-        tell(f"{batch:>7}{result['images_per_second']:>12.1f}{1000 * result['step_seconds']:>12.1f}{share}")
-        return True
+        cells = "  out of memory"
+        if result is not None:
+            peak = f"{result['peak_bytes'] / 2**20:.0f}" if result["peak_bytes"] else "–"
+            cells = f"{result['images_per_second']:>12.1f}{1000 * result['step_seconds']:>12.1f}{peak:>12}"
+        tell(f"{batch:>7}{cells}")
+        return result is not None
 
     tell(f"{'batch':>7}{'images/s':>12}{'ms per step':>12}{'peak MiB':>12}")
     low, high = largest_that_fits(attempt, most, fineness=16)

@@ -90,77 +90,53 @@ class Situation:
 
 def verdict(s: Situation) -> list[str]:
     """What bounds the run, as a sentence, and what to try, one line each."""
-    slower = min(s.loader, s.model)
+    slower, ours, gpu_augments = min(s.loader, s.model), s.loader_name == "torchvision", s.loader_name == "dali" and s.augment == "gpu"
+    smaller = "Try smaller files: images scaled once to about 1.5 times the global crop decode in a fraction of the time."
     if not s.on_gpu and s.together < TOGETHER * slower and s.loader < FAR_AHEAD * s.model:
         head = (
             f"Loader and model share {s.cores} core{'s' if s.cores > 1 else ''}: together they make {s.together:.0f} images/s, less than "
             f"either alone ({s.loader:.0f} and {s.model:.0f})."
         )
-        return [head, *_more_from_shared_cores(s)]
-    if s.waited >= WAITING:
+        tries = [
+            (s.workers > 1, f"Try --data.num_workers {max(1, s.workers // 2)}: fewer of the cores taken from the model."),
+            (True, smaller),
+            (True, "On a GPU the loader would have the cores to itself."),
+        ]
+    elif s.waited >= WAITING:
         reach = f"alone it makes {s.loader:.0f} images/s, the model could take {s.model:.0f}"
-        return [f"The loader bounds this run: steps wait for images {100 * s.waited:.0f} % of the time; {reach}.", *_more_from_loader(s)]
-    if s.on_gpu and s.together < TOGETHER * slower:
+        head = f"The loader bounds this run: steps wait for images {100 * s.waited:.0f} % of the time; {reach}."
+        idle, more, dali = s.workers < s.cores - 1, f"Try --data.num_workers {s.cores - 1}:", importable("nvidia.dali")
+        extra = "pip install 'massl-fast[dali-cuda13]' (or [dali-cuda12])"
+        tries = [
+            (ours and idle, f"{more} {s.workers} of {s.cores} cores load images."),
+            (ours and s.on_gpu and dali, "Try --data.loader dali: it decodes and augments on the GPU."),
+            (ours and s.on_gpu and not dali, f"Try DALI, which decodes and augments on the GPU: {extra}."),
+            (not ours and s.decode == "cpu", "Try --data.decode mixed: JPEGs are decoded on the GPU."),
+            (not ours and s.augment == "cpu", "Try --data.augment gpu."),
+            (not ours and idle, f"{more} DALI has {s.workers} threads on {s.cores} cores."),
+            (True, smaller),
+        ]
+    elif s.on_gpu and s.together < TOGETHER * slower:
         head = (
             f"Together they make {s.together:.0f} images/s, less than either alone ({s.loader:.0f} and {s.model:.0f}), though steps hardly "
             f"wait for images: they get in each other's way on the GPU or its host."
         )
-        return [head, *_less_interference(s)]
-    spare = s.loader / s.model
-    return [
-        f"The model bounds this run: {s.model:.0f} images/s alone, {s.together:.0f} with the loader, which could make {spare:.1f} times as "
-        f"many.",
-        *_more_from_model(s),
-    ]
-
-
-SMALLER_FILES = (True, "Try smaller files: images scaled once to about 1.5 times the global crop decode in a fraction of the time.")
-
-
-def _tries(*pairs: tuple[bool, str]) -> list[str]:
-    """What may help, of (whether it may, sentence)."""
-    return [sentence for so, sentence in pairs if so]
-
-
-def _more_from_loader(s: Situation) -> list[str]:
-    ours, idle, dali = s.loader_name == "torchvision", s.workers < s.cores - 1, importable("nvidia.dali")
-    more = f"Try --data.num_workers {s.cores - 1}:"
-    return _tries(
-        (ours and idle, f"{more} {s.workers} of {s.cores} cores load images."),
-        (ours and s.on_gpu and dali, "Try --data.loader dali: it decodes and augments on the GPU."),
-        (
-            ours and s.on_gpu and not dali,
-            "Try DALI, which decodes and augments on the GPU: pip install 'massl-fast[dali-cuda13]' (or [dali-cuda12]).",
-        ),
-        (not ours and s.decode == "cpu", "Try --data.decode mixed: JPEGs are decoded on the GPU."),
-        (not ours and s.augment == "cpu", "Try --data.augment gpu."),
-        (not ours and idle, f"{more} DALI has {s.workers} threads on {s.cores} cores."),
-        SMALLER_FILES,
-    )
-
-
-def _more_from_model(s: Situation) -> list[str]:
-    spare = s.on_gpu and s.loader > 2 * s.model and s.loader_name == "dali" and s.augment == "gpu"
-    return _tries(
-        (not s.compiled, "Try --model.compile true."),
-        (s.precision == "fp32" and s.on_gpu, "Try --train.precision bf16."),
-        (True, "Try another batch: massl-fast bench step --search-batch; where its time goes: massl-fast bench step, profile trace."),
-        (spare, "Try --data.augment cpu, if cores are idle: the loader has time to spare, the GPU has none."),
-    )
-
-
-def _more_from_shared_cores(s: Situation) -> list[str]:
-    return _tries(
-        (s.workers > 1, f"Try --data.num_workers {max(1, s.workers // 2)}: fewer of the cores taken from the model."),
-        SMALLER_FILES,
-        (True, "On a GPU the loader would have the cores to itself."),
-    )
-
-
-def _less_interference(s: Situation) -> list[str]:
-    gpu_augments = s.loader_name == "dali" and s.augment == "gpu"
-    return _tries(
-        (gpu_augments, "Try --data.augment cpu, or --data.decode cpu: both take time of the GPU from the model."),
-        (s.workers >= s.cores, f"Try --data.num_workers {max(1, s.cores - 1)}: the step's own thread needs a core."),
-        (True, "massl-fast profile trace shows where the device idles."),
-    )
+        tries = [
+            (gpu_augments, "Try --data.augment cpu, or --data.decode cpu: both take time of the GPU from the model."),
+            (s.workers >= s.cores, f"Try --data.num_workers {max(1, s.cores - 1)}: the step's own thread needs a core."),
+            (True, "massl-fast profile trace shows where the device idles."),
+        ]
+    else:
+        head = (
+            f"The model bounds this run: {s.model:.0f} images/s alone, {s.together:.0f} with the loader, which could make "
+            f"{s.loader / s.model:.1f} times as many."
+        )
+        spare = s.on_gpu and s.loader > 2 * s.model and gpu_augments
+        search = "massl-fast bench step --search-batch; where its time goes: massl-fast bench step, profile trace."
+        tries = [
+            (not s.compiled, "Try --model.compile true."),
+            (s.precision == "fp32" and s.on_gpu, "Try --train.precision bf16."),
+            (True, f"Try another batch: {search}"),
+            (spare, "Try --data.augment cpu, if cores are idle: the loader has time to spare, the GPU has none."),
+        ]
+    return [head, *(sentence for may_help, sentence in tries if may_help)]

@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
         print(describe(config, precision, world))
         if args.search_batch:
             most = args.max_batch or (65536 if world.device.type == "cuda" else 64)
-            keep(search(config, args.recipe, world, precision, most, lambda line: print(line, flush=True)))
+            keep(search(config, args.recipe, world, precision, most))
         else:
             row, lines = measure(config, args.recipe, world, precision, args.seconds)
             print("\n".join(lines))
