@@ -6,7 +6,9 @@ Small shapes, on the GPU where there is one. Comparisons with peers in interleav
 import pytest
 import torch
 
-from massl_fast.benchmarks.kernels import Case, errors, excess, make_inputs, variants
+from massl_fast.benchmarks import kernels
+from massl_fast.benchmarks.beside import errors_in
+from massl_fast.benchmarks.kernels import Case, excess, make_inputs, variants
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CASES = [Case(operation, 12, 2, 8, 256, 8192, 2048, "float32") for operation in ("loss", "readout", "enqueue", "partition")]
@@ -17,7 +19,7 @@ PAIRS = [(case, name) for case in CASES for name in variants(case, DEVICE, compi
 def test_kernel(benchmark, case, name):
     """One call, the device's work included; what errs gets no time."""
     calls, _ = variants(case, DEVICE, compiled=False)
-    found, failed = errors(case, {key: calls[key] for key in {name, "reference"} & calls.keys()}, DEVICE)
+    found, failed = errors_in(kernels, case, {key: calls[key] for key in {name, "reference"} & calls.keys()}, DEVICE)
     if name in failed:
         pytest.skip(failed[name])
     assert name not in excess(case, found)

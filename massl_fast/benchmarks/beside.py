@@ -12,6 +12,7 @@ scratch memory of the matrix library and of threads is in it.
 from __future__ import annotations
 
 import ctypes
+import functools
 import gc
 import itertools
 from collections.abc import Callable, Mapping, Sequence
@@ -20,9 +21,10 @@ from dataclasses import asdict
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from massl_fast import records
@@ -32,32 +34,59 @@ from massl_fast.kernels.backends import triton_obstacle
 from massl_fast.profiling.profiler import peak_bytes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-OURS = ("triton", "streaming")
+TUNED = "triton, tuned"
+"""Stands in for triton where the tuner is on (MASSL_FAST_AUTOTUNE=1)."""
+OURS = ("triton", "streaming", TUNED)
 MATRIX, COPY = "matrix product", "copy"
 COPIES = 3  # of the inputs
+GRAPH = ", graph"
 
-Call = Callable[[Any], tuple[Tensor, ...]]
+Inputs = dict[str, Tensor]
+Results = tuple[Tensor, ...]
+Call = Callable[[Inputs], Results]
 Samples = list[tuple[float, float]]
 """(wall, processor) seconds of a call in each round; on a GPU wall is by its events."""
 
 
-def measure(
-    kind: str,
-    case: Any,
-    calls: dict[str, Call],
-    copies: Sequence[Any],
-    errors: dict[str, dict[str, float]],
-    operations: dict[str, float],
-    memory: Callable[[str], tuple[int, int] | None],
-    rounds: int,
-    device: torch.device,
-    details: dict[str, Any] | None = None,
-) -> list[dict[str, Any]]:
-    """A record per call, printed as it comes. ``case``, a dataclass with a dtype, and the call's name identify it; the first is what others
-    are compared with.
+class Cases(Protocol):
+    """What a module gives of its cases, which are dataclasses with a dtype: benchmarks.kernels and benchmarks.objectives."""
 
-    ``errors`` and ``operations`` of each call, 0 where these are not counted; ``memory`` of one: (extra bytes, bytes of results).
+    KIND: str  # of the records
+    ERRORS: tuple[str, str]  # their figures: of the first error, and of the largest of the others; of a single one error
+    DETAILS: dict[str, Any]  # what else they hold
+    GRAPHED: Sequence[str]  # variants that are timed as CUDA graphs as well
+
+    def make_inputs(self, case: Any, seed: int, device: torch.device) -> Inputs: ...
+    def variants(self, case: Any, device: torch.device, compiled: bool) -> tuple[dict[str, Call], dict[str, str]]: ...
+    def truth(self, case: Any, inputs: Inputs) -> Results: ...
+    def errors_of(self, case: Any, name: str, inputs: Inputs, results: Results, truth: Results) -> tuple[float, ...]: ...
+    def excess(self, case: Any, found: dict[str, tuple[float, ...]]) -> dict[str, str]: ...
+    def operations_of(self, case: Any, name: str) -> float: ...  # 0 where they are not counted
+
+
+def measure(
+    bench: Cases, case: Any, rounds: int, device: torch.device, wanted: Sequence[str] = (), compiled: bool = False
+) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """A record per variant of a case, printed as they come, and what was wrong, which gets no time. Case and variant identify a record.
+
+    ``wanted``: words of the names of variants to take, baselines always.
     """
+    print(f"\n{case}")
+    calls, missing = bench.variants(case, device, compiled)
+    first = next(iter(calls))
+    calls = {name: call for name, call in calls.items() if not wanted or name in (first, "reference") or any(w in name for w in wanted)}
+    errors, failed = errors_in(bench, case, calls, device)
+    wrong = bench.excess(case, errors)
+    calls = {name: call for name, call in calls.items() if name in errors and name not in wrong}
+    copies = [bench.make_inputs(case, seed, device) for seed in range(COPIES)]
+    if device.type == "cuda":
+        replays, differing = graphs({name: call for name, call in calls.items() if name in bench.GRAPHED}, copies)
+        wrong |= differing
+        calls |= replays
+    for word, reasons in (("not measured", missing | failed), ("WRONG", wrong)):
+        for name, why in reasons.items():
+            print(f"  {name:<30} {word}: {why}")
+    operations = {name: bench.operations_of(case, name.removesuffix(GRAPH)) for name in calls}
     counted = any(operations.values())
     machine, work = machine_calls(DTYPES[case.dtype], device) if counted else ({}, {})
     samples = time_variants(calls | machine, copies, rounds, device)
@@ -68,15 +97,56 @@ def measure(
     rows = []
     for name in calls:
         figures = figures_of(samples[name], samples[next(iter(calls))], rates, operations[name], device)
-        for error, value in errors[name].items():
-            figures[error] = records.figure(value, "relative" if counted else "absolute", "lower")
-        if (taken := memory(name)) is not None:
-            figures["extra memory"] = records.figure(taken[0] / 2**20, "MiB", "lower")
-            figures["results"] = records.figure(taken[1] / 2**20, "MiB", exact=True)
+        error, *others = errors[name.removesuffix(GRAPH)]
+        for figure, value in zip(bench.ERRORS, (error, max(others))) if others else [("error", error)]:
+            figures[figure] = records.figure(value, "relative" if counted else "absolute", "lower")
+        if counted and not name.endswith(GRAPH):
+            extra, results = extra_bytes(
+                functools.partial(prepared, bench.variants, bench.make_inputs, case, name, compiled, device), device
+            )
+            figures["extra memory"] = records.figure(extra / 2**20, "MiB", "lower")
+            figures["results"] = records.figure(results / 2**20, "MiB", exact=True)
         about = {"first": next(iter(calls)), "threads": torch.get_num_threads(), "rounds": rounds, "operations": operations[name]}
-        rows.append(records.record(kind, asdict(case) | {"variant": name, "device": device.type}, figures, about | (details or {})))
+        if name == TUNED:
+            from massl_fast.kernels.fused import tuned_milliseconds  # imports Triton
+
+            about["tuner"] = [[shape, {str(choice): ms for choice, ms in times.items()}] for shape, times in tuned_milliseconds()]
+        of = asdict(case) | {"variant": name, "device": device.type}
+        rows.append(records.record(bench.KIND, of, figures, about | bench.DETAILS))
         print(f"  {name:<30}" + "".join(f"{cell(figures):>{width}}" for _, width, cell in COLUMNS), flush=True)
-    return rows
+    return rows, wrong
+
+
+def errors_in(bench: Cases, case: Any, calls: dict[str, Call], device: torch.device) -> tuple[dict[str, tuple[float, ...]], dict[str, str]]:
+    """Errors of each variant against float64, and why a variant could not run."""
+    truth = bench.truth(case, bench.make_inputs(case, 0, device))
+    found, failed = {}, {}
+    for name, call in calls.items():
+        inputs = bench.make_inputs(case, 0, device)  # which a call may change
+        try:
+            found[name] = bench.errors_of(case, name, inputs, call(inputs), truth)
+        except torch.cuda.OutOfMemoryError:
+            failed[name] = "it does not fit the GPU's memory"
+        except (RuntimeError, ValueError, NotImplementedError) as error:
+            failed[name] = " ".join(str(error).split())[:200]
+    return found, failed
+
+
+def prepared(variants: Callable[..., Any], make_inputs: Callable[..., Any], case: Any, name: str, compiled: bool, device: torch.device):
+    return variants(case, device, compiled)[0][name], make_inputs(case, 0, device)
+
+
+def unit_rows(case: Any, generator: torch.Generator, *shape: int) -> Tensor:
+    """Random rows [*shape, D] of length 1 in a case's dtype."""
+    rows = torch.randn(*shape, case.D, device=generator.device, generator=generator)
+    return F.normalize(rows, dim=-1).to(DTYPES[case.dtype])
+
+
+def differentiate(inputs: Inputs, function: Callable[[Inputs], Tensor], names: Sequence[str]) -> tuple[Tensor, ...]:
+    """The loss, or what else the function gives, and its gradients with respect to the inputs named."""
+    leaves = {name: inputs[name].detach().requires_grad_() for name in names}
+    loss = function(inputs | leaves)
+    return loss.detach(), *(torch.autograd.grad(loss, list(leaves.values())) if names else ())
 
 
 def without_triton(device: torch.device, dtype: str, width: int, *operation: str) -> dict[str, str]:
@@ -94,13 +164,6 @@ def too_wrong(found: Mapping[str, Sequence[float]], ours: Sequence[str], allowed
         for name in ours
         if name in found and any(error > most for error, most in zip(found[name], allowed))
     }
-
-
-def tell(missing: dict[str, str], wrong: dict[str, str]) -> None:
-    """What gets no time, and why."""
-    for word, reasons in (("not measured", missing), ("WRONG", wrong)):
-        for name, why in reasons.items():
-            print(f"  {name:<30} {word}: {why}")
 
 
 def figures_of(times: Samples, first: Samples, rates: dict[str, list[float]], operations: float, device: torch.device) -> dict[str, Any]:
@@ -178,6 +241,44 @@ def machine_calls(dtype: torch.dtype, device: torch.device) -> tuple[dict[str, C
     target = torch.zeros_like(source)
     calls: dict[str, Call] = {MATRIX: lambda inputs: (product(),), COPY: lambda inputs: (target.copy_(source),)}
     return calls, {MATRIX: operations, COPY: 2.0 * source.numel()}
+
+
+# CUDA graphs
+
+
+def graphed(call: Call, copies: Sequence[Any]) -> Call:
+    """The call as a CUDA graph: the device's own time, without the host's launches."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for inputs in copies:
+            call(inputs)
+    torch.cuda.current_stream().wait_stream(stream)
+    recorded = {}
+    for inputs in copies:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            results = call(inputs)
+        recorded[id(inputs)] = graph, results
+
+    def replay(inputs: Any) -> tuple[Tensor, ...]:
+        graph, results = recorded[id(inputs)]
+        graph.replay()
+        return results
+
+    return replay
+
+
+def graphs(calls: dict[str, Call], copies: Sequence[Any]) -> tuple[dict[str, Call], dict[str, str]]:
+    """CUDA graphs of variants, and which of them give something else than the call itself."""
+    found, differing = {}, {}
+    for name, call in calls.items():
+        replay = graphed(call, copies)
+        if all(torch.equal(one, other) for inputs in copies for one, other in zip(call(inputs), replay(inputs))):
+            found[name + GRAPH] = replay
+        else:
+            differing[name + GRAPH] = "its results are not those of the call without a graph"
+    return found, differing
 
 
 # Memory

@@ -7,51 +7,30 @@ computation in the same precision does (benchmarks.kernels.excess).
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import torch
 
 from massl_fast import records
-from massl_fast.benchmarks.beside import DTYPES
-from massl_fast.benchmarks.kernels import OURS, Case, errors, excess, variants
+from massl_fast.benchmarks import kernels
+from massl_fast.benchmarks.beside import DTYPES, OURS, errors_in
+from massl_fast.benchmarks.kernels import Case
 
-CHECKED = ("reference", *OURS)
 PEERS = ("reference", "randperm", "plain PyTorch")
 
 
-@dataclass
-class Checked:
-    """What came of one case; reasons by variant."""
-
-    rows: list[dict[str, Any]]
-    """Records."""
-    wrong: dict[str, str]
-    failed: dict[str, str]
-    absent: dict[str, str]
-    count: int
-    """Results of ours that were checked."""
-    mistakes: int
-
-
-def check(case: Case, device: torch.device) -> Checked:
-    """Every variant of ours and the reference on one case."""
-    calls, missing = variants(case, device, compiled=False)
-    if case.operation in ("loss", "readout"):
-        calls = {name: call for name, call in calls.items() if name in CHECKED}
-    found, failed = errors(case, calls, device)
+def check(case: Case, device: torch.device) -> tuple[list[dict[str, Any]], dict[str, dict[str, str]], dict[str, str]]:
+    """Every variant of ours and the reference on one case: (records, why variants are WRONG or FAILED, why others are absent)."""
+    calls, missing = kernels.variants(case, device, compiled=False)
+    calls = {name: call for name, call in calls.items() if not case.flops or name in ("reference", *OURS)}
+    found, failed = errors_in(kernels, case, calls, device)
     rows = []
-    for variant, values in found.items():
-        figures = {"error": records.figure(values[-1], "relative" if case.flops else "absolute", exact=True)}
+    for variant, errors in found.items():
+        figures = {"error": records.figure(errors[-1], "relative" if case.flops else "absolute", exact=True)}
         rows.append(records.record("correctness", asdict(case) | {"variant": variant, "device": device.type}, figures))
-    return Checked(
-        rows,
-        wrong=excess(case, found),
-        failed=failed,
-        absent={f"{variant} on {case.dtype}": why for variant, why in missing.items() if variant in OURS},
-        count=len([variant for variant in found if variant not in PEERS]),
-        mistakes=len(excess(case, found)) + len([variant for variant in failed if variant not in PEERS[:2]]),
-    )
+    absent = {f"{variant} on {case.dtype}": why for variant, why in missing.items() if variant in OURS}
+    return rows, {"WRONG": kernels.excess(case, found), "FAILED": failed}, absent
 
 
 def cases(device: torch.device, quick: bool) -> list[Case]:

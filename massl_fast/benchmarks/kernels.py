@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from massl_fast import kernels
 from massl_fast.benchmarks import beside
-from massl_fast.benchmarks.beside import COPIES, DTYPES, Call, relative_error
+from massl_fast.benchmarks.beside import DTYPES, OURS, TUNED, Call, Inputs, differentiate, relative_error, unit_rows
 from massl_fast.hardware import device_slug
 from massl_fast.kernels import reference
 from massl_fast.kernels.loss import assemble, count_pairs
@@ -28,12 +28,10 @@ from massl_fast.kernels.shuffle import round_keys, shuffle
 
 # Their ratio is a power of two, so that the attention composition can give all rows one scale without rounding them.
 STUDENT_TEMP, TEACHER_TEMP = 0.1, 0.05
-TUNED = "triton, tuned"
-"""Stands in for triton where the tuner is on (MASSL_FAST_AUTOTUNE=1)."""
-OURS = (*beside.OURS, TUNED)
 LOSS_ONLY = "reference, loss only"
 # Timed as a CUDA graph as well: short beside the launches from the host, which a training step under a graph does not pay.
-GRAPHED, GRAPH = ("triton", TUNED, "enqueue_", "partition_indices"), ", graph"
+GRAPHED = ("triton", TUNED, "enqueue_", "partition_indices")
+KIND, ERRORS, DETAILS = "kernels", ("error of the sum", "error"), {"temperatures": [STUDENT_TEMP, TEACHER_TEMP]}
 ORACLE_IMAGES = 8  # at a time, in float64
 RESULTS = Path("bench") / "results"
 
@@ -61,36 +59,24 @@ class Case:
         return f"{self.operation}: V {self.V}, T {self.T}, N {self.N}, D {self.D}, K {self.K}, block {self.block}, {self.dtype}"
 
 
-@dataclass
-class Inputs:
-    """One copy of a case's random inputs."""
-
-    student: Tensor  # [V, N, D]
-    teacher: Tensor  # [T, N, D]
-    memory: Tensor  # [K, D]
-    partition: Tensor  # [K] int32
-    pointer: Tensor  # [1] int64
-    targets: Tensor  # [(V+T)·N] int64: of the linear cross-entropy peer
-
-    @property
-    def rows(self) -> Tensor:
-        return torch.cat((self.student, self.teacher)).flatten(0, 1)
-
-
 def make_inputs(case: Case, seed: int, device: torch.device) -> Inputs:
+    """student [V, N, D], teacher [T, N, D], memory [K, D], partition [K] int32, pointer [1] int64; targets [(V+T)·N] int64 of the linear
+    cross-entropy."""
     generator = torch.Generator(device).manual_seed(seed)
-
-    def unit(*shape: int) -> Tensor:
-        return F.normalize(torch.randn(*shape, case.D, device=device, generator=generator), dim=-1).to(DTYPES[case.dtype])
-
-    return Inputs(
-        unit(case.V, case.N),
-        unit(case.T, case.N),
-        unit(case.K),
-        torch.randperm(case.K, device=device, generator=generator).int(),
-        torch.full((1,), case.K - case.N // 2, device=device),  # the rows wrap around
-        torch.randint(case.K, ((case.V + case.T) * case.N,), device=device, generator=generator),
+    unit = functools.partial(unit_rows, case, generator)
+    return dict(
+        student=unit(case.V, case.N),
+        teacher=unit(case.T, case.N),
+        memory=unit(case.K),
+        partition=torch.randperm(case.K, device=device, generator=generator).int(),
+        pointer=torch.full((1,), case.K - case.N // 2, device=device),  # the rows wrap around
+        targets=torch.randint(case.K, ((case.V + case.T) * case.N,), device=device, generator=generator),
     )
+
+
+def rows_of(inputs: Inputs) -> Tensor:
+    """Of student and teacher, [(V+T)·N, D]."""
+    return torch.cat((inputs["student"], inputs["teacher"])).flatten(0, 1)
 
 
 # Variants: functions of the inputs
@@ -106,7 +92,7 @@ def variants(case: Case, device: torch.device, compiled: bool) -> tuple[dict[str
     call = _loss if case.operation == "loss" else _readout
     found: dict[str, Call] = {}
     if case.operation == "loss":
-        found[LOSS_ONLY] = functools.partial(_differentiate, lambda z, inputs: _published_loss(z, inputs, case.block))
+        found[LOSS_ONLY] = functools.partial(differentiate, function=functools.partial(_published_loss, case=case), names=("student",))
     found["reference"] = functools.partial(call, case=case, backend="reference")
     if compiled:
         found["reference, compiled"] = torch.compile(found[LOSS_ONLY if case.operation == "loss" else "reference"], dynamic=False)
@@ -130,29 +116,25 @@ def tuning() -> bool:
     return os.environ.get("MASSL_FAST_AUTOTUNE") == "1"
 
 
-def _loss(inputs: Inputs, case: Case, backend: str) -> tuple[Tensor, Tensor]:
-    options = dict(block_size=case.block, student_temp=STUDENT_TEMP, teacher_temp=TEACHER_TEMP, partition=inputs.partition, backend=backend)
-    return _differentiate(lambda z, inputs: kernels.memory_cross_entropy(z, inputs.teacher, inputs.memory, **options).loss, inputs)
+def _loss(inputs: Inputs, case: Case, backend: str) -> tuple[Tensor, ...]:
+    def loss(i: Inputs) -> Tensor:
+        temperatures = dict(student_temp=STUDENT_TEMP, teacher_temp=TEACHER_TEMP)
+        options = dict(block_size=case.block, partition=i["partition"], backend=backend)
+        return kernels.memory_cross_entropy(i["student"], i["teacher"], i["memory"], **temperatures, **options).loss
+
+    return differentiate(inputs, loss, ("student",))
 
 
-def _differentiate(function: Callable[[Tensor, Inputs], Tensor], inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """Loss and its gradient with respect to the student."""
-    z = inputs.student.detach().requires_grad_()
-    loss = function(z, inputs)
-    (gradient,) = torch.autograd.grad(loss, z)
-    return loss.detach(), gradient
-
-
-def _published_loss(student: Tensor, inputs: Inputs, block: int) -> Tensor:
+def _published_loss(inputs: Inputs, case: Case) -> Tensor:
     """The reference's loss without its telemetry, which the published code does not compute: the strictest baseline."""
-    kept = inputs.partition[: inputs.memory.shape[0] // block * block]
+    kept = inputs["partition"][: case.K // case.block * case.block]
 
     def block_logits(rows: Tensor, temp: float) -> Tensor:
-        return (rows @ inputs.memory.T)[..., kept].unflatten(-1, (-1, block)) / temp
+        return (rows @ inputs["memory"].T)[..., kept].unflatten(-1, (-1, case.block)) / temp
 
-    logits = block_logits(student, STUDENT_TEMP)
-    targets = block_logits(inputs.teacher, TEACHER_TEMP).softmax(-1, dtype=torch.float32)
-    loss = torch.zeros((), device=student.device)
+    logits = block_logits(inputs["student"], STUDENT_TEMP)
+    targets = block_logits(inputs["teacher"], TEACHER_TEMP).softmax(-1, dtype=torch.float32)
+    loss = torch.zeros((), device=logits.device)
     for i, prediction in enumerate(logits):
         for j, target in enumerate(targets):
             if i != j:
@@ -162,14 +144,14 @@ def _published_loss(student: Tensor, inputs: Inputs, block: int) -> Tensor:
 
 def _readout(inputs: Inputs, case: Case, backend: str) -> tuple[Tensor, Tensor]:
     return kernels.memory_readout(
-        inputs.rows, inputs.memory, block_size=case.block, temperature=STUDENT_TEMP, partition=inputs.partition, backend=backend
+        rows_of(inputs), inputs["memory"], block_size=case.block, temperature=STUDENT_TEMP, partition=inputs["partition"], backend=backend
     )
 
 
 def _attention(rows: Tensor, inputs: Inputs, block: int, kind: str) -> tuple[Tensor, Tensor]:
     """Read-out and logsumexp of rows at the student's temperature: keys = values = the permuted memory, block = batch."""
-    blocks, aten = inputs.memory.shape[0] // block, torch.ops.aten
-    entries = inputs.memory[inputs.partition[: blocks * block]].view(blocks, 1, block, -1)
+    blocks, aten = inputs["memory"].shape[0] // block, torch.ops.aten
+    entries = inputs["memory"][inputs["partition"][: blocks * block]].view(blocks, 1, block, -1)
     queries, scale = rows.expand(blocks, 1, *rows.shape), 1 / STUDENT_TEMP
     operator, more = {
         "cpu flash": (aten._scaled_dot_product_flash_attention_for_cpu, ()),
@@ -183,35 +165,35 @@ def _attention(rows: Tensor, inputs: Inputs, block: int, kind: str) -> tuple[Ten
 
 
 def _readout_by_attention(inputs: Inputs, case: Case, kind: str) -> tuple[Tensor, Tensor]:
-    return _attention(inputs.rows, inputs, case.block, kind)
+    return _attention(rows_of(inputs), inputs, case.block, kind)
 
 
 def _loss_by_attention(inputs: Inputs, case: Case, kind: str) -> tuple[Tensor, Tensor]:
-    rows = torch.cat((inputs.student, inputs.teacher * (STUDENT_TEMP / TEACHER_TEMP))).flatten(0, 1)
+    rows = torch.cat((inputs["student"], inputs["teacher"] * (STUDENT_TEMP / TEACHER_TEMP))).flatten(0, 1)
     readout, logsumexp = _attention(rows, inputs, case.block, kind)
     blocks = case.K // case.block
-    statistics, gradient = assemble(inputs.student, inputs.teacher, readout, logsumexp, STUDENT_TEMP, TEACHER_TEMP, blocks)
+    statistics, gradient = assemble(inputs["student"], inputs["teacher"], readout, logsumexp, STUDENT_TEMP, TEACHER_TEMP, blocks)
     return statistics[0], gradient
 
 
 def _linear_cross_entropy(inputs: Inputs) -> tuple[Tensor]:
     """PyTorch's fused loss at the same number of rows and entries: half of the problem (one softmax over all entries, a class index as the
     target, forward alone; nothing reads the memory out for a teacher)."""
-    rows = (inputs.rows / STUDENT_TEMP).requires_grad_()
+    rows = (rows_of(inputs) / STUDENT_TEMP).requires_grad_()
     options = torch.nn.LinearCrossEntropyOptions()
-    return (F.linear_cross_entropy(rows, inputs.memory, inputs.targets, options=options).detach(),)
+    return (F.linear_cross_entropy(rows, inputs["memory"], inputs["targets"], options=options).detach(),)
 
 
 def _enqueue(inputs: Inputs) -> tuple[Tensor, ...]:
-    kernels.enqueue_(inputs.memory, inputs.pointer, inputs.teacher[-1])
+    kernels.enqueue_(inputs["memory"], inputs["pointer"], inputs["teacher"][-1])
     return ()
 
 
 def _enqueue_plainly(inputs: Inputs) -> tuple[Tensor, ...]:
-    rows = F.normalize(inputs.teacher[-1].float(), dim=-1).to(inputs.memory.dtype)
-    positions = (inputs.pointer + torch.arange(len(rows), device=rows.device)) % len(inputs.memory)
-    inputs.memory[positions] = rows
-    inputs.pointer.copy_((inputs.pointer + len(rows)) % len(inputs.memory))
+    rows = F.normalize(inputs["teacher"][-1].float(), dim=-1).to(inputs["memory"].dtype)
+    positions = (inputs["pointer"] + torch.arange(len(rows), device=rows.device)) % len(inputs["memory"])
+    inputs["memory"][positions] = rows
+    inputs["pointer"].copy_((inputs["pointer"] + len(rows)) % len(inputs["memory"]))
     return ()
 
 
@@ -222,58 +204,39 @@ def partition_of_step_one(num_entries: int, device: torch.device) -> Tensor:
 # Correctness
 
 
-def errors(case: Case, calls: dict[str, Call], device: torch.device) -> tuple[dict[str, tuple[float, ...]], dict[str, str]]:
-    """Errors of each variant against float64, and why a variant could not run.
-
-    loss: (relative error of the loss, largest error of the gradient / largest gradient); readout: the same of logsumexp and read-out;
-    enqueue: largest error of an entry; partition: entries that are not those of the sequential form, a randperm's repeated entries.
-    """
-    inputs = make_inputs(case, 0, device)
-    truth = oracle(case, inputs)
-    found, failed = {}, {}
-    for name, call in calls.items():
-        fresh = make_inputs(case, 0, device) if case.operation == "enqueue" else inputs
-        try:
-            results = call(fresh)
-        except torch.cuda.OutOfMemoryError:
-            failed[name] = "it does not fit the GPU's memory"
-            continue
-        except (RuntimeError, ValueError, NotImplementedError) as error:
-            failed[name] = " ".join(str(error).split())[:200]
-            continue
-        if case.operation == "enqueue":
-            found[name] = (float((fresh.memory.double() - truth[0]).abs().max()),)
-        elif case.operation == "partition":
-            missed = case.K - results[0].unique().numel()
-            found[name] = (float(missed if name == "randperm" else max(missed, int((results[0] != truth[0]).sum()))),)
-        elif name.startswith("linear"):
-            logits = (inputs.rows / STUDENT_TEMP).double() @ inputs.memory.double().T
-            found[name] = (relative_error(results[0], F.cross_entropy(logits, inputs.targets)),)
-        elif case.operation == "loss":
-            found[name] = tuple(map(relative_error, results, truth))
-        else:
-            found[name] = (relative_error(results[1], truth[1]), relative_error(results[0], truth[0]))
-    return found, failed
+def errors_of(case: Case, name: str, inputs: Inputs, results: tuple[Tensor, ...], truth: tuple[Tensor, ...]) -> tuple[float, ...]:
+    """loss: (relative error of the loss, largest error of the gradient / largest gradient); readout: the same of logsumexp and read-out;
+    enqueue: largest error of an entry; partition: entries that are not those of the sequential form, a randperm's repeated entries."""
+    if case.operation == "enqueue":
+        return (float((inputs["memory"].double() - truth[0]).abs().max()),)
+    if case.operation == "partition":
+        missed = case.K - results[0].unique().numel()
+        return (float(missed if name == "randperm" else max(missed, int((results[0] != truth[0]).sum()))),)
+    if name.startswith("linear"):
+        logits = (rows_of(inputs) / STUDENT_TEMP).double() @ inputs["memory"].double().T
+        return (relative_error(results[0], F.cross_entropy(logits, inputs["targets"])),)
+    errors = tuple(map(relative_error, results, truth))
+    return errors if case.operation == "loss" else errors[::-1]
 
 
-def oracle(case: Case, inputs: Inputs) -> tuple[Tensor, ...]:
+def truth(case: Case, inputs: Inputs) -> tuple[Tensor, ...]:
     """The published computation in float64, a few images at a time: the loss is a mean over images."""
     if case.operation == "partition":
-        return (shuffle(torch.arange(case.K), case.K, *round_keys(case.K, 1, 1)).int().to(inputs.memory.device),)
-    memory = inputs.memory.double()
+        return (shuffle(torch.arange(case.K), case.K, *round_keys(case.K, 1, 1)).int().to(inputs["memory"].device),)
+    memory = inputs["memory"].double()
     if case.operation == "enqueue":
-        rows = F.normalize(inputs.teacher[-1].double(), dim=-1)
-        memory[(inputs.pointer + torch.arange(case.N, device=rows.device)) % case.K] = rows
+        rows = F.normalize(inputs["teacher"][-1].double(), dim=-1)
+        memory[(inputs["pointer"] + torch.arange(case.N, device=rows.device)) % case.K] = rows
         return (memory,)
     if case.operation == "readout":
-        step = ORACLE_IMAGES * (case.V + case.T)
-        parts = [reference.memory_readout(r, memory, inputs.partition, case.block, STUDENT_TEMP) for r in inputs.rows.double().split(step)]
+        few = rows_of(inputs).double().split(ORACLE_IMAGES * (case.V + case.T))
+        parts = [reference.memory_readout(rows, memory, inputs["partition"], case.block, STUDENT_TEMP) for rows in few]
         return tuple(torch.cat(part) for part in zip(*parts))
     loss, gradients = torch.zeros((), dtype=torch.float64, device=memory.device), []
-    for z, w in zip(inputs.student.double().split(ORACLE_IMAGES, 1), inputs.teacher.double().split(ORACLE_IMAGES, 1)):
+    for z, w in zip(inputs["student"].double().split(ORACLE_IMAGES, 1), inputs["teacher"].double().split(ORACLE_IMAGES, 1)):
         z = z.requires_grad_()
         share = z.shape[1] / case.N
-        part = share * reference.memory_cross_entropy(z, w, memory, inputs.partition, case.block, STUDENT_TEMP, TEACHER_TEMP)[0]
+        part = share * reference.memory_cross_entropy(z, w, memory, inputs["partition"], case.block, STUDENT_TEMP, TEACHER_TEMP)[0]
         gradients += torch.autograd.grad(part, z)
         loss += part.detach()
     return loss, torch.cat(gradients, 1)
@@ -295,52 +258,9 @@ def excess(case: Case, found: dict[str, tuple[float, ...]]) -> dict[str, str]:
     return beside.too_wrong(found, OURS, budget, "reference's allows")
 
 
-# CUDA graphs
-
-
-def graphed(call: Call, copies: Sequence[Inputs]) -> Call:
-    """The call as a CUDA graph: the device's own time, without the host's launches."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for inputs in copies:
-            call(inputs)
-    torch.cuda.current_stream().wait_stream(stream)
-    recorded = {}
-    for inputs in copies:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            results = call(inputs)
-        recorded[id(inputs)] = graph, results
-
-    def replay(inputs: Inputs) -> tuple[Tensor, ...]:
-        graph, results = recorded[id(inputs)]
-        graph.replay()
-        return results
-
-    return replay
-
-
-def graphs(case: Case, calls: dict[str, Call], copies: Sequence[Inputs]) -> tuple[dict[str, Call], dict[str, str]]:
-    """CUDA graphs of those variants that have one, and which of them give something else than the call itself."""
-    found, differing = {}, {}
-    for name, call in calls.items():
-        if name not in GRAPHED:
-            continue
-        replay = graphed(call, copies)
-        # An enqueue moves its pointer, so that no two calls of it are the same.
-        unequal = case.operation != "enqueue" and not all(
-            torch.equal(one, other) for inputs in copies for one, other in zip(call(inputs), replay(inputs))
-        )
-        if unequal:
-            differing[name + GRAPH] = "its results are not those of the call without a graph"
-        else:
-            found[name + GRAPH] = replay
-    return found, differing
-
-
-def prepared(case: Case, name: str, compiled: bool, device: torch.device) -> tuple[Call, Inputs]:
-    return variants(case, device, compiled)[0][name], make_inputs(case, 0, device)
+def operations_of(case: Case, name: str) -> float:
+    """The linear cross-entropy is half of the problem: it does not do the operations of the others."""
+    return 0 if name.startswith("linear") else case.flops
 
 
 # The command
@@ -386,39 +306,3 @@ def chosen_cases(args: argparse.Namespace, device: torch.device) -> list[Case]:
 def slug(device: torch.device) -> str:
     """The folder of a device's records."""
     return device_slug() if device.type == "cuda" else "cpu"
-
-
-def measure(case: Case, wanted: Sequence[str], rounds: int, compiled: bool, device: torch.device) -> tuple[list[dict], dict[str, str]]:
-    """Records of all variants of a case, printed as they come, and what was wrong."""
-    print(f"\n{case}")
-    calls, missing = variants(case, device, compiled)
-    keep = (next(iter(calls)), "reference")
-    calls = {name: call for name, call in calls.items() if not wanted or name in keep or any(word in name for word in wanted)}
-    found, failed = errors(case, calls, device)
-    mistakes = excess(case, found)
-    timed = {name: call for name, call in calls.items() if name in found and name not in mistakes}
-    copies = [make_inputs(case, seed, device) for seed in range(COPIES)]
-    if device.type == "cuda":
-        replays, differing = graphs(case, timed, copies)
-        mistakes |= differing
-        timed |= replays
-        found |= {name: found[name.removesuffix(GRAPH)] for name in replays}
-    beside.tell(missing | failed, mistakes)
-
-    def memory(name: str) -> tuple[int, int] | None:
-        if not case.flops or name.endswith(GRAPH):
-            return None
-        return beside.extra_bytes(functools.partial(prepared, case, name, compiled, device), device)
-
-    names = ("error of the sum", "error")
-    told = {name: dict(zip(names[-len(found[name]) :], found[name])) for name in timed}
-    # The linear cross-entropy is half of the problem: it does not do these operations.
-    operations = {name: 0 if name.startswith("linear") else case.flops for name in timed}
-    details = {"temperatures": [STUDENT_TEMP, TEACHER_TEMP]}
-    rows = beside.measure("kernels", case, timed, copies, told, operations, memory, rounds, device, details)
-    for row in rows:
-        if row["case"]["variant"] == TUNED:
-            from massl_fast.kernels.fused import tuned_milliseconds  # imports Triton
-
-            row["details"]["tuner"] = [[shape, {str(choice): ms for choice, ms in times.items()}] for shape, times in tuned_milliseconds()]
-    return rows, mistakes

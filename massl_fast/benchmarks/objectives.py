@@ -11,7 +11,8 @@ results of a call are counted apart, for a gradient of [K, D] is the parameter's
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -21,11 +22,11 @@ from torch import Tensor
 
 from massl_fast import kernels
 from massl_fast.benchmarks import beside
-from massl_fast.benchmarks.beside import COPIES, DTYPES, OURS, Call, relative_error
+from massl_fast.benchmarks.beside import DTYPES, OURS, Call, Inputs, differentiate, relative_error, unit_rows
 
+KIND, ERRORS, DETAILS, GRAPHED = "objectives", ("error", "error of gradients"), {}, ()
 PUBLISHED, REFERENCE = "published way", "reference"
 MASKED = 0.15  # share of patches, iBOT's mean
-Inputs = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,9 @@ class Case:
             "sinkhorn": (3 * self.rows, self.rows),
         }[self.loss]
 
+    def __str__(self) -> str:
+        return ", ".join(f"{key} {value}" for key, value in asdict(self).items() if value)
+
 
 # At the published sizes of one GPU, but for N: 16 images (CARP 32) keep the published way within a workstation's memory.
 CASES = (
@@ -74,14 +78,7 @@ STUDENT_TEMP, TEACHER_TEMP, ITERATIONS = 0.1, 0.04, 3
 
 def make_inputs(case: Case, seed: int, device: torch.device) -> Inputs:
     generator = torch.Generator(device).manual_seed(seed)
-
-    def unit(*shape: int) -> Tensor:
-        rows = torch.randn(*shape, case.D, device=device, generator=generator)
-        return F.normalize(rows, dim=-1).to(DTYPES[case.dtype])
-
-    def random(*shape: int) -> Tensor:
-        return torch.rand(shape, device=device, generator=generator)
-
+    unit = functools.partial(unit_rows, case, generator)
     if case.loss in ("moco_v3", "sinkhorn"):
         return dict(student=unit(*([2] if case.loss == "moco_v3" else []), case.rows), prototypes=unit(case.K), teacher=unit(2, case.K))
     length = 9.0 if case.loss == "carp" else 1.0  # of rows from the published head at its start
@@ -92,7 +89,7 @@ def make_inputs(case: Case, seed: int, device: torch.device) -> Inputs:
     )  # fmt: skip
     if case.loss == "carp":
         return found | dict(partition=torch.randperm(case.K, device=device, generator=generator).int())
-    found |= dict(bias=random(case.K) - 0.5)
+    found |= dict(bias=torch.rand(case.K, device=device, generator=generator) - 0.5)
     if case.loss == "ibot":
         order = torch.randperm(case.rows, device=device, generator=generator)
         found |= dict(masked=order[: round(MASKED * case.rows)].sort().values)
@@ -102,7 +99,7 @@ def make_inputs(case: Case, seed: int, device: torch.device) -> Inputs:
 # The ways: losses of the inputs, in the order ours and published
 
 
-def variants(case: Case, device: torch.device) -> tuple[dict[str, Call], dict[str, str]]:
+def variants(case: Case, device: torch.device, compiled: bool = False) -> tuple[dict[str, Call], dict[str, str]]:
     """The ways of a case by name, the baseline first, and why others cannot run here."""
     ours, published = WAYS[case.loss]
     losses = {PUBLISHED: functools.partial(published, case=case)}
@@ -111,14 +108,7 @@ def variants(case: Case, device: torch.device) -> tuple[dict[str, Call], dict[st
     for name in missing:
         del losses[name]
     learned = {"moco_v3": ("student",), "sinkhorn": ()}.get(case.loss, ("student", "prototypes"))
-    return {name: functools.partial(_differentiate, function=function, names=learned) for name, function in losses.items()}, missing
-
-
-def _differentiate(inputs: Inputs, function: Callable[[Inputs], Tensor], names: tuple[str, ...]) -> tuple[Tensor, ...]:
-    """The loss, or what else the function gives, and its gradients with respect to the inputs named."""
-    leaves = {name: inputs[name].detach().requires_grad_() for name in names}
-    loss = function(inputs | leaves)
-    return loss.detach(), *(torch.autograd.grad(loss, list(leaves.values())) if names else ())
+    return {name: functools.partial(differentiate, function=function, names=learned) for name, function in losses.items()}, missing
 
 
 def _of_prototypes(i: Inputs, backend: str, **more: Any) -> Tensor:
@@ -139,11 +129,15 @@ def _dino(i: Inputs, case: Case, backend: str) -> Tensor:
 
 
 def _published_dino(i: Inputs, case: Case) -> Tensor:
-    student, teacher = _of_logits(i)
-    return _over_pairs(student, teacher, lambda s, t: torch.sum(-t * F.log_softmax(s, dim=-1), dim=-1).mean())
+    return over_pairs(*_of_logits(i), cross_entropy)
 
 
-def _over_pairs(student: Tensor, teacher: Tensor, term: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """The mean over rows; ``targets`` are probabilities."""
+    return torch.sum(-targets * F.log_softmax(logits, dim=-1), dim=-1).mean()
+
+
+def over_pairs(student: Sequence[Tensor], teacher: Sequence[Tensor], term: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
     """The mean of a term over pairs of different views."""
     terms = [term(s, t) for j, t in enumerate(teacher) for k, s in enumerate(student) if k != j]
     return sum(terms) / len(terms)
@@ -176,10 +170,15 @@ def _published_carp(i: Inputs, case: Case) -> Tensor:
     student = probabilities(i["student"], i["prototypes"])
     with torch.no_grad():
         teacher = probabilities(i["teacher"], i["teacher_prototypes"])
+    return published_consistency(student, teacher)
+
+
+def published_consistency(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
+    """CARP's loss of probabilities [N, blocks, block] of each view."""
     least = torch.finfo(torch.float32).eps
-    mean = torch.cat((student, teacher)).mean((0, 1))
-    entropy = torch.log(torch.tensor(float(case.block))) + (mean * mean.clamp(least, 1 - least).log()).sum(-1).mean()
-    return _over_pairs(student, teacher, lambda s, t: -torch.sum(s * t, dim=-1).clamp(least, 1 - least).log().mean()) + entropy
+    mean = torch.cat((*student, *teacher)).mean(0)
+    entropy = math.log(mean.shape[-1]) + (mean * mean.clamp(least, 1 - least).log()).sum(-1).mean()
+    return over_pairs(student, teacher, lambda s, t: -torch.sum(s * t, dim=-1).clamp(least, 1 - least).log().mean()) + entropy
 
 
 def _moco_v3(i: Inputs, case: Case, backend: str) -> Tensor:
@@ -188,9 +187,14 @@ def _moco_v3(i: Inputs, case: Case, backend: str) -> Tensor:
 
 
 def _published_moco_v3(i: Inputs, case: Case) -> Tensor:
-    own = torch.arange(case.rows, device=i["student"].device)
-    query, key = F.normalize(i["student"], dim=-1), F.normalize(i["teacher"], dim=-1)
-    return sum(F.cross_entropy(query[a] @ key[1 - a].T / 0.2, own) for a in range(2))
+    return published_contrast(i["student"], i["teacher"], 0.2)
+
+
+def published_contrast(queries: Sequence[Tensor], keys: Sequence[Tensor], temperature: float) -> Tensor:
+    """Cross-entropies of two views' rows [N, D] with those of the other view, own rows being right."""
+    own = torch.arange(len(queries[0]), device=queries[0].device)
+    rows = [F.normalize(q, dim=-1) @ F.normalize(keys[1 - a], dim=-1).T / temperature for a, q in enumerate(queries)]
+    return sum(F.cross_entropy(each, own) for each in rows)
 
 
 def _sinkhorn(i: Inputs, case: Case, backend: str) -> Tensor:
@@ -237,28 +241,16 @@ def _comparable(case: Case, inputs: Inputs, results: tuple[Tensor, ...]) -> tupl
     return ((logits + results[0].double()).softmax(1),)
 
 
-def errors(case: Case, calls: dict[str, Call], device: torch.device) -> dict[str, tuple[float, ...]]:
-    """Relative errors of each way's results, in their order."""
-    inputs = make_inputs(case, 0, device)
-    right, found = truth(case, inputs), {}
-    for name, call in calls.items():
-        results = _comparable(case, inputs, call(inputs))
-        found[name] = tuple(map(relative_error, results, right))
-    return found
+def errors_of(case: Case, name: str, inputs: Inputs, results: tuple[Tensor, ...], truth: tuple[Tensor, ...]) -> tuple[float, ...]:
+    """Relative errors, in the order of the results."""
+    return tuple(map(relative_error, _comparable(case, inputs, results), truth))
 
 
 def excess(case: Case, found: dict[str, tuple[float, ...]]) -> dict[str, str]:
     """Which of our ways err more than twice as much as the better of the two baselines' worse result allows, and by how much."""
     unit = torch.finfo(DTYPES[case.dtype]).eps
-    allowed = [max(2 * max(pair), 4 * unit) for pair in zip(found[PUBLISHED], found[REFERENCE])]
-    return beside.too_wrong(found, OURS, allowed, "baselines' allow")
-
-
-# A case
-
-
-def prepared(case: Case, name: str, device: torch.device) -> tuple[Call, Inputs]:
-    return variants(case, device)[0][name], make_inputs(case, 0, device)
+    worst = [max(errors) for errors in zip(*(found[name] for name in (PUBLISHED, REFERENCE) if name in found))]
+    return beside.too_wrong(found, OURS, [max(2 * error, 4 * unit) for error in worst], "baselines' allow")
 
 
 def operations_of(case: Case, name: str) -> float:
@@ -266,21 +258,3 @@ def operations_of(case: Case, name: str) -> float:
     if case.loss == "ibot" and name == REFERENCE:
         return operations * MASKED
     return operations * 5 / 3 if case.loss == "sinkhorn" and name == "triton" else operations  # in two passes per round but the last
-
-
-def measure(case: Case, rounds: int, device: torch.device) -> tuple[list[dict], dict[str, str]]:
-    """Records of all ways of a case, printed as they come, and what was wrong."""
-    print("\n" + ", ".join(f"{key} {value}" for key, value in asdict(case).items() if value))
-    calls, missing = variants(case, device)
-    found = errors(case, calls, device)
-    mistakes = excess(case, found)
-    beside.tell(missing, mistakes)
-    timed = {name: call for name, call in calls.items() if name not in mistakes}
-    copies = [make_inputs(case, seed, device) for seed in range(COPIES)]
-    told = {name: {"error": of[0]} | ({"error of gradients": max(of[1:])} if of[1:] else {}) for name, of in found.items()}
-    operations = {name: operations_of(case, name) for name in timed}
-
-    def memory(name: str) -> tuple[int, int]:
-        return beside.extra_bytes(functools.partial(prepared, case, name, device), device)
-
-    return beside.measure("objectives", case, timed, copies, told, operations, memory, rounds, device), mistakes

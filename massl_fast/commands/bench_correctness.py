@@ -21,14 +21,16 @@ def run(args: argparse.Namespace) -> int:
     with keeping(args) as keep:
         mistakes, count, absent = 0, 0, {}
         for case in correctness.cases(device, args.quick):
-            found = correctness.check(case, device)
+            rows, reasons, missing = correctness.check(case, device)
             name = ", ".join(f"{key} {value}" for key, value in asdict(case).items())
-            for word, reasons in (("WRONG ", found.wrong), ("FAILED", found.failed)):
-                for variant, why in reasons.items():
-                    print(f"{word} {variant}: {name}: {why}", flush=True)
-            mistakes, count, absent = mistakes + found.mistakes, count + found.count, absent | found.absent
-            for row in found.rows:
+            for word, of in reasons.items():
+                for variant, why in of.items():
+                    print(f"{word:<6} {variant}: {name}: {why}", flush=True)
+                    mistakes += variant not in correctness.PEERS
+            absent |= missing
+            for row in rows:
                 keep(row)
+                count += row["case"]["variant"] not in correctness.PEERS
         for variant, why in absent.items():
             print(f"Not checked: {variant}. {why[0].upper()}{why[1:]}.")
         print(f"{count} results checked against float64 on {device}, {mistakes} wrong.")

@@ -7,7 +7,7 @@ import os
 
 import torch
 
-from massl_fast.benchmarks import kernels
+from massl_fast.benchmarks import beside, kernels
 from massl_fast.benchmarks.beside import DTYPES
 from massl_fast.benchmarks.kernels import RESULTS, check_names, chosen_cases, slug
 from massl_fast.commands.arguments import keeping, keeps_records
@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"{processor_name() if device.type == 'cpu' else torch.cuda.get_device_name(device)}, torch {torch.__version__}", end=", ")
         print(f"{torch.get_num_threads()} threads, {rounds} rounds, load {os.getloadavg()[0]:.1f}")
         for case, with_compiled in zip(cases, compiled):
-            rows, mistakes = kernels.measure(case, args.variants, rounds, with_compiled, device)
+            rows, mistakes = beside.measure(kernels, case, rounds, device, args.variants, with_compiled)
             wrong += len(mistakes)
             for row in rows:
                 keep(row)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import replace
 
-from massl_fast.benchmarks import objectives
+from massl_fast.benchmarks import beside, objectives
 from massl_fast.benchmarks.beside import DTYPES
 from massl_fast.benchmarks.kernels import RESULTS, slug
 from massl_fast.benchmarks.objectives import CASES, QUICK
@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
             changes = dict(QUICK.get(case.loss, {})) if args.quick else {}
             if args.images and case.N and case.loss != "ibot":
                 changes["N"] = args.images
-            rows, mistakes = objectives.measure(replace(case, **changes, dtype=args.dtype), rounds, device)
+            rows, mistakes = beside.measure(objectives, replace(case, **changes, dtype=args.dtype), rounds, device)
             wrong += len(mistakes)
             for row in rows:
                 keep(row)

@@ -50,13 +50,13 @@ def test_a_graph_is_timed_beside_its_call_where_it_gives_the_same(monkeypatch):
     case = kernels.Case("loss", 3, 2, 1, 8, 64, 32, "float32")
     device = torch.device("cpu")
     call = kernels.variants(case, device, compiled=False)[0]["streaming"]
-    calls, copies = {"reference": call, "triton": call}, [kernels.make_inputs(case, seed, device) for seed in range(2)]
-    monkeypatch.setattr(kernels, "graphed", lambda call, copies: call)
-    replays, differing = kernels.graphs(case, calls, copies)
+    calls, copies = {"triton": call}, [kernels.make_inputs(case, seed, device) for seed in range(2)]
+    monkeypatch.setattr(beside, "graphed", lambda call, copies: call)
+    replays, differing = beside.graphs(calls, copies)
     assert list(replays) == ["triton, graph"] and not differing
     stale = call(copies[0])
-    monkeypatch.setattr(kernels, "graphed", lambda call, copies: lambda inputs: stale)
-    replays, differing = kernels.graphs(case, calls, copies)
+    monkeypatch.setattr(beside, "graphed", lambda call, copies: lambda inputs: stale)
+    replays, differing = beside.graphs(calls, copies)
     assert not replays and list(differing) == ["triton, graph"]
 
 
@@ -93,7 +93,7 @@ def test_correctness_finds_a_wrong_partition(monkeypatch, capsys):
     ],
 )
 def test_mistakes_get_a_sentence_before_anything_is_measured(capsys, monkeypatch, arguments, sentence):
-    monkeypatch.setattr(kernels, "measure", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr(beside, "measure", lambda *_: pytest.fail("measured"))
     assert main(["bench", "kernels", "--output", "none", *SMALL, *arguments]) == 2
     assert sentence in capsys.readouterr().err
 

@@ -26,7 +26,7 @@ def test_every_loss_is_timed_beside_the_published_way_and_drawn(tmp_path, monkey
     monkeypatch.setattr(
         beside,
         "extra_bytes",
-        lambda call, device: measured(call, device) if (call.args[0].loss, call.args[1]) == once else (2**20, 2**10),
+        lambda call, device: measured(call, device) if (call.args[2].loss, call.args[3]) == once else (2**20, 2**10),
     )
     output = tmp_path / "records.jsonl"
     assert main([*QUICK, "--output", str(output)]) == 0
