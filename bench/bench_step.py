@@ -12,17 +12,15 @@ Crops are synthetic and lie on the device. All sides of a case run in one proces
 does meets all of them; the figure is the median over the rounds, the ratio the median of each round's ratio. On a CPU, images per second of
 processor time stand beside it, which other work on the machine hardly changes (set OMP_WAIT_POLICY=passive, or waiting counts).
 
-Peak memory is that of one side alone, from its construction through its first steps: bytes allocated beyond those of sides built before
-on a GPU; on a CPU, in a construction of its own, bytes of the CPU allocator (scratch memory of matrix libraries not included).
+Peak memory is what a side allocates from its construction through its first steps, beyond the sides built before (on a CPU without the
+scratch memory of matrix libraries).
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
 import gc
 import itertools
-import os
 import statistics
 import sys
 from collections.abc import Callable
@@ -41,7 +39,7 @@ from massl_fast.config import Config, load_config
 from massl_fast.distributed.world import World
 from massl_fast.engine.build import build_objective, build_pair
 from massl_fast.engine.schedules import StepSettings
-from massl_fast.hardware import keep_freed_memory, peak_flops
+from massl_fast.hardware import keep_freed_memory
 from massl_fast.length import Length
 from massl_fast.models.precision import choose_precision
 from massl_fast.objectives.base import At, Objective, patch_side
@@ -51,9 +49,7 @@ from massl_fast.profiling.profiler import peak_bytes
 from massl_fast.profiling.synthetic import synthetic_run
 
 sys.path.insert(0, str(Path(__file__).parent))
-import published_objectives
-
-from published_step import PublishedStep, published_encoder
+from published_step import STEPS, Drawn, published_encoder
 
 OWN = {"teacher_temperature": 0.05, "patch_teacher_temperature": 0.05, "masking": 1.0}
 SETTINGS = StepSettings(learning_rate=1e-4, weight_decay=0.1, teacher_momentum=0.996, own=OWN)
@@ -126,7 +122,7 @@ CASES = {
 }
 
 
-def build(case: Case, side: str, device: torch.device, precision: str = "auto") -> Callable[[], Any]:
+def build(case: Case, side: str, device: torch.device, precision: str) -> Callable[[], Any]:
     """A function that takes the next step on synthetic crops."""
     config, world, chosen = case.config(precision, OURS.get(side, {})), World(0, 1, 0, device), choose_precision(precision, device)
     if side != "published":
@@ -138,73 +134,63 @@ def build(case: Case, side: str, device: torch.device, precision: str = "auto") 
     student, teacher = (published_encoder(one.backbone, one.head).to(device) for one in (pair.student, pair.teacher))
     sizes = [case.global_size] * objective.teacher_views + [case.local_size] * case.num_local
     crops = [torch.randn(case.batch, 3, size, size, device=device) for size in sizes]
-    numbers = itertools.count()
-    if case.objective == "massl":
-        memory = objective.memory.float().to(device)
-        step: Any = PublishedStep(
-            student.train(), teacher, memory, block_size=case.block_size, student_temperature=0.1, clip=3.0, precision=chosen
-        )
-        return lambda: step(crops, SETTINGS, next(numbers))
     student.backbone.patch_embed.requires_grad_("backbone.patch_embed." not in objective.frozen(0, ANY_LENGTH))
-    drawn = drawn_once(objective.to(device), crops, world)
-    kind = published_objectives.STEPS[case.objective]
-    step = kind(student.train(), teacher, config.objective, lambda number: drawn, clip=3.0, precision=chosen)
+    memory = {"memory": objective.memory.float().to(device)} if case.objective == "massl" else {}
+    drawn = what_is_drawn(objective.to(device), crops, world)
+    step = STEPS[case.objective](student.train(), teacher, config.objective, drawn, clip=3.0, precision=chosen, **memory)
+    numbers = itertools.count()
     return lambda: step(crops, SETTINGS, next(numbers))
 
 
-def drawn_once(objective: Objective, crops: list[torch.Tensor], world: World) -> published_objectives.Drawn:
-    """What a loader would bring beside these crops: masks, corrupted crops, a partition."""
-    at = At(0, SETTINGS.own, len(crops[0]), 0, (), world, patch_side(objective.config))
-    if objective.config.objective.name == "carp":
-        return published_objectives.Drawn(partition=torch.randperm(objective.config.objective.prototypes, device=world.device))
-    inputs = objective.student_inputs(crops, at)
-    if inputs.masks is None:
-        return published_objectives.Drawn()
-    hidden = inputs.masks.extra.get("corrupted", inputs.masks.hidden)
-    return published_objectives.Drawn(mask=hidden, corrupted=list(inputs.crops))
-
-
-def warm_up_steps(side: str) -> int:
-    """Steps after which a side takes every further one in the same way, and with the same memory."""
-    return WARM_UP + 1 if side in GPU_ALONE else 2
+def what_is_drawn(objective: Objective, crops: list[torch.Tensor], world: World) -> Callable[[int], Drawn]:
+    """MaSSL's partition is drawn anew each step, as published; of others once what a loader would bring: masks, corrupted crops."""
+    settings = objective.config.objective
+    if settings.name == "massl":
+        weights = torch.ones(settings.memory_size)
+        return lambda step: Drawn(partition=torch.multinomial(weights, len(weights)).to(world.device))
+    if settings.name == "carp":
+        once = Drawn(partition=torch.randperm(settings.prototypes, device=world.device))
+    else:
+        at = At(0, SETTINGS.own, len(crops[0]), 0, (), world, patch_side(objective.config))
+        inputs = objective.student_inputs(crops, at)
+        hidden = inputs.masks and inputs.masks.extra.get("corrupted", inputs.masks.hidden)
+        once = Drawn(mask=hidden, corrupted=list(inputs.crops))
+    return lambda step: once
 
 
 def time_sides(
     case: Case, sides: list[str], device: torch.device, precision: str, rounds: int
 ) -> tuple[dict[str, list[tuple[float, float]]], dict[str, int]]:
-    """(wall, processor) seconds of each round of each side, after steps of warm-up, and on a GPU what each allocated at most till then."""
+    """(wall, processor) seconds of each round of each side, after steps of warm-up, and what each allocated at most till then."""
     torch.compiler.reset()  # Dynamo keeps eight graphs of a function; the sides of a case share theirs
     steps: dict[str, Callable[[], Any]] = {}
-    peaks = {}
-    for side in sides:
-        begin = functools.partial(first_steps, case, side, device, precision, steps)
-        if device.type == "cuda":
-            peaks[side] = peak_bytes(begin, device)
-        else:
-            begin()
+    peaks = {side: peak_of_first_steps(case, side, device, precision, steps) for side in sides}
+    gc.collect()
     return in_turn(steps, rounds, device), peaks
 
 
-def first_steps(case: Case, side: str, device: torch.device, precision: str, steps: dict[str, Callable[[], Any]]) -> None:
-    """Build a side and take its steps of warm-up; ``steps`` keeps what takes the further ones."""
-    steps[side] = step = build(case, side, device, precision)
-    for _ in range(warm_up_steps(side)):
-        step()
+def peak_of_first_steps(case: Case, side: str, device: torch.device, precision: str, steps: dict[str, Callable[[], Any]]) -> int:
+    """Build a side and take its steps of warm-up; ``steps`` keeps what takes the further ones. Most bytes allocated at a time: weights,
+    optimizer, memory, crops and these steps."""
+
+    def begin() -> None:
+        steps[side] = step = build(case, side, device, precision)
+        for _ in range(WARM_UP + 1 if side in GPU_ALONE else 2):
+            step()
+
+    gc.collect()
+    return peak_bytes(begin, device)
 
 
-def peak_alone(case: Case, side: str, device: torch.device, precision: str = "auto") -> int:
-    """Most bytes allocated at a time by one side alone: weights, optimizer, memory, crops and its first steps."""
-    torch.compiler.reset()
-    return peak_bytes(lambda: first_steps(case, side, device, precision, {}), device)
-
-
-def largest_batch(case: Case, side: str, device: torch.device, precision: str = "auto") -> int:
+def largest_batch(case: Case, side: str, device: torch.device, precision: str) -> int:
     """The largest multiple of 8 whose first steps fit the GPU."""
 
     def fits(batch: int) -> bool:
+        torch.compiler.reset()
         # K a multiple of the batch is the published code's own demand; its memory is widened by less than a batch for it.
         try:
-            peak_alone(replace(case, batch=batch, memory_size=-(-case.memory_size // batch) * batch), side, device, precision)
+            of_batch = replace(case, batch=batch, memory_size=-(-case.memory_size // batch) * batch)
+            peak_of_first_steps(of_batch, side, device, precision, {})
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -216,9 +202,7 @@ def largest_batch(case: Case, side: str, device: torch.device, precision: str = 
 
 def compare(case: Case, sides: list[str], device: torch.device, precision: str, rounds: int) -> dict:
     """All figures of a case as one record."""
-    load = os.getloadavg()[0]
     seconds, peaks = time_sides(case, sides, device, precision, rounds)
-    gc.collect()
     flops = case.batch * Operations(case.config(precision, {})).of_an_image()
     results = {}
     for side in sides:
@@ -230,24 +214,15 @@ def compare(case: Case, sides: list[str], device: torch.device, precision: str, 
             "step_seconds_median": round(median, 5),
             "step_seconds_quartiles": [round(q, 5) for q in statistics.quantiles(times, n=4)[::2]],
             "times_the_first_side": round(statistics.median(theirs / ours for theirs, ours in zip(first, times)), 3),
-            "peak_mib": round((peaks[side] if peaks else peak_alone(case, side, device, precision)) / 2**20, 1),
+            "peak_mib": round(peaks[side] / 2**20, 1),
             "tflops_per_second": round(flops / median / 1e12, 3),
         }
         if device.type == "cpu":
             ratio = statistics.median(theirs / ours for theirs, ours in zip(first_processor, processor))
             results[side]["images_per_processor_second"] = round(case.batch / statistics.median(processor), 2)
             results[side]["times_the_first_side_by_processor_time"] = round(ratio, 3)
-        elif peak := peak_flops(torch.cuda.get_device_name(device), choose_precision(precision, device).dtype):
-            results[side]["model_flops_utilization_percent"] = round(100 * flops / median / peak, 1)
-    return {
-        "case": asdict(case),
-        "precision": choose_precision(precision, device).name,
-        "gflop_per_image": round(flops / case.batch / 1e9, 2),
-        "rounds": rounds,
-        "sides": results,
-        "load_average_before": round(load, 2),
-        "load_average_after": round(os.getloadavg()[0], 2),
-    }
+    about = {"precision": choose_precision(precision, device).name, "gflop_per_image": round(flops / case.batch / 1e9, 2)}
+    return {"case": asdict(case), **about, "threads": torch.get_num_threads(), "rounds": rounds, "sides": results}
 
 
 def as_record(found: dict) -> dict:
@@ -255,16 +230,15 @@ def as_record(found: dict) -> dict:
     case = {name: value for name, value in found["case"].items() if name != "model_args"} | {"precision": found["precision"]}
     if case.get("objective") == "massl":  # records of the first objective have no name of one
         del case["objective"]
-    if "largest_batch" in found:
-        figures = {
-            f"{side}: largest batch": records.figure(size, "images", "higher", exact=True) for side, size in found["largest_batch"].items()
-        }
-        return records.record("largest batches", case, figures, found)
     figures = {}
-    for side, result in found["sides"].items():
+    for side, size in found.get("largest_batch", {}).items():
+        figures[f"{side}: largest batch"] = records.figure(size, "images", "higher", exact=True)
+    for side, result in found.get("sides", {}).items():
         figures[f"{side}: step_seconds"] = records.figure(result["step_seconds"], "s", "lower")
         figures[f"{side}: times the first"] = records.figure(result["times_the_first_side"], "×")
         figures[f"{side}: peak_memory"] = records.figure(result["peak_mib"], "MiB", "lower", exact=True)
+    if "largest_batch" in found:
+        return records.record("largest batches", case, figures, found)
     if "published" in found["sides"]:
         return records.record("published step", case, figures, found)
     return records.record("ablation", case | {"sides": ", ".join(found["sides"])}, figures, found)
@@ -293,7 +267,7 @@ def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=["vit_mini", "vit_tiny"])
     parser.add_argument("--batch", nargs="+", type=int, default=[], help="batches in place of the case's own")
-    parser.add_argument("--objectives", nargs="+", choices=["massl", *published_objectives.STEPS], default=["massl"])
+    parser.add_argument("--objectives", nargs="+", choices=[*STEPS], default=["massl"])
     parser.add_argument("--memory-size", nargs="+", type=int, default=[], help="memories in place of the case's own")
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES[:2]), help="the first is what the others are compared with")
     parser.add_argument("--one-by-one", action="store_true", help="each side beside the first alone, and recorded as soon as it is known")
@@ -337,14 +311,14 @@ def main() -> int:
         refuse(f"{narrow[0]} is a step in bf16; this one is in {precision.name} ({precision.reason})")
     if device.type == "cpu" and (absent := [side for side in args.sides if side in GPU_ALONE]):
         refuse(f"{absent[0]} needs a GPU, and there is none here")
+
     if args.largest and device.type == "cpu":
         refuse("--largest fills a GPU's memory, and there is none here")
 
     def keep(found: dict) -> None:
-        if "sides" in found:
-            print(table(found), flush=True)
+        print(table(found) if "sides" in found else f"{found['case']['name']} {found['largest_batch']}", flush=True)
         if args.output not in ("", "none"):
-            records.append(args.output, [as_record(found | {"threads": torch.get_num_threads()})])
+            records.append(args.output, [as_record(found)])
 
     failed: dict[str, str] = {}
     for case in [CASES[name] for name in args.cases]:
@@ -353,10 +327,8 @@ def main() -> int:
             num_local = 0 if objective in WITHOUT_LOCAL else case.num_local
             chosen = replace(case, objective=objective, batch=batch, memory_size=memory_size, num_local=num_local)
             if args.largest:
-                largest = {side: largest_batch(chosen, side, device, args.precision) for side in args.sides}
-                record = {"case": asdict(chosen), "precision": precision.name, "largest_batch": largest}
-                print(case.name, largest, flush=True)
-                keep(record)
+                sizes = {side: largest_batch(chosen, side, device, args.precision) for side in args.sides}
+                keep({"case": asdict(chosen), "precision": precision.name, "largest_batch": sizes})
             elif args.one_by_one:
                 failed |= compare_one_by_one(chosen, args.sides, device, args.precision, args.rounds, keep)
             else:
@@ -372,11 +344,10 @@ def test_step(benchmark, side):
         pytest.skip(f"{side} needs a GPU")
     if "model.residual" in OURS.get(side, {}) and choose_precision("auto", device).name != "bf16":
         pytest.skip(f"{side} is a step in bf16")
-    step = build(CASES["vit_mini"], side, device)
-    for _ in range(warm_up_steps(side)):
-        step()
+    steps: dict[str, Callable[[], Any]] = {}
+    benchmark.extra_info["peak_bytes"] = peak_of_first_steps(CASES["vit_mini"], side, device, "auto", steps)
     benchmark.extra_info["images_per_step"] = CASES["vit_mini"].batch
-    benchmark.pedantic(lambda: timed(step, device), rounds=5, warmup_rounds=1)
+    benchmark.pedantic(lambda: timed(steps[side], device), rounds=5, warmup_rounds=1)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Does ``massl-fast bench compare`` find a kernel that became 10% slower, and nothing where nothing changed?
 
 ``python bench/check_compare.py``. Twenty times each: the read-out of a memory is timed beside itself with 10% more entries in its
-blocks, and beside itself as it is, calls in turn; both sides are written as records and compared by the command's own criterion. Exit
+blocks, and beside itself as it is, calls in turn; both sides are made records and compared by the command's own criterion. Exit
 code 1: fewer than 19 of 20 found, or an alarm where there was nothing. On a GPU times are those of the device's events, on a CPU
 processor seconds, which other work hardly changes.
 """
@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import tempfile
-from pathlib import Path
 
 import torch
 
@@ -32,18 +30,14 @@ def main() -> int:
     torch.set_num_threads(1)
     plain, planted = call_of(BLOCK, device), call_of(round(SLOWER * BLOCK), device)
     verdicts: dict[str, list[str]] = {"planted": [], "nothing": []}
-    with tempfile.TemporaryDirectory() as folder:
-        for number in range(args.tries):
-            for name, other in (("planted", planted), ("nothing", plain)):
-                sides = [Path(folder, f"{name}-{number}-{side}.jsonl") for side in "ab"]
-                timed = time_variants({"a": plain, "b": other}, [None], SAMPLES, device)
-                for path, times in zip(sides, timed.values()):
-                    samples = [wall if device.type == "cuda" else processor for wall, processor in times]
-                    row = records.record("kernels", {"operation": "readout"}, {"time": records.figure(samples, "s", "lower")})
-                    records.append(path, [row])
-                (difference,), _, _ = compare(*map(records.read, sides))
-                verdicts[name].append(difference.verdict)
-                print(f"{name:<8} {difference.percent:+6.1f} %  {difference.verdict}", flush=True)
+    for name, other in (("planted", planted), ("nothing", plain)) * args.tries:
+        sides = []
+        for times in time_variants({"a": plain, "b": other}, [None], SAMPLES, device).values():
+            samples = [wall if device.type == "cuda" else processor for wall, processor in times]
+            sides.append(records.record("kernels", {"operation": "readout"}, {"time": records.figure(samples, "s", "lower")}))
+        (difference,), _, _ = compare(sides[:1], sides[1:])
+        verdicts[name].append(difference.verdict)
+        print(f"{name:<8} {difference.percent:+6.1f} %  {difference.verdict}", flush=True)
     found, quiet = verdicts["planted"].count(WORSE), verdicts["nothing"].count(SAME)
     alarms = sum(verdict in ("worse", "better") for verdict in verdicts["nothing"])
     print(f"A kernel {100 * (SLOWER - 1):.0f} % slower: found in {found} of {args.tries} tries.")

@@ -15,8 +15,8 @@ The plain ways are what users write: a loop over ``nn.Linear`` and
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
-import time
 import warnings
 from collections.abc import Callable
 
@@ -29,15 +29,12 @@ PENALTIES = tuple(10 ** (-6 + 5 * i / 9) for i in range(10))
 MOST_EXCESS = 1e-4
 
 
-def in_turns(ways: dict[str, Callable[[], object]], turns: int, clock: Callable[[], float] = time.process_time) -> dict[str, float]:
-    """Median seconds of each way, of this process's processor time."""
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(turns):
-        for name, way in ways.items():
-            started = clock()
-            way()
-            seconds[name].append(clock() - started)
-    return {name: statistics.median(found) for name, found in seconds.items()}
+def in_turns(ways: dict[str, Callable[[], object]], turns: int, by_the_clock: bool = False) -> dict[str, float]:
+    """Median seconds of each way, of this process's processor time or by the clock."""
+    from massl_fast.benchmarks.timing import in_turn
+
+    found = in_turn(ways, turns, torch.device("cpu"))
+    return {name: statistics.median(wall if by_the_clock else processor for wall, processor in times) for name, times in found.items()}
 
 
 def labelled_rows(count: int, classes: int, decay: float, spread: float) -> tuple[Tensor, Tensor]:
@@ -73,13 +70,11 @@ def heads(turns: int) -> None:
     for batch in (128, 1024):
         rates = tuple(rate * batch / 256 for rate in PUBLISHED_RATES)
 
-        def together(products: torch.dtype | None, batch: int = batch, rates: tuple[float, ...] = rates) -> object:
-            return train_heads(lambda _: rows, labels, Sweep(rates), classes=100, epochs=1, batch_size=batch, products=products)
-
+        together = functools.partial(train_heads, lambda _: rows, labels, Sweep(rates), classes=100, epochs=1, batch_size=batch)
         ways = {
-            "separate": lambda batch=batch, rates=rates: separate_heads(rows, labels, rates, 100, batch),
-            "together, fp32": lambda together=together: together(None),
-            "together, bf16 products": lambda together=together: together(torch.bfloat16),
+            "separate": functools.partial(separate_heads, rows, labels, rates, 100, batch),
+            "together, fp32": functools.partial(together, products=None),
+            "together, bf16 products": functools.partial(together, products=torch.bfloat16),
         }
         found = in_turns(ways, turns)
         print(f"45 heads, 10,000 rows of 384 features, 100 classes, one epoch, batch {batch}:")
@@ -92,36 +87,38 @@ def objective(weight: Tensor, rows: Tensor, labels: Tensor, penalty: float) -> f
     return (F.cross_entropy(rows.double() @ weight.T, labels) + penalty / 2 * weight.square().sum()).item()
 
 
-def regressions(turns: int) -> None:
-    """Both sides at the loosest tolerance at which every objective is within 1e-4 of its minimum."""
+def one_by_one(rows: Tensor, labels: Tensor, tolerance: float) -> list[Tensor]:
+    """scikit-learn's weights, penalty by penalty."""
     from sklearn.linear_model import LogisticRegression
 
+    found = []
+    for penalty in PENALTIES:
+        model = LogisticRegression(C=1 / (penalty * len(rows)), fit_intercept=False, tol=tolerance, max_iter=1000)
+        found.append(torch.from_numpy(model.fit(rows.numpy(), labels.numpy()).coef_))
+    return found
+
+
+def regressions(turns: int) -> None:
+    """Both sides at the loosest tolerance at which every objective is within 1e-4 of its minimum."""
     from massl_fast.evaluation.heads import fit_logistic
 
     warnings.simplefilter("ignore")
     for count, classes, decay, spread in ((3_000, 30, 0.0, 2.0), (3_000, 30, 0.7, 1.5), (10_000, 100, 0.7, 1.5)):
         rows, labels = labelled_rows(count, classes, decay, spread)
 
-        def ours(tolerance: float, rows: Tensor = rows, labels: Tensor = labels, classes: int = classes) -> Tensor:
-            return fit_logistic([rows], [labels], PENALTIES, classes=classes, tolerance=tolerance).weight[0]
-
-        def theirs(tolerance: float, rows: Tensor = rows, labels: Tensor = labels) -> list[Tensor]:
-            found = []
-            for penalty in PENALTIES:
-                model = LogisticRegression(C=1 / (penalty * len(rows)), fit_intercept=False, tol=tolerance, max_iter=1000)
-                found.append(torch.from_numpy(model.fit(rows.numpy(), labels.numpy()).coef_))
-            return found
-
-        least = [objective(weight, rows, labels, penalty) for weight, penalty in zip(ours(1e-6), PENALTIES)]
+        ours = functools.partial(fit_logistic, [rows], [labels], PENALTIES, classes=classes)
+        theirs = functools.partial(one_by_one, rows, labels)
+        least = [objective(weight, rows, labels, penalty) for weight, penalty in zip(ours(tolerance=1e-6).weight[0], PENALTIES)]
         print(f"10 penalties from 1e-6 to 1e-1, {count} rows of 384 features, {classes} classes, axes of scale k^-{decay:g}:")
         ways, excesses = {}, {}
         for name, way in (("fit_logistic", ours), ("scikit-learn, one by one", theirs)):
             for tolerance in (1e-3, 1e-4, 3e-5, 1e-5, 3e-6, 1e-6):
-                weights = way(tolerance)
+                weights = way(tolerance=tolerance)
+                weights = weights.weight[0] if way is ours else weights
                 excess = max(objective(weight, rows, labels, p) - best for weight, p, best in zip(weights, PENALTIES, least))
                 if excess <= MOST_EXCESS:
                     break
-            ways[name] = lambda way=way, tolerance=tolerance: way(tolerance)
+            ways[name] = functools.partial(way, tolerance=tolerance)
             excesses[name] = f"largest excess {excess:.1e} at tolerance {tolerance:g}"
         found = in_turns(ways, turns)
         for name, seconds in found.items():
@@ -156,13 +153,12 @@ def extraction(turns: int, images: str, architecture: str, workers: int) -> None
         "timm and torchvision": lambda: plain_extraction(images, network, 64, workers),
         "extract_features": lambda: extract_features(network, source, **arguments),
     }
-    clock, of = (time.perf_counter, "second") if workers else (time.process_time, "processor second")
     print(f"{len(source)} images of {images}, {architecture}, {workers} workers:")
     if workers:
-        for name, seconds in in_turns(ways, 1, clock).items():
+        for name, seconds in in_turns(ways, 1, True).items():
             print(f"    {name:24} {seconds:6.2f} s   the first time")
-    for name, seconds in in_turns(ways, turns, clock).items():
-        print(f"    {name:24} {seconds:6.2f} s   {len(source) / seconds:6.1f} images per {of}")
+    for name, seconds in in_turns(ways, turns, workers > 0).items():
+        print(f"    {name:24} {seconds:6.2f} s   {len(source) / seconds:6.1f} images per {'' if workers else 'processor '}second")
 
 
 def main() -> None:

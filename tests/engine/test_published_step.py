@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
@@ -18,7 +19,7 @@ from massl_fast.models.precision import Precision
 from massl_fast.objectives.massl import MasslObjective
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
-from published_step import PublishedStep, published_encoder
+from published_step import Drawn, Massl, published_encoder
 
 K, BLOCK, IMAGES, STEPS = 64, 16, 4, 5
 
@@ -36,15 +37,14 @@ def test_the_published_step_and_ours_are_the_same_mathematics():
     objective = MasslObjective(K, 16, block_size=BLOCK, student_temperature=0.1, memory_dtype=torch.float64)
     optimizer = build_optimizer(pair.student, OptimizerSection())
     ours = TrainStep(pair, objective, optimizer, world=world, precision=precision, clip=0.05, clip_mode="parameter")
-    published = PublishedStep(
+    published = Massl(
         published_encoder(*parts()),
         published_encoder(*parts()),
-        objective.memory.clone(),
-        block_size=BLOCK,
-        student_temperature=0.1,
+        SimpleNamespace(block_size=BLOCK, student_temperature=0.1),
+        lambda step: Drawn(partition=partition_indices(K, seed=0, step=step)),
+        memory=objective.memory.clone(),
         clip=0.05,
         precision=precision,
-        partition_of_step=lambda step: partition_indices(K, seed=0, step=step),
     )
     generator = torch.Generator().manual_seed(1)
     for step in range(STEPS):
