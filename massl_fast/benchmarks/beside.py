@@ -61,7 +61,7 @@ class Cases(Protocol):
     def truth(self, case: Any, inputs: Inputs) -> Results: ...
     def errors_of(self, case: Any, name: str, inputs: Inputs, results: Results, truth: Results) -> tuple[float, ...]: ...
     def excess(self, case: Any, found: dict[str, tuple[float, ...]]) -> dict[str, str]: ...
-    def operations_of(self, case: Any, name: str) -> float: ...  # 0 where they are not counted
+    def operations_of(self, case: Any, name: str, call: Call, inputs: Inputs) -> float: ...  # 0 where they are not counted
 
 
 def measure(
@@ -86,7 +86,8 @@ def measure(
     for word, reasons in (("not measured", missing | failed), ("WRONG", wrong)):
         for name, why in reasons.items():
             print(f"  {name:<30} {word}: {why}")
-    operations = {name: bench.operations_of(case, name.removesuffix(GRAPH)) for name in calls}
+    operations = {name: bench.operations_of(case, name, call, copies[0]) for name, call in calls.items() if not name.endswith(GRAPH)}
+    operations |= {name: operations[name.removesuffix(GRAPH)] for name in calls if name.endswith(GRAPH)}
     counted = any(operations.values())
     machine, work = machine_calls(DTYPES[case.dtype], device) if counted else ({}, {})
     samples = time_variants(calls | machine, copies, rounds, device)

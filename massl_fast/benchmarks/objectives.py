@@ -19,10 +19,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from massl_fast import kernels
 from massl_fast.benchmarks import beside
 from massl_fast.benchmarks.beside import DTYPES, OURS, Call, Inputs, differentiate, relative_error, unit_rows
+from massl_fast.kernels import flops as _formulas  # noqa: F401  registers those of our operators
 
 KIND, ERRORS, DETAILS, GRAPHED = "objectives", ("error", "error of gradients"), {}, ()
 PUBLISHED, REFERENCE = "published way", "reference"
@@ -42,18 +44,6 @@ class Case:
     block: int
     rows: int
     dtype: str
-
-    @property
-    def products(self) -> tuple[float, float]:
-        """Products of one row with all keys, 2·D·K operations each, of our way and with logits held."""
-        V, T, N = self.V, self.T, self.N
-        return {
-            "dino": (4 * (V + T) * N, (3 * V + T) * N),
-            "ibot": (8 * round(MASKED * self.rows), 4 * self.rows),
-            "carp": ((4 * V + 2 * T) * N, (3 * V + T) * N),
-            "moco_v3": (4 * self.rows, 4 * self.rows),
-            "sinkhorn": (3 * self.rows, self.rows),
-        }[self.loss]
 
     def __str__(self) -> str:
         return ", ".join(f"{key} {value}" for key, value in asdict(self).items() if value)
@@ -253,8 +243,8 @@ def excess(case: Case, found: dict[str, tuple[float, ...]]) -> dict[str, str]:
     return beside.too_wrong(found, OURS, [max(2 * error, 4 * unit) for error in worst], "baselines' allow")
 
 
-def operations_of(case: Case, name: str) -> float:
-    operations = 2 * case.D * case.K * case.products[name in (PUBLISHED, REFERENCE)]
-    if case.loss == "ibot" and name == REFERENCE:
-        return operations * MASKED
-    return operations * 5 / 3 if case.loss == "sinkhorn" and name == "triton" else operations  # in two passes per round but the last
+def operations_of(case: Case, name: str, call: Call, inputs: Inputs) -> float:
+    """Those of the way itself, as PyTorch counts them."""
+    with FlopCounterMode(display=False) as counter:
+        call(inputs)
+    return counter.get_total_flops()
