@@ -136,22 +136,22 @@ def build(case: Case, side: str, device: torch.device, precision: str) -> Callab
     crops = [torch.randn(case.batch, 3, size, size, device=device) for size in sizes]
     student.backbone.patch_embed.requires_grad_("backbone.patch_embed." not in objective.frozen(0, ANY_LENGTH))
     memory = {"memory": objective.memory.float().to(device)} if case.objective == "massl" else {}
-    drawn = what_is_drawn(objective.to(device), crops, world)
+    drawn = what_is_drawn(config, objective.to(device), crops, world)
     step = STEPS[case.objective](student.train(), teacher, config.objective, drawn, clip=3.0, precision=chosen, **memory)
     numbers = itertools.count()
     return lambda: step(crops, SETTINGS, next(numbers))
 
 
-def what_is_drawn(objective: Objective, crops: list[torch.Tensor], world: World) -> Callable[[int], Drawn]:
+def what_is_drawn(config: Config, objective: Objective, crops: list[torch.Tensor], world: World) -> Callable[[int], Drawn]:
     """MaSSL's partition is drawn anew each step, as published; of others once what a loader would bring: masks, corrupted crops."""
-    settings = objective.config.objective
+    settings = config.objective
     if settings.name == "massl":
         weights = torch.ones(settings.memory_size)
         return lambda step: Drawn(partition=torch.multinomial(weights, len(weights)).to(world.device))
     if settings.name == "carp":
         once = Drawn(partition=torch.randperm(settings.prototypes, device=world.device))
     else:
-        at = At(0, SETTINGS.own, len(crops[0]), 0, (), world, patch_side(objective.config))
+        at = At(0, SETTINGS.own, len(crops[0]), 0, (), world, patch_side(config))
         inputs = objective.student_inputs(crops, at)
         hidden = inputs.masks and inputs.masks.extra.get("corrupted", inputs.masks.hidden)
         once = Drawn(mask=hidden, corrupted=list(inputs.crops))
