@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any, TextIO
 
 from massl_fast.commands.registry import COMMANDS, is_evaluation, parser_of, takes_settings
 from massl_fast.distributed.listening import LISTENER, WARNINGS
@@ -14,15 +16,14 @@ HELP = ("-h", "--help")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    """Returns the exit code. Without ``arguments`` they are the command line's, and the process is the command's alone."""
+    whole_process, arguments = arguments is None, list(sys.argv[1:] if arguments is None else arguments)
     words = 2 if is_evaluation(arguments) or " ".join(arguments[:2]) in COMMANDS else 1
     command = " ".join(arguments[:words])
     # Set before PyTorch is imported: its profiler would remark on every start and stop, and on a missing GPU.
     os.environ.setdefault("KINETO_LOG_LEVEL", "10")
-    # Importing PyTorch takes seconds, and a scheduler may ask a run to stop in the midst of them.
-    listening = LISTENER.listening(*WARNINGS) if command == "train" else contextlib.nullcontext()
     try:
-        with listening:
+        with _training(whole_process) if command == "train" else contextlib.nullcontext():
             if command in COMMANDS or is_evaluation(arguments):
                 return _run(command, arguments[words:])
             return _overview(arguments)
@@ -35,6 +36,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+
+
+@contextlib.contextmanager
+def _training(whole_process: bool) -> Iterator[None]:
+    """What a run wants to be so before anything else is imported."""
+    # Where a rank is lost, PyTorch's C++ side warns of its broken connections with a page of addresses each; we say which rank it was.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    if whole_process:
+        sys.stdout, sys.stderr = _patient(sys.stdout), _patient(sys.stderr)
+    # Importing PyTorch takes seconds, and a scheduler may ask a run to stop in the midst of them.
+    with LISTENER.listening(*WARNINGS, to_the_end=whole_process):
+        yield
+
+
+class _Patient(io.FileIO):
+    """A file that takes what cannot be written for written."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError:
+            return memoryview(data).nbytes
+
+
+def _patient(stream: TextIO) -> TextIO:
+    """``stream`` for a run that goes on where nobody hears it any more: a terminal that was closed, a ``tee`` that Ctrl-C ended as well, a
+    full disk under its log.
+    """
+    if not isinstance(stream, io.TextIOWrapper):
+        return stream
+    raw = _Patient(stream.fileno(), "wb", closefd=False)
+    binary = raw if stream.write_through else io.BufferedWriter(raw)  # the first with PYTHONUNBUFFERED
+    kind = {"line_buffering": stream.line_buffering, "write_through": stream.write_through}
+    return io.TextIOWrapper(binary, encoding=stream.encoding, errors=stream.errors, **kind)
 
 
 def _run(command: str, arguments: list[str]) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
-import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -96,8 +95,6 @@ def explaining_a_full_disk(config: Config) -> Iterator[None]:
 def run(args: argparse.Namespace) -> int:
     if args.help:
         print_help(args)
-    # Where a rank is lost, PyTorch's C++ side warns of its broken connections with a page of addresses each; we say which rank it was.
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     config = load_config(args.recipe, args.settings) if args.recipe else config_without_recipe(args.settings)
     if args.print_config:
         import yaml
@@ -118,9 +115,9 @@ def run(args: argparse.Namespace) -> int:
         return Interrupted.exit_code if error.stopped else 1
     if world.is_main:
         print_notes(config)
+    stop = StopRequest(world)
     try:
         with explaining_a_full_disk(config), explaining_out_of_memory(config, world):
-            stop = StopRequest(world)
             if stop.at_start(world):
                 raise Interrupted(f"Ended by {stop.name} before its first step, and nothing is lost; the same command goes on.")
             Trainer(config, world, report_writer(world)).run()
@@ -130,6 +127,15 @@ def run(args: argparse.Namespace) -> int:
         if world.is_main:  # all ranks end so, one speaks
             print(f"massl-fast train: {error}", file=sys.stderr)
         return error.exit_code
+    except Exception as error:
+        if stop.noted is None or isinstance(error, ValueError):
+            raise
+        print(
+            f"massl-fast train: Ended by {stop.name} and by what followed from it, most likely the end of a process that this one needed: "
+            f"{type(error).__name__}: {error}. {kept_of(config)}",
+            file=sys.stderr,
+        )
+        return Interrupted.exit_code
     finally:
         leave_world()
     return 0

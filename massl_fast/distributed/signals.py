@@ -22,7 +22,7 @@ LAG = 2
 
 
 class StopRequest:
-    """SIGTERM, SIGUSR1 (a scheduler's warning) and Ctrl-C let the step finish; a second Ctrl-C ends at once."""
+    """SIGTERM, SIGUSR1 (a scheduler's warning), SIGHUP and Ctrl-C let the step finish; a second Ctrl-C, a second later, ends at once."""
 
     def __init__(self, world: World):
         self._alone = world.size == 1

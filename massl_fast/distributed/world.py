@@ -8,7 +8,7 @@ import socket
 import time
 import uuid
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from itertools import groupby
@@ -28,6 +28,9 @@ from massl_fast.hardware import demand_code, keep_freed_memory
 NCCL_EXTRA_SECONDS = 60
 MAX_RANK_LINES = 16
 POLL_SECONDS = 0.05
+OF_SRUN = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
+OF_MPIRUN = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+"""Where Open MPI and MPICH say how many processes they started."""
 KNOCK_SECONDS = 5
 
 
@@ -45,6 +48,8 @@ class World:
     device: torch.device
     round: int = 1
     """How many times the ranks have met at this store: 2 and more after torchrun has started them again."""
+    meeting: str = ""
+    """A name of the store at which they met, of this one alone; empty for one process."""
     exchange: Callable[[Callable[[], Any]], None] = field(default=_at_once, compare=False)
     """Calls what exchanges tensors within a step: at once, or between two recordings where a step is recorded."""
 
@@ -129,24 +134,9 @@ def device_name(device: torch.device) -> str:
 def join_world(device: str = "auto", timeout_seconds: float = 600) -> World:
     """Join the processes started by torchrun or srun; without either, be the only one.
 
-    ``device``: auto, cuda or cpu. NCCL joins GPUs, gloo joins CPUs.
+    ``device``: auto, cuda or cpu. NCCL joins GPUs, gloo joins CPUs. ValueError names what the environment lacks or contradicts.
     """
-    environment = os.environ
-    by_srun = False
-    if "RANK" in environment:
-        rank, size, local_rank = (int(environment[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    elif int(environment.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in environment:
-        by_srun = True
-        rank, size, local_rank = (int(environment[name]) for name in ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"))
-        if "MASTER_ADDR" not in environment:
-            raise ValueError(
-                "srun started several tasks, but MASTER_ADDR is not set. Set it to the first host's name (and MASTER_PORT to a free port) "
-                "in the job script, as in docs/cluster.md."
-            )
-        environment.setdefault("MASTER_PORT", "29500")
-        environment.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(local_rank))
-    else:
-        rank, size, local_rank = 0, 1, 0
+    rank, size, local_rank, by_srun = _place_of(os.environ)
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("train.device is cuda, but PyTorch finds no GPU here. Choose auto or cpu.")
     if device != "cpu" and torch.cuda.is_available():
@@ -164,19 +154,77 @@ def join_world(device: str = "auto", timeout_seconds: float = 600) -> World:
     else:
         chosen = torch.device("cpu")
         keep_freed_memory()
-    number = 1
+    number, meeting = 1, ""
     if size > 1:
         # torchrun serves a store of its own, which outlives the ranks.
         served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         store = _connect(timeout_seconds, serve=rank == 0 and not served)
         number = agree_on_round(store, rank, size, timeout_seconds)
+        meeting = store.compare_set("massl_fast/meeting/name", "", uuid.uuid4().hex).decode()
         if chosen.type == "cuda":
             backend, timeout = {"backend": "nccl", "device_id": chosen}, timeout_seconds + NCCL_EXTRA_SECONDS
         else:
             backend, timeout = {"backend": "gloo"}, timeout_seconds
         store = _of_round(store, number)
         dist.init_process_group(**backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout))
-    return World(rank, size, local_rank, chosen, number)
+    return World(rank, size, local_rank, chosen, number, meeting)
+
+
+def _place_of(environment: MutableMapping[str, str]) -> tuple[int, int, int, bool]:
+    """(rank, number of ranks, rank on its host, whether srun started it) of this process, by what its launcher left in ``environment``.
+
+    srun's numbers are copied to where torchrun writes its own. ValueError where some are missing or make no sense.
+    """
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    by_srun = names[0] not in environment and environment.get("SLURM_NTASKS", "1") != "1" and "SLURM_PROCID" in environment
+    if by_srun:
+        _demand_srun(environment)
+        environment.setdefault("MASTER_PORT", "29500")
+        environment.update({name: environment.get(slurms, "") for name, slurms in zip(names, OF_SRUN)})
+    elif names[0] not in environment:
+        started = next((environment[name] for name in OF_MPIRUN if environment.get(name, "1") != "1"), None)
+        if started:
+            raise ValueError(
+                f"mpirun started {started} processes, and each would train alone, because massl-fast takes no places from MPI. Start them "
+                f"with torchrun or srun."
+            )
+        return 0, 1, 0, False
+    rank, size, local_rank = (_number(environment, name) for name in names)
+    if rank >= size:
+        raise ValueError(f"RANK is {rank} and WORLD_SIZE {size} in the environment; ranks count from 0 to {size - 1}.")
+    if size > 1:
+        _number(environment, "MASTER_PORT")
+        _demand_set(environment, "MASTER_ADDR")
+    return rank, size, local_rank, by_srun
+
+
+def _demand_srun(environment: MutableMapping[str, str]) -> None:
+    if "SLURM_STEP_ID" not in environment:
+        raise ValueError(
+            f"This job has {environment['SLURM_NTASKS']} tasks, but srun did not start this process, which would wait for others in vain. "
+            f"Write srun before the command, as in docs/slurm, or SLURM_NTASKS=1 for one process alone."
+        )
+    if "MASTER_ADDR" not in environment:
+        raise ValueError(
+            "srun started several tasks, but MASTER_ADDR is not set. Set it to the first host's name (and MASTER_PORT to a free port) "
+            "in the job script, as in docs/cluster.md."
+        )
+
+
+def _demand_set(environment: MutableMapping[str, str], name: str) -> str:
+    if not environment.get(name):
+        raise ValueError(
+            f"RANK is set in the environment, but {name} is not. A launcher sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT "
+            f"together: start with torchrun or srun, or unset RANK to run one process."
+        )
+    return environment[name]
+
+
+def _number(environment: MutableMapping[str, str], name: str) -> int:
+    value = _demand_set(environment, name)
+    if not value.isdecimal():
+        raise ValueError(f"{name} is {value!r} in the environment, where a launcher writes a number from 0 on.")
+    return int(value)
 
 
 class RanksDidNotMeet(RuntimeError):

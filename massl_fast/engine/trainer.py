@@ -98,7 +98,7 @@ class Trainer:
         Raises an ``Ended`` where it stops before.
         """
         # Signals are noted to the very end: torchrun sends SIGTERM to those who are still finding out who is gone.
-        with self.stop.listening(), self.lock, self.heartbeat or contextlib.nullcontext():
+        with self.stop.listening(), self.lock or contextlib.nullcontext(), self.heartbeat or contextlib.nullcontext():
             try:
                 return self._run()
             except RuntimeError as error:
@@ -112,7 +112,7 @@ class Trainer:
     def _run(self) -> dict[str, Any]:
         if self.resume_from:
             self._restore(self.resume_from)
-            if self.step >= self.length.total_steps and (self.folder / "summary.json").is_file():
+            if self.step >= self.length.total_steps and self.world.from_main(self._has_its_end()):
                 self.telemetry.say(
                     f"The run in {self.folder} is complete ({self.step} steps); its report is {self.folder / 'report.html'}. "
                     f"To train again, name another --run.folder, or set --run.resume never to move this one aside."
@@ -218,6 +218,7 @@ class Trainer:
             gc.enable()
 
     def _log(self, result: StepResult, settings: StepSettings, clock: WindowClock, evaluating: bool) -> None:
+        self._confirm_lock()
         means = result.means(self.world)
         seconds, waited = clock.read()
         self._stop_if_diverged()
@@ -245,6 +246,10 @@ class Trainer:
         row |= self.stragglers.spread(seconds) if self.world.size > 1 else {}
         self.last_row = row | memory_peaks_gib(self.world.device)
         self.telemetry.log(self.last_row)
+
+    def _has_its_end(self) -> bool:
+        """Whether the folder has what a run leaves at its end; one that was killed meanwhile writes it again."""
+        return (self.folder / "summary.json").is_file() and (not self.write_report or (self.folder / "report.html").is_file())
 
     def _finish(self) -> dict[str, Any]:
         self._tell_unwritten(self._settle())
@@ -358,6 +363,7 @@ class Trainer:
 
     def _save(self, best: bool = False) -> None:
         """Begin to write a checkpoint. Where the disk fails, training goes on with a warning; the last good checkpoint stays."""
+        self._confirm_lock()
         self._stop_if_diverged()
         self._stop_if_drifted()
         self._doing("saving")
@@ -374,6 +380,10 @@ class Trainer:
             "std": self.config.crops.std,
         }
         self._tell_unwritten(self.saver.save(self.step, tensors_of(self.train_step), state, best=best))
+
+    def _confirm_lock(self) -> None:
+        if self.lock:
+            self.lock.confirm()
 
     def _tell_unwritten(self, problem: str | None) -> None:
         self._warn(f"{problem}; training goes on. Last good checkpoint: {self.checkpoints.last()}." if problem else None)

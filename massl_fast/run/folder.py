@@ -18,15 +18,13 @@ from massl_fast.run.lock import FolderLock
 SHARED_FOLDER_SECONDS = 10
 
 
-def prepare_folder(
-    folder: Path, mode: str, checkpoints: CheckpointFolder, world: World
-) -> tuple[Path | None, contextlib.AbstractContextManager]:
+def prepare_folder(folder: Path, mode: str, checkpoints: CheckpointFolder, world: World) -> tuple[Path | None, FolderLock | None]:
     """Make the run folder; returns the checkpoint to resume from, if any, and the lock on the folder, to be released at the end.
 
-    Rank 0 decides and holds the lock, so that all ranks start from the same checkpoint. ``mode``: the setting run.resume. Raises ValueError
-    where the folder cannot be made, is in use, or is not there for every rank. A collective call.
+    Rank 0 decides and holds the lock (None on others), so that all ranks start from the same checkpoint. ``mode``: the setting run.resume.
+    Raises ValueError where the folder cannot be made, is in use, or is not there for every rank. A collective call.
     """
-    last, problem, lock = None, None, contextlib.nullcontext()
+    last, problem, lock = None, None, None
     if world.is_main:
         try:
             lock = _locked(folder, mode, world)
@@ -46,7 +44,7 @@ def prepare_folder(
         if mode == "must" and last is None:
             raise ValueError(f"run.resume is must, but {folder}/checkpoints holds no complete checkpoint. Choose auto to start anew.")
     except ValueError:
-        with lock:
+        with lock or contextlib.nullcontext():
             raise
     return last, lock
 
@@ -55,12 +53,15 @@ def _locked(folder: Path, mode: str, world: World) -> FolderLock:
     """The folder, there and locked; with ``never`` an old run is moved aside first, unless somebody works in it."""
 
     def lock() -> FolderLock:
-        made = FolderLock(folder, world.round, on_loss=end_process)
+        made = FolderLock(folder, world.meeting, world.round, on_loss=end_process)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             made.acquire()
         except OSError as error:
-            raise ValueError(f"run.folder {folder} cannot be made: {error.strerror}. Name a place that can be written.") from None
+            place = "" if error.filename in (None, str(folder)) else f" ({error.filename})"
+            raise ValueError(
+                f"run.folder {folder} cannot be made or locked: {error.strerror}{place}. Name a place that can be written."
+            ) from None
         return made
 
     held = lock()

@@ -3,12 +3,14 @@
 The lock is a file, ``lock.json``, made so that only one process can make it (O_EXCL); it needs no flock, which many shared file systems
 lack. While the run lives, a thread touches the file every ``BEAT_SECONDS``. Whoever finds the lock held judges:
 
+- the same Slurm job before it was queued again, and the same torchrun's ranks before it started them again: they are over, or nobody
+  would have been started again;
 - a holder on the same host, in the same process namespace: by whether its process is there;
-- the same job in an earlier attempt (Slurm's or torchrun's restarts): it is over, or it could not have been started again;
 - anybody else: by watching the file for ``SILENT_SECONDS``. Its time of change is compared with itself only, as hosts' clocks differ.
 
 A lock of the dead is replaced under a second file, named after the very lock that was judged, so that of several who judged it dead one
-takes over and the others look again. A holder that was only asleep finds another's lock when it wakes, and ends before it writes.
+takes over and the others look again. A holder that was only asleep, or cut off from the file system, looks at the lock before it writes
+anything (``confirm``), and ends where it finds another's.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import json
+import math
 import os
 import socket
 import sys
@@ -36,12 +39,13 @@ NAME = "lock.json"
 class FolderLock:
     """The lock on a folder, held by this process from ``acquire`` to ``release`` (or the end of a with statement)."""
 
-    def __init__(self, folder: Path, round_number: int, on_loss: Callable[[str], None]):
-        """``round_number``: how many times torchrun started this run (``World.round``). ``on_loss`` is called in a thread, with a sentence,
-        where another process has taken the lock over.
+    def __init__(self, folder: Path, meeting: str, round_number: int, on_loss: Callable[[str], None]):
+        """``meeting``, ``round_number``: ``World``'s. ``on_loss`` is called with a sentence, most often in a thread, where another process
+        has taken the lock over.
         """
         self.folder, self.path, self.on_loss = folder, folder.absolute() / NAME, on_loss
-        self.own = json.dumps(_identity(round_number))
+        self.own = json.dumps(_identity(meeting, round_number))
+        self._confirmed = -math.inf
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._live, name="folder lock", daemon=True)
 
@@ -55,8 +59,17 @@ class FolderLock:
         while not self._make() and not self._succeed():
             pass
         _held[self.path] = self
+        self._confirmed = _now()
         self._thread.start()
         atexit.register(self.release)  # a ValueError may end the program before the run begins
+
+    def confirm(self) -> None:
+        """To be called before the run writes anything into the folder: calls ``on_loss`` where the folder is another run's by now.
+
+        It looks at the file only where the last look is so long ago that another process may have taken this one for dead since.
+        """
+        if _now() - self._confirmed > SILENT_SECONDS / 2:
+            self._beat()
 
     def release(self) -> None:
         """Remove the lock, if it is still this process's; may be called again."""
@@ -91,8 +104,12 @@ class FolderLock:
             descriptor = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
         except FileExistsError:
             return False
-        with os.fdopen(descriptor, "w") as file:
-            file.write(self.own)
+        try:
+            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+                file.write(self.own)
+        except OSError:  # a full disk
+            self.path.unlink()
+            raise
         return True
 
     def _succeed(self) -> bool:
@@ -113,8 +130,12 @@ class FolderLock:
             if not unchanged:
                 return False
             temporary = self.path.with_suffix(".partial")
-            temporary.write_text(self.own)
-            os.replace(temporary, self.path)
+            try:
+                temporary.write_text(self.own, encoding="utf-8")
+                os.replace(temporary, self.path)
+            except OSError:
+                temporary.unlink(missing_ok=True)
+                raise
         _say(f"run.folder {self.folder} was held by {_named(holder)}, which {why_over}. This run takes it over.")
         return True
 
@@ -159,7 +180,7 @@ class FolderLock:
     def _read(self) -> str | None:
         """What the lock says, None where there is none."""
         try:
-            return self.path.read_text()
+            return self.path.read_text(encoding="utf-8", errors="replace")
         except FileNotFoundError:
             return None
 
@@ -173,27 +194,37 @@ class FolderLock:
 
     def _live(self) -> None:
         while not self._over.wait(BEAT_SECONDS):
-            with contextlib.suppress(OSError):  # a server that is away for a while; the next beat tries again
-                found = self._read()
-                if found == self.own:
-                    os.utime(self.path)
-                elif found is None:
-                    self._make()  # somebody tidied up
-                else:
-                    self.on_loss(
-                        f"The lock on run.folder {self.folder} was taken over by {_named(_parsed(found))}, and this run ends, so that "
-                        f"the folder stays that of one run."
-                    )
-                    return
+            self._beat()
+
+    def _beat(self) -> None:
+        """Give a sign of life, or see that there is none to give."""
+        with contextlib.suppress(OSError):  # a server that is away for a while; the next beat tries again
+            before, found = _now(), self._read()
+            if found == self.own:
+                os.utime(self.path)
+                self._confirmed = before
+            elif found is None:
+                self._make()  # somebody tidied up
+            else:
+                self._over.set()
+                self.on_loss(
+                    f"The lock on run.folder {self.folder} was taken over by {_named(_parsed(found))}, and this run ends, so that the "
+                    f"folder stays that of one run."
+                )
 
 
 _held: dict[Path, FolderLock] = {}
 _SINCE = datetime.now().astimezone().isoformat(timespec="seconds")
 
 
-def _identity(round_number: int) -> dict[str, Any]:
+def _now() -> float:
+    """Seconds that pass while the host sleeps, too."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+def _identity(meeting: str, round_number: int) -> dict[str, Any]:
     environment = os.environ
-    job, attempt = "", [int(environment.get("SLURM_RESTART_COUNT", 0)), round_number]
+    job = ""
     if "SLURM_JOB_ID" in environment:
         job = f"Slurm job {environment['SLURM_JOB_ID']} of {environment.get('SLURM_CLUSTER_NAME', 'its cluster')}"
     elif environment.get("TORCHELASTIC_RUN_ID", "none") != "none":  # none: what torchrun says where it was given no name
@@ -202,7 +233,9 @@ def _identity(round_number: int) -> dict[str, Any]:
         "host": socket.gethostname(),
         "process": os.getpid(),
         "job": job,
-        "attempt": attempt,
+        "restarts": int(environment.get("SLURM_RESTART_COUNT", 0)),
+        "meeting": meeting,
+        "round": round_number,
         "since": _SINCE,
         "namespace": _namespace(),
         "process_started": _started(os.getpid()),
@@ -226,10 +259,27 @@ def _started(process: int) -> int | None:
     return None if fields[0] in "ZX" else int(fields[19])
 
 
+def _hidden(process: int) -> bool:
+    """Whether a process is there of which /proc does not tell: another user's, where it is mounted with hidepid."""
+    if _started(process) is not None:
+        return False
+    try:
+        os.kill(process, 0)
+    except PermissionError:
+        return True
+    except (ProcessLookupError, OverflowError):
+        return False
+    return False
+
+
+def _is_here(holder: dict[str, Any]) -> bool:
+    return bool(_namespace()) and holder["namespace"] == _namespace()
+
+
 def lives(holder: dict[str, Any]) -> bool:
     """Whether the holder can be seen alive from here; False also where that cannot be seen."""
     started = _started(holder["process"])
-    return bool(_namespace()) and holder["namespace"] == _namespace() and started is not None and started == holder["process_started"]
+    return _is_here(holder) and started is not None and started == holder["process_started"]
 
 
 def sign_of_life(folder: Path) -> tuple[bool, float] | None:
@@ -239,32 +289,37 @@ def sign_of_life(folder: Path) -> tuple[bool, float] | None:
     silence, the age of the last beat decides.
     """
     try:
-        found, touched = (folder / NAME).read_text(), (folder / NAME).stat().st_mtime
+        found, touched = (folder / NAME).read_text(encoding="utf-8", errors="replace"), (folder / NAME).stat().st_mtime
     except OSError:
         return None
     holder = _parsed(found)
-    if holder["namespace"] and holder["namespace"] == _namespace():
+    if _is_here(holder) and not _hidden(holder["process"]):
         return lives(holder), touched
     return time.time() - touched < SILENT_SECONDS, touched
 
 
 def why_ended(holder: dict[str, Any], here: dict[str, Any]) -> str | None:
     """How it can be known from here that the holder has ended, or None where it cannot."""
-    if here["namespace"] and holder["namespace"] == here["namespace"] and not lives(holder):
+    if _is_here(holder) and not lives(holder) and not _hidden(holder["process"]):
         return "has ended without releasing it"
-    if here["job"] and holder["job"] == here["job"] and holder["attempt"] < here["attempt"]:
-        return "is an earlier attempt of this job"
-    return None
+    queued_again = here["job"].startswith("Slurm") and holder["job"] == here["job"] and holder["restarts"] < here["restarts"]
+    # A round counts at its own meeting only: two torchrun may bear the same --rdzv-id.
+    started_again = here["meeting"] and holder["meeting"] == here["meeting"] and holder["round"] < here["round"]
+    return "is an earlier attempt of this job" if queued_again or started_again else None
 
 
 def _parsed(content: str) -> dict[str, Any]:
     """A lock's content; what cannot be read (a full disk, a file of somebody else) is a holder of whom nothing is known."""
-    unknown = {"host": "an unknown host", "process": 0, "job": "", "attempt": [0, 0], "since": "an unknown time", "namespace": ""}
+    unknown = {
+        **{"host": "an unknown host", "process": 0, "process_started": -1, "since": "an unknown time", "namespace": ""},
+        **{"job": "", "restarts": 0, "meeting": "", "round": 0},
+    }
     try:
         found = json.loads(content)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         found = {}
-    return {**unknown, "process_started": None, **(found if isinstance(found, dict) else {})}
+    known = found.items() if isinstance(found, dict) else ()
+    return unknown | {key: value for key, value in known if key in unknown and type(value) is type(unknown[key])}
 
 
 def _named(holder: dict[str, Any]) -> str:

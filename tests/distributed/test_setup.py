@@ -13,6 +13,8 @@ from massl_fast.config import validated
 from massl_fast.distributed.sharding import blocks_of
 from massl_fast.distributed.stragglers import spread_of
 from massl_fast.distributed.world import (
+    OF_MPIRUN,
+    OF_SRUN,
     RanksDidNotMeet,
     World,
     agree_on_round,
@@ -61,10 +63,44 @@ def test_several_processes_without_a_strategy_are_an_error():
 def test_srun_without_a_meeting_point_is_a_sentence(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.delenv("MASTER_ADDR", raising=False)
-    for name, value in {"SLURM_NTASKS": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "1"}.items():
+    for name, value in {"SLURM_NTASKS": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "1", "SLURM_STEP_ID": "0"}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match="MASTER_ADDR is not set"):
         join_world("cpu")
+
+
+OF_A_LAUNCHER = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+OF_A_BATCH_SCRIPT = {"SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "sentence"),
+    [
+        ({"RANK": "0"}, "RANK is set in the environment, but WORLD_SIZE is not"),
+        *(({**OF_A_LAUNCHER, name: ""}, f"but {name} is not") for name in OF_A_LAUNCHER if name != "RANK"),
+        ({**OF_A_LAUNCHER, "WORLD_SIZE": "two"}, "WORLD_SIZE is 'two' in the environment"),
+        ({**OF_A_LAUNCHER, "LOCAL_RANK": "-1"}, "LOCAL_RANK is '-1'"),
+        ({**OF_A_LAUNCHER, "RANK": "2"}, "RANK is 2 and WORLD_SIZE 2 in the environment; ranks count from 0 to 1"),
+        (OF_A_BATCH_SCRIPT, "has 8 tasks, but srun did not start this process"),
+        ({"OMPI_COMM_WORLD_SIZE": "4"}, "mpirun started 4 processes"),
+    ],
+)
+def test_what_a_launcher_left_out_or_got_wrong_is_named(monkeypatch, environment, sentence):
+    for name in (*OF_A_LAUNCHER, *OF_SRUN, *OF_MPIRUN, "SLURM_STEP_ID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=sentence):
+        join_world("cpu", timeout_seconds=0.2)
+
+
+@pytest.mark.parametrize("environment", [{}, {"OMPI_COMM_WORLD_SIZE": "1"}, {**OF_A_BATCH_SCRIPT, "SLURM_NTASKS": "1"}])
+def test_one_process_is_one_process(monkeypatch, environment):
+    for name in (*OF_A_LAUNCHER, *OF_SRUN, *OF_MPIRUN):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert join_world("cpu") == ONE_CPU
 
 
 @pytest.mark.parametrize("name", ["TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"])

@@ -1,7 +1,9 @@
 """The lock on a run's folder: who gets it, who is refused, and what becomes of a dead holder's."""
 
+import errno
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -25,20 +27,20 @@ def quick(monkeypatch):
 
 def held_by(folder, **changes) -> dict:
     """A lock of some other process, written by hand."""
-    holder = {**lock._identity(1), "host": "node7", "process": 4711, "process_started": 1, "since": "then", **changes}
+    holder = {**lock._identity("", 1), "host": "node7", "process": 4711, "process_started": 1, "since": "then", **changes}
     (folder / lock.NAME).write_text(json.dumps(holder))
     return holder
 
 
-def locked(folder, round_number: int = 1) -> FolderLock:
-    made = FolderLock(folder, round_number, on_loss=pytest.fail)
+def locked(folder, meeting: str = "", round_number: int = 1) -> FolderLock:
+    made = FolderLock(folder, meeting, round_number, on_loss=pytest.fail)
     made.acquire()
     return made
 
 
 def other_process(folder) -> subprocess.Popen:
     """Holds the lock until its input closes."""
-    code = f"from pathlib import Path; from massl_fast.run.lock import FolderLock; held = FolderLock(Path({str(folder)!r}), 1, print)"
+    code = f"from pathlib import Path; from massl_fast.run.lock import FolderLock; held = FolderLock(Path({str(folder)!r}), '', 1, print)"
     child = subprocess.Popen(
         [sys.executable, "-c", f"{code}; held.acquire(); print('held', flush=True); input()"],
         stdin=subprocess.PIPE,
@@ -80,9 +82,64 @@ def test_a_number_that_was_given_to_another_process_since_is_no_holder(tmp_path)
 def test_an_earlier_attempt_of_the_same_job_is_over_wherever_it_ran(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("SLURM_JOB_ID", "12")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    held_by(tmp_path, namespace="elsewhere", attempt=[0, 3])
+    held_by(tmp_path, namespace="elsewhere", restarts=0, round=3)
     locked(tmp_path).release()
     assert "Slurm job 12 of its cluster, since then, which is an earlier attempt of this job" in capsys.readouterr().err
+
+
+def test_ranks_that_torchrun_started_again_take_over_from_those_before_them(tmp_path, capsys):
+    held_by(tmp_path, namespace="elsewhere", meeting="m", round=1)
+    locked(tmp_path, "m", 2).release()
+    assert "which is an earlier attempt of this job" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("namespace", ["elsewhere", lock._namespace()])
+def test_another_torchrun_of_the_same_name_is_another_job_however_often_it_starts_again(tmp_path, monkeypatch, namespace):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "7")
+    process = os.getppid()
+    held_by(tmp_path, namespace=namespace, meeting="m", process=process, process_started=lock._started(process))
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(locked, tmp_path, "n", 2)
+        time.sleep(0.3)
+        os.utime(tmp_path / lock.NAME, (1, 1))
+        with pytest.raises(ValueError, match=r"on node7, torchrun 7.*alive"):
+            answer.result()
+
+
+def test_a_holder_that_is_stopped_lives(tmp_path):
+    child = other_process(tmp_path)
+    child.send_signal(signal.SIGSTOP)
+    with pytest.raises(ValueError, match=rf"in use by process {child.pid}"):
+        locked(tmp_path)
+    child.send_signal(signal.SIGCONT)
+    child.communicate()
+
+
+def test_another_users_process_that_proc_hides_is_not_taken_for_dead(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise PermissionError
+
+    holder = held_by(tmp_path)
+    assert lock.why_ended(holder, lock._identity("", 1)) == "has ended without releasing it"
+    monkeypatch.setattr(os, "kill", refuse)
+    assert lock.why_ended(holder, lock._identity("", 1)) is None
+
+
+def test_a_disk_that_is_full_leaves_no_lock_behind(tmp_path, monkeypatch):
+    def full(descriptor, *_, **__):
+        os.close(descriptor)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fdopen", full)
+    with pytest.raises(ValueError, match=r"cannot be made or locked: No space left on device\. Name a place"):
+        prepare_folder(tmp_path, "auto", CheckpointFolder(tmp_path / "checkpoints"), ONE_CPU)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_in_the_place_of_the_lock_is_named(tmp_path):
+    (tmp_path / lock.NAME).mkdir()
+    with pytest.raises(ValueError, match=r"cannot be made or locked: Is a directory \(.*lock\.json\)"):
+        prepare_folder(tmp_path, "auto", CheckpointFolder(tmp_path / "checkpoints"), ONE_CPU)
 
 
 def test_a_holder_elsewhere_is_taken_for_dead_once_it_gives_no_sign_of_life(tmp_path, capsys):
@@ -111,9 +168,13 @@ def test_a_holder_that_ends_while_it_is_watched_makes_room(tmp_path):
         answer.result().release()
 
 
-@pytest.mark.parametrize("content", ["", "{", "[1]", '{"host": "x"}'])
+NONSENSE = b'{"host": "x", "process": "1/../1", "process_started": [], "namespace": 3, "job": {}, "restarts": "0", "meeting": null}'
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b'{"host": "x"}', b"\xff\xfe\x00", b"[" * 10**5, NONSENSE])
 def test_a_lock_that_says_nothing_is_watched_as_well(tmp_path, content):
-    (tmp_path / lock.NAME).write_text(content)
+    (tmp_path / lock.NAME).write_bytes(content)
+    assert not lock.sign_of_life(tmp_path) or lock.sign_of_life(tmp_path)[0]
     locked(tmp_path).release()
 
 
@@ -122,7 +183,7 @@ def test_of_many_that_find_a_dead_lock_one_gets_it(tmp_path):
     held_by(tmp_path)
 
     def contender(number: int) -> str:
-        made = FolderLock(tmp_path, 1, on_loss=pytest.fail)
+        made = FolderLock(tmp_path, "", 1, on_loss=pytest.fail)
         made.path = tmp_path / "." / lock.NAME
         made.own = json.dumps({**json.loads(made.own), "since": str(number)})
         while not made._make() and not made._succeed():
@@ -139,7 +200,7 @@ def test_of_many_that_find_a_dead_lock_one_gets_it(tmp_path):
 
 def test_who_was_asleep_and_lost_its_lock_is_told_and_leaves_the_other_ones(tmp_path):
     told = []
-    held = FolderLock(tmp_path, 1, on_loss=told.append)
+    held = FolderLock(tmp_path, "", 1, on_loss=told.append)
     held.acquire()
     taker = held_by(tmp_path)
     deadline = time.monotonic() + 20
@@ -148,6 +209,21 @@ def test_who_was_asleep_and_lost_its_lock_is_told_and_leaves_the_other_ones(tmp_
     assert "was taken over by process 4711 on node7" in told[0]
     held.release()
     assert json.loads((tmp_path / lock.NAME).read_text()) == taker
+
+
+def test_who_was_asleep_looks_at_the_lock_before_it_writes(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "BEAT_SECONDS", 3600)  # the thread that beats was asleep as well
+    told = []
+    held = FolderLock(tmp_path, "", 1, on_loss=told.append)
+    held.acquire()
+    held_by(tmp_path)
+    held.confirm()
+    assert not told, "nobody can have taken over yet, and nothing is read"
+    awake = lock._now() + lock.SILENT_SECONDS
+    monkeypatch.setattr(lock, "_now", lambda: awake)
+    held.confirm()
+    assert "was taken over by process 4711 on node7" in told[0]
+    held.release()
 
 
 def test_a_lock_that_was_deleted_comes_back(tmp_path):
