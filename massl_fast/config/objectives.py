@@ -22,7 +22,7 @@ class MasslSettings(ObjectiveSettings):
     block_size: int = Field(16384, ge=2, lt=2**31)
     """Entries of a block; the last K modulo block_size entries of each partition sit out a step."""
     partition: Literal["stochastic", "blockwise"] = "stochastic"
-    """stochastic: a fresh random partition every step; blockwise: contiguous blocks (the ablation that collapses, paper table 13)."""
+    """stochastic: a fresh random partition every step; blockwise: contiguous blocks (the ablation that collapses in table 13)."""
     partition_scope: Literal["shared", "rank"] = "shared"
     """shared: all ranks cut the memory into the same blocks; rank: each into its own, so that a step sees more different blocks."""
     student_temperature: Temperature = 0.1

@@ -173,11 +173,10 @@ class MasslObjective(Objective):
             f"objective.memory_size {size} holds only {size / batch:.1f} steps of {batch} images.": size < 8 * batch,
             f"objective.block_size {block} does not divide objective.memory_size {size}: {remainder} random "
             f"entries ({100 * remainder / size:.1f}%) sit out each step.": remainder > 0,
-            f"One block holds the whole memory (objective.block_size {block}): nothing is random about it, and it is the random "
-            f"blocks that keep the representation from collapsing.": block == size,
-            "objective.partition is blockwise: contiguous blocks collapse (paper, table 13; docs/demo.md). Choose stochastic to train.": (
-                settings.partition == "blockwise"
-            ),
+            f"One block holds the whole memory (objective.block_size {block}): nothing is random about it, and in the paper it is the "
+            f"random blocks that keep the representation from collapsing.": block == size,
+            "objective.partition is blockwise: contiguous blocks collapse in the paper (table 13) and in docs/demo.md, though not in every "
+            "short run (docs/learning.md). Choose stochastic to train.": settings.partition == "blockwise",
             f"objective.teacher_temperature {settings.teacher_temperature} is not below objective.student_temperature "
             f"{settings.student_temperature}: such a teacher asks the student for smaller differences between images, and in the end there "
             f"are none. Choose a lower one; half of the student's or less gets short runs off the ground.": (
