@@ -43,7 +43,7 @@ from massl_fast.hardware import keep_freed_memory
 from massl_fast.length import Length
 from massl_fast.models.precision import choose_precision
 from massl_fast.objectives.base import At, Objective, patch_side
-from massl_fast.profiling.estimate import Operations
+from massl_fast.profiling.estimate import counted
 from massl_fast.profiling.out_of_memory import is_out_of_memory
 from massl_fast.profiling.profiler import peak_bytes
 from massl_fast.profiling.synthetic import synthetic_run
@@ -203,7 +203,7 @@ def largest_batch(case: Case, side: str, device: torch.device, precision: str) -
 def compare(case: Case, sides: list[str], device: torch.device, precision: str, rounds: int) -> dict:
     """All figures of a case as one record."""
     seconds, peaks = time_sides(case, sides, device, precision, rounds)
-    flops = case.batch * Operations(case.config(precision, {})).of_an_image()
+    flops = case.batch * counted(case.config(precision, {}))[1]
     results = {}
     for side in sides:
         (times, processor), (first, first_processor) = zip(*seconds[side]), zip(*seconds[sides[0]])

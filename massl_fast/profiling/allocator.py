@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from massl_fast.profiling.ledger import Change
 
-KIB, MIB = 2**10, 2**20
+MIB = 2**20
 ROUNDING = 512
 SMALL, SMALL_SEGMENT = MIB, 2 * MIB
 LARGE, LARGE_SEGMENT = 10 * MIB, 20 * MIB

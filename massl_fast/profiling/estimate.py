@@ -27,6 +27,7 @@ from massl_fast.engine.flops import step_flops
 from massl_fast.kernels import flash, streaming
 from massl_fast.models import packed
 from massl_fast.models.flops import backbone_flops
+from massl_fast.models.pair import StudentTeacher
 from massl_fast.models.precision import Precision, choose_precision
 from massl_fast.profiling import ledger
 from massl_fast.profiling.allocator import reserved_bytes
@@ -254,7 +255,8 @@ def ways_out(config: Config, *, device_type: str, world_size: int, budget: int, 
 
     if getattr(config.objective, "backend", "") == "reference":
         attempt("objective.backend", "auto", "the same training", "less: no logits are written")
-    works = Operations(config)
+    pair, flops = counted(config)
+    batch_norm = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in pair.student.modules())
     divisors = [n for n in range(accumulation + 1, accumulation * batch + 1) if (accumulation * batch) % n == 0]
     if divisors:
         # The peak is a line over the batch: one estimate more tells which micro-batch fits, or that none does.
@@ -265,7 +267,7 @@ def ways_out(config: Config, *, device_type: str, world_size: int, budget: int, 
         attempt(
             "train.micro_batch",
             accumulation * batch // more,
-            "batch norms see fewer images, otherwise the same training" if works.batch_norm else "the same training",
+            "batch norms see fewer images, otherwise the same training" if batch_norm else "the same training",
             f"as many operations, in {more} micro-batches per step instead of {accumulation}: smaller products, more launches",
             batch=accumulation * batch // more,
             accumulation=more,
@@ -273,7 +275,8 @@ def ways_out(config: Config, *, device_type: str, world_size: int, budget: int, 
     if config.model.recompute == "nothing":
         attempt("model.recompute", "pointwise", "the same training", "norms and activations twice, no product")
     if config.model.recompute != "blocks":
-        more_work = f"{100 * works.recomputed / works.of_an_image():.0f} % more operations"
+        forward = sum(backbone_flops(pair.student.backbone, view.size)[0] for view in views_of(config.crops))
+        more_work = f"{100 * forward / flops:.0f} % more operations"
         attempt("model.recompute", "blocks", "the same training", more_work)
     precision = precision_on(config, device_type)
     if precision.name == "fp32" and (device_type == "cpu" or not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] >= 8):
@@ -284,13 +287,14 @@ def ways_out(config: Config, *, device_type: str, world_size: int, budget: int, 
         saved = shared - math.ceil(shared / world_size)
         if saved > 0.02 * now.bytes:
             ways.append(WayOut("--parallel.strategy fsdp2", "the same training", "more communication", now.bytes - saved, saved))
-    if config.crops.num_local > 2:
+    if len(ways) < most and config.crops.num_local > 2:
         fewer = config.crops.num_local // 2
+        _, remaining = counted(config.model_copy(update={"crops": config.crops.model_copy(update={"num_local": fewer})}))
         attempt(
             "crops.num_local",
             fewer,
             f"another training: {fewer} local crops per image instead of {config.crops.num_local}",
-            f"{100 - 100 * works.of_an_image(fewer) / works.of_an_image():.0f} % fewer operations",
+            f"{100 - 100 * remaining / flops:.0f} % fewer operations",
         )
     attempt(
         "train.global_batch",
@@ -306,25 +310,13 @@ def ways_out(config: Config, *, device_type: str, world_size: int, budget: int, 
     return ways
 
 
-class Operations:
-    """Operations of a step for one image, and of what ``model.recompute blocks`` computes twice."""
-
-    def __init__(self, config: Config):
-        with FakeTensorMode():
-            self.objective = build_objective(in_shapes(config), Precision("fp32", "counting"), rank=0)
-        with torch.device("meta"):
-            self.pair, _ = build_pair(in_shapes(config), self.objective)
-        self.config = config
-        self.batch_norm = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in self.pair.student.modules())
-
-    @property
-    def recomputed(self) -> float:
-        """The student's forward pass."""
-        return sum(backbone_flops(self.pair.student.backbone, view.size)[0] for view in views_of(self.config.crops))
-
-    def of_an_image(self, num_local: int | None = None) -> float:
-        crops = self.config.crops.model_copy(update={} if num_local is None else {"num_local": num_local})
-        return step_flops(self.pair, self.objective, crop_sizes=[view.size for view in views_of(crops)], batch=1)
+def counted(config: Config) -> tuple[StudentTeacher, float]:
+    """The networks in shapes, and the operations of a step for one image."""
+    with FakeTensorMode():
+        objective = build_objective(in_shapes(config), Precision("fp32", "counting"), rank=0)
+    with torch.device("meta"):
+        pair, _ = build_pair(in_shapes(config), objective)
+    return pair, step_flops(pair, objective, crop_sizes=[view.size for view in views_of(config.crops)], batch=1)
 
 
 @dataclass(frozen=True)
