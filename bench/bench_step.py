@@ -126,9 +126,7 @@ def build(case: Case, side: str, device: torch.device, precision: str) -> Callab
     """A function that takes the next step on synthetic crops."""
     config, world, chosen = case.config(precision, OURS.get(side, {})), World(0, 1, 0, device), choose_precision(precision, device)
     if side != "published":
-        run = synthetic_run(config, world, chosen, device_batch=case.batch)
-        run.crop_sets = run.crop_sets[:1]
-        return run.step
+        return synthetic_run(config, world, chosen, device_batch=case.batch, crop_sets=1).step
     objective = build_objective(config, chosen, rank=0)
     pair, _ = build_pair(config, objective)
     student, teacher = (published_encoder(one.backbone, one.head).to(device) for one in (pair.student, pair.teacher))

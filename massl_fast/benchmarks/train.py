@@ -44,8 +44,7 @@ def measure(config: Config, world: World, precision: Precision, loader: Loader, 
     def together() -> None:
         with clock.waiting():
             micro_batches = [next(batches).crops for _ in range(accumulation)]
-        synthetic.take_step(micro_batches, synthetic.settings, synthetic.count)
-        synthetic.count += 1
+        synthetic.step(micro_batches)
 
     def end_of_window() -> None:
         waited.append(clock.read()[1])

@@ -70,8 +70,8 @@ class Leak:
 def measure(config: Config, world: World, *, device_batch: int, accumulation: int, with_loader: bool = False) -> Measured:
     """Run the step and read its memory."""
     precision = precision_on(config, world.device.type)
-    run = synthetic_run(config, world, precision, device_batch=device_batch, accumulation=accumulation)
-    run.crop_sets = run.crop_sets[:1]  # a second set would be counted, too
+    # A second set of crops would be counted, too.
+    run = synthetic_run(config, world, precision, device_batch=device_batch, accumulation=accumulation, crop_sets=1)
     return measure_run(run, with_loader=with_loader)
 
 

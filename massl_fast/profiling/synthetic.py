@@ -24,8 +24,6 @@ from massl_fast.length import Length, in_micro_batches
 from massl_fast.models.packed import Attend
 from massl_fast.models.precision import Precision
 
-NUM_CROP_SETS = 2
-
 
 @dataclass
 class SyntheticRun:
@@ -45,9 +43,10 @@ class SyntheticRun:
     count: int = 0
     observe: Observer | None = None
 
-    def step(self) -> StepResult:
-        """The next step, as the trainer takes it; one that is observed is never replayed from a recording."""
-        crops = self.crop_sets[self.count % len(self.crop_sets)]
+    def step(self, crops: list[list[Tensor]] | None = None) -> StepResult:
+        """The next step, as the trainer takes it, on micro-batches of its own or those given; one that is observed is never replayed from a
+        recording."""
+        crops = crops or self.crop_sets[self.count % len(self.crop_sets)]
         number: int | Tensor = self.count
         if self.fake and self.train_step.objective.needs_patches:
             # Masks of a number on the device are as large as masks become; of one on the host their values would tell.
@@ -84,7 +83,14 @@ def micro_batches_of(config: Config, world_size: int = 1) -> tuple[int, int]:
 
 
 def synthetic_run(
-    config: Config, world: World, precision: Precision, *, device_batch: int, accumulation: int = 1, attention: Attend | None = None
+    config: Config,
+    world: World,
+    precision: Precision,
+    *,
+    device_batch: int,
+    accumulation: int = 1,
+    attention: Attend | None = None,
+    crop_sets: int = 2,
 ) -> SyntheticRun:
     """Student, teacher, objective, optimizer and crops on ``world.device``. Inside a ``FakeTensorMode`` only shapes come to be.
 
@@ -117,12 +123,12 @@ def synthetic_run(
     def crops() -> list[Tensor]:
         return [torch.randn(device_batch, size, size, 3, device=world.device, generator=generator).permute(0, 3, 1, 2) for size in sizes]
 
-    crop_sets = [[crops() for _ in range(accumulation)] for _ in range(1 if fake else NUM_CROP_SETS)]
+    sets = [[crops() for _ in range(accumulation)] for _ in range(1 if fake else crop_sets)]
     # Settings of the middle of a long run.
     length = Length(10**6, 10**3, device_batch * accumulation * world.size, accumulation, device_batch)
     settings = Schedules(config, length, objective).at(500_000)
     take_step = GraphedStep(train_step) if config.train.cuda_graph and not fake else train_step
-    return SyntheticRun(config, train_step, take_step, crop_sets, settings, device_batch * accumulation, fake is not None)
+    return SyntheticRun(config, train_step, take_step, sets, settings, device_batch * accumulation, fake is not None)
 
 
 def _in_shapes_(module: nn.Module) -> None:

@@ -28,9 +28,7 @@ def settings(*more: str) -> Config:
 def real_run(config: Config) -> SyntheticRun:
     accumulation, batch = micro_batches_of(config)
     precision = choose_precision(config.train.precision, ONE_CPU.device)
-    run = synthetic_run(config, ONE_CPU, precision, device_batch=batch, accumulation=accumulation)
-    run.crop_sets = run.crop_sets[:1]
-    return run
+    return synthetic_run(config, ONE_CPU, precision, device_batch=batch, accumulation=accumulation, crop_sets=1)
 
 
 @pytest.mark.parametrize(
