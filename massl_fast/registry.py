@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterable
 from typing import TypeVar
 
 Entry = TypeVar("Entry")
@@ -13,6 +14,13 @@ LONGEST_SHOWN = 200
 
 def shortened(text: str) -> str:
     return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}…"
+
+
+def demand_whole(kind: type, contract: str, attributes: Iterable[str]) -> None:
+    """Raise ValueError where a class that fulfils a contract lacks one of its ``attributes`` or does not override an abstract method."""
+    lacking = [name for name in attributes if not hasattr(kind, name)] + sorted(getattr(kind, "__abstractmethods__", ()))
+    if lacking:
+        raise ValueError(f"{kind.__name__} lacks {', '.join(lacking)}, which {contract} must have. Its base class says what each is.")
 
 
 class Registry(dict[str, Entry]):

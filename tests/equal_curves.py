@@ -150,7 +150,7 @@ def way_of(name: str, config: Config, world: World, dtype: torch.dtype) -> Calla
                     parameter.copy_(torch.nextafter(single, torch.full_like(single, torch.inf)))
     if "one call" in name:
         for encoder in (pair.student, pair.teacher):
-            encoder.packed.varlen = one_by_one
+            encoder.packed.attend_by(one_by_one)
     if "oneDNN" in name:
         multiply_by_onednn_(pair)
     if config.model.compile:

@@ -84,12 +84,14 @@ def test_installed_without_extras_it_trains_and_names_what_is_missing(built, tmp
     train = ["train", "--recipe", "demo", "--run.folder", "run", "--train.steps", "1", "--train.global_batch", "8"]
     train += ["--data.train", str(images), "--data.num_workers", "0", "--evaluation.train", str(images), "--evaluation.test", str(images)]
     train += ["--evaluation.ks=[3]", "--objective.memory_size=32", "--objective.block_size=16", "--optimizer.warmup_epochs=0"]
+    evaluate = ["eval", "knn", "--checkpoint", "run", "--train", str(images), "--test", str(images), "--out", "found"]
     site = str(tmp_path / "site")
-    program = START.format(paths=[site, *libraries], absent=EXTRAS, place=site, commands=[train, ["report", "run"]])
+    program = START.format(paths=[site, *libraries], absent=EXTRAS, place=site, commands=[train, ["report", "run"], evaluate])
     # -I: no path of this folder and no environment; -S: no .pth file that leads back to the source tree.
     run = subprocess.run([sys.executable, "-I", "-S", "-c", program], cwd=tmp_path, capture_output=True, text=True)
-    assert run.stdout.endswith("exit codes 0 2\n") and "Traceback" not in run.stderr, run.stderr
+    assert run.stdout.endswith("exit codes 0 2 2\n") and "Traceback" not in run.stderr, run.stderr
     assert (tmp_path / "run/metrics.jsonl").is_file() and not (tmp_path / "run/report.html").exists()
     assert "pip install 'massl-fast[report]'. The run goes on without; `massl-fast report` writes it afterwards." in run.stderr
     assert "pip install 'massl-fast[tensorboard]'" in " ".join(run.stdout.split()) and "nvidia.dali does not import" in run.stdout
     assert "massl-fast report: matplotlib does not import" in run.stderr
+    assert "massl-fast eval knn: matplotlib does not import" in run.stderr and not (tmp_path / "found").exists()

@@ -93,6 +93,50 @@ def test_no_import_runs_in_a_circle():
         pytest.fail(" → ".join(circle.args[1]))
 
 
+# What sets an attribute of another object, and why it may.
+SETTERS = {
+    "massl_fast.distributed.sharding": {"block.packed_forward"},  # FSDP calls methods of the modules that it wraps, by their names
+    "massl_fast.engine.optimizer": {"optimizer.found_inf"},  # by which PyTorch's fused optimizers learn that a step does not count
+    "massl_fast.evaluation.features": {"module.training"},  # PyTorch's own flag, put back afterwards
+    "massl_fast.models.packed": {"ctx.dtype", "ctx.shapes", "ctx.layout"},
+    "massl_fast.models.positions": {"backbone.__class__"},  # other methods for a network of timm's, its weights untouched
+    "massl_fast.models.products": {"layer.__class__"},
+    "massl_fast.models.published": {"module.eps"},  # a layer's own argument
+    "massl_fast.evaluation.tokens": {"patch_colours_of.__name__"},
+}
+IN_WHICH_ALL_MAY = {"commands", "profiling", "benchmarks", "kernels"}
+"""Arguments are argparse's; instruments count; contexts of autograd hold what the backward pass needs."""
+GRADIENT = ".grad"
+"""Where PyTorch has gradients."""
+
+
+def attributes_set_from_outside(tree: ast.AST) -> set[str]:
+    """Targets such as ``other.name`` and ``self.part.name``, where the function around them has not made ``other`` itself."""
+    found = set()
+    for function in ast.walk(tree):
+        if isinstance(function, ast.FunctionDef):
+            assigned = [target for node in ast.walk(function) if isinstance(node, ast.Assign) for target in node.targets]
+            made = {node.id for target in assigned for node in ast.walk(target) if isinstance(node, ast.Name) and node is target}
+            for node in ast.walk(function):
+                if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+                    owner = ast.unparse(node.value)
+                    if owner not in {"self", "cls"} and owner.partition(".")[0] not in made | {"parser"}:
+                        found.add(ast.unparse(node))
+    return found
+
+
+def test_nothing_sets_an_attribute_of_another_object():
+    for name, path in MODULES.items():
+        if room(name) not in IN_WHICH_ALL_MAY:
+            found = {target for target in attributes_set_from_outside(ast.parse(path.read_text())) if not target.endswith(GRADIENT)}
+            assert found == SETTERS.get(name, set()), f"{name} sets {sorted(found ^ SETTERS.get(name, set()))}"
+
+
+def test_only_the_command_knows_the_whole_trainer():
+    users = {name for name, imports in IMPORTS.items() if "massl_fast.engine.trainer" in imports}
+    assert users == {"massl_fast.commands.train"}
+
+
 def test_kernels_import_torch_and_triton_only():
     allowed = {"torch", "triton", "massl_fast"} | set(sys.stdlib_module_names)
     for name in MODULES:

@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from massl_fast.config import parsed_yaml
 from massl_fast.data.crops import IMAGENET_MEAN, IMAGENET_STD
 from massl_fast.distributed.world import World, join_world
 from massl_fast.evaluation.base import Protocol, Result, Settings, checked_settings
@@ -64,6 +65,7 @@ class Evaluation:
             _add_option(group, name, field)
 
     def run(self, args: argparse.Namespace) -> int:
+        demand_report(args)
         protocol = self.protocol(settings_from(args, self.protocol.Settings))
         found = []
         with joined_world(args) as world:
@@ -81,6 +83,12 @@ class Evaluation:
             for one in found:
                 print_table(one)
         return 0
+
+
+def demand_report(args: argparse.Namespace) -> None:
+    """Raise ValueError where --out asks for a page that cannot be written here: before hours of evaluation rather than after."""
+    if args.out is not None:
+        import massl_fast.report.evaluations  # noqa: F401
 
 
 @contextlib.contextmanager
@@ -199,7 +207,7 @@ def _add_option(parser: argparse._ArgumentGroup, name: str, field: FieldInfo) ->
     flag = option_of(name)
     required = field.is_required()
     default = field.get_default()
-    shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
+    shown = " ".join(map(str, default)) if isinstance(default, (tuple, list)) else default
     text = (field.description or "").rstrip(".")
     text = text[:1].lower() + text[1:] + ("" if required or default in (None, "") else f" (default: {shown})")
     text = text.replace("%", "%%")
@@ -215,14 +223,23 @@ def _add_option(parser: argparse._ArgumentGroup, name: str, field: FieldInfo) ->
 
 
 def _kind_of(annotation: Any) -> tuple[Any, bool]:
-    """(int, float, str, bool, Path or a Literal; whether several are taken) of a setting's annotation."""
+    """(int, float, str, bool, Path, a Literal, or what reads YAML; whether several are taken) of a setting's annotation."""
     if get_origin(annotation) in (Union, types.UnionType):
         # A number or a word, such as 10 or fresh: pydantic tells them apart.
         kinds = [kind for kind in get_args(annotation) if kind is not type(None)]
         return _kind_of(kinds[0]) if len(kinds) == 1 else (str, False)
-    if get_origin(annotation) is tuple:
-        return get_args(annotation)[0], True
-    return annotation, False
+    if get_origin(annotation) in (tuple, list):
+        return _kind_of(get_args(annotation)[0])[0], True
+    plain = annotation in (bool, int, float, str, Path) or get_origin(annotation) is Literal
+    return annotation if plain else _yaml, False
+
+
+def _yaml(text: str) -> Any:
+    """The value of an option that is neither a number nor a word nor a list of such."""
+    try:
+        return parsed_yaml(text, repr(text))
+    except ValueError as sentence:
+        raise argparse.ArgumentTypeError(str(sentence)) from None
 
 
 def option_of(name: str) -> str:

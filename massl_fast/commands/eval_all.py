@@ -20,10 +20,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from massl_fast.commands.eval import (
     add_common_arguments,
+    demand_report,
     evaluate,
     folder_of,
     joined_world,
@@ -32,6 +31,7 @@ from massl_fast.commands.eval import (
     subject_of,
     write_results,
 )
+from massl_fast.config import parsed_yaml
 from massl_fast.data.sources import expand_braces
 from massl_fast.distributed.world import World
 from massl_fast.evaluation.base import Protocol, checked_settings
@@ -58,6 +58,7 @@ class All:
         parser.add_argument("--plan", required=True, metavar="FILE", help=f"the plan, or one that is shipped: {', '.join(shipped_plans())}")
 
     def run(self, args: argparse.Namespace) -> int:
+        demand_report(args)
         planned, unfinished = planned_in(args.plan)
         found: list[dict[str, Any]] = []
         failed = False
@@ -98,13 +99,13 @@ def planned_in(plan: str) -> tuple[list[Protocol], list[str]]:
     if plan in shipped_plans():
         text = resources.files(SHIPPED).joinpath(f"{plan}.yaml").read_text(encoding="utf-8")
     elif Path(plan).is_file():
-        text = Path(plan).read_text(encoding="utf-8")
+        try:
+            text = Path(plan).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"The plan {plan} cannot be read: {error}.") from None
     else:
         raise ValueError(f"There is no plan {plan}. Give the path of a YAML file, or one of {', '.join(shipped_plans())}.")
-    try:
-        content = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"The plan {plan} is not valid YAML: {error}") from None
+    content = parsed_yaml(text, f"The plan {plan}")
     if not isinstance(content, dict) or not content:
         raise ValueError(f"The plan {plan} must be a mapping from protocols to their settings.")
     planned, skipped = [], []

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from massl_fast.commands.recipe_choice import config_without_recipe
-from massl_fast.config import Config, chosen_objective, describe_settings, load_config, recipe_names
+from massl_fast.config import Config, chosen_objective, config_text, describe_settings, load_config, recipe_names
 
 if TYPE_CHECKING:
     from massl_fast.distributed.world import World
@@ -97,10 +97,8 @@ def run(args: argparse.Namespace) -> int:
         print_help(args)
     config = load_config(args.recipe, args.settings) if args.recipe else config_without_recipe(args.settings)
     if args.print_config:
-        import yaml
-
         print_notes(config)
-        print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), end="")
+        print(config_text(config), end="")
         return 0
     from massl_fast.distributed.heartbeat import end_process
     from massl_fast.distributed.signals import StopRequest

@@ -6,12 +6,15 @@ dictionaries and validated once, so a misspelt key or a wrong type reads the sam
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import re
 import textwrap
+import types
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
 from pydantic import ValidationError
@@ -57,7 +60,12 @@ def read_config(path: Path) -> Config:
 
 
 def write_config(config: Config, path: Path) -> None:
-    path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True), encoding="utf-8")
+    path.write_text(config_text(config), encoding="utf-8")
+
+
+def config_text(config: Config) -> str:
+    """All settings as YAML, as ``read_config`` reads them."""
+    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def validated(settings: dict[str, Any], origin: str) -> Config:
@@ -93,8 +101,25 @@ def parse_overrides(arguments: Sequence[str]) -> Layer:
             value = next(waiting, None)
             if value is None:
                 raise ValueError(f"{key} has no value. Settings are written --section.key VALUE.")
-        overrides.append((path, _parsed(value, f"The value of {key}, '{shortened(value)}',") if value else ""))
+        origin = f"The value of {key}, '{shortened(value)}',"
+        overrides.append((path, _text(value, origin) if _is_text(path) else parsed_yaml(value, origin) if value else ""))
     return overrides
+
+
+def _text(value: str, origin: str) -> Any:
+    """What is typed for a setting that is text: YAML takes off quotes, and makes no number, date or truth value of it."""
+    with contextlib.suppress(ValueError):
+        parsed = parsed_yaml(value, origin)
+        return parsed if isinstance(parsed, (str, list, dict)) else value
+    return value
+
+
+def _is_text(path: tuple[str, ...]) -> bool:
+    """Whether a setting that every run has takes text."""
+    field = Config.model_fields.get(path[0])
+    model = field.annotation if field and len(path) == 2 else None
+    setting = model.model_fields.get(path[1]) if isinstance(model, type) and issubclass(model, Section) else None
+    return setting is not None and setting.annotation is str
 
 
 def with_new_names(layer: Layer, origin: str, renamed: Mapping[str, str] = RENAMED) -> tuple[Layer, list[str]]:
@@ -201,17 +226,70 @@ def _plugin_paths(value: Any, folder: Path = Path()) -> list[str] | None:
 
 
 def _mapping_of(text: str, origin: str) -> dict[str, Any]:
-    settings = _parsed(text, origin) or {}
+    settings = parsed_yaml(text, origin) or {}
     if not isinstance(settings, dict):
         raise ValueError(f"{origin} must be a mapping of sections to settings; found {type(settings).__name__}.")
     return settings
 
 
-def _parsed(text: str, origin: str) -> Any:
+WHOLE = re.compile(r"[-+]?(?:0|[1-9][0-9_]*|0b[01_]+|0x[0-9a-fA-F_]+)$")
+NUMBER = re.compile(
+    r"""[-+]?(?:[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?|\.[0-9][0-9_]*(?:[eE][-+]?[0-9]+)?|[0-9][0-9_]*[eE][-+]?[0-9]+
+    |\.(?:inf|Inf|INF))$|\.(?:nan|NaN|NAN)$""",
+    re.VERBOSE,
+)
+
+
+def _resolvers() -> dict[str, list[tuple[str, re.Pattern[str]]]]:
+    """What text without quotes is, by its first character: as in YAML 1.1, but 1e-5 is a number, and neither 2026-11-21, 010 nor 12:30 is
+    anything but text: no setting is a date, and octal and sexagesimal numbers are nobody's intention."""
+    numbers = {"tag:yaml.org,2002:int": WHOLE, "tag:yaml.org,2002:float": NUMBER}
+    found = {
+        first: [(tag, numbers.get(tag, pattern)) for tag, pattern in choices if tag != "tag:yaml.org,2002:timestamp"]
+        for first, choices in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    # A number is asked last: whole numbers are numbers, too.
+    return {first: sorted(choices, key=lambda choice: choice[1] is NUMBER) for first, choices in found.items()}
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's plain values. A key that stands twice in a mapping is an error: YAML would take the last and forget the first."""
+
+    yaml_implicit_resolvers = _resolvers()
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen: set[tuple[str, str]] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if (key.tag, key.value) in seen:
+                    raise yaml.MarkedYAMLError(problem=f"the key {key.value} stands twice in one mapping", problem_mark=key.start_mark)
+                seen.add((key.tag, key.value))
+        return node
+
+
+class _Dumper(yaml.SafeDumper):
+    """Puts quotes around text that YAML 1.1 or ``_Loader`` would take for something else."""
+
+
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", NUMBER, list("-+.0123456789"))
+
+
+def parsed_yaml(text: str, origin: str) -> Any:
+    """Plain values of a YAML ``text``. ``origin`` begins the sentence of the ValueError for a text that is none."""
     try:
-        return yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a month 13, a number of thousands of digits
-        raise ValueError(f"{origin} is not valid YAML: {shortened(str(error))}") from None
+        return yaml.load(text, _Loader)  # a SafeLoader
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        place = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
+        reason = f"{error.problem or error.context}{place}"
+    except RecursionError:
+        reason = "it is nested too deep"
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a month 13, a number of thousands of digits
+        reason = str(error).replace("\n", " ")
+    except (AttributeError, LookupError, TypeError) as error:  # what PyYAML raises where a tag (!!int, !!bool, !!timestamp) does not fit
+        reason = f"a value does not fit its tag ({type(error).__name__}: {error})"
+    raise ValueError(f"{origin} is not valid YAML: {shortened(reason).removesuffix('.')}.")
 
 
 def _models(objective: str) -> dict[str, type[Section]]:
@@ -277,9 +355,12 @@ def describe_section(name: str) -> str:
 def _described(section: str, model: type[Section]) -> list[str]:
     lines = []
     for name, setting in model.model_fields.items():
-        default = setting.get_default(call_default_factory=True)
-        shown = "none" if isinstance(default, Section) else repr(list(default) if isinstance(default, tuple) else default)
-        lines.append(f"  --{section}.{name} ({_kind(setting.annotation)}, default {shown})")
+        if setting.is_required():
+            shown = "must be set"
+        else:
+            default = setting.get_default(call_default_factory=True)
+            shown = f"default {'none' if isinstance(default, Section) else repr(list(default) if isinstance(default, tuple) else default)}"
+        lines.append(f"  --{section}.{name} ({_kind(setting.annotation)}, {shown})")
         lines += textwrap.wrap(setting.description or "", width=114, initial_indent=6 * " ", subsequent_indent=6 * " ")
     return lines
 
@@ -308,6 +389,11 @@ def _kind(annotation: Any) -> str:
     if get_origin(annotation) is tuple:
         some = f"{_kind(arguments[0])}s"
         return f"list of {some}" if arguments[-1] is Ellipsis else f"{len(arguments)} {some}"
+    if get_origin(annotation) in (Union, types.UnionType):
+        return " or ".join(dict.fromkeys("none" if kind is type(None) else _kind(kind) for kind in arguments))
+    if get_origin(annotation) is list:
+        return f"list of {_kind(arguments[0])}s"
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return "settings"
-    return KINDS[get_origin(annotation) or annotation]
+    # What only a plugin's settings have is called as Python calls it.
+    return KINDS.get(get_origin(annotation) or annotation) or getattr(annotation, "__name__", str(annotation))

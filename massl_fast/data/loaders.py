@@ -16,7 +16,7 @@ from massl_fast.data.demo import ensure_demo_images
 from massl_fast.data.loader import Loader
 from massl_fast.data.sources import Source, open_source
 from massl_fast.distributed.world import World
-from massl_fast.registry import Registry
+from massl_fast.registry import Registry, demand_whole
 
 DEMO_FOLDER = Path("runs/demo-images")
 
@@ -63,7 +63,8 @@ LOADERS: Registry[str | type[Loader]] = Registry(
 
 
 def register(loader: type[Loader]) -> None:
-    """Make ``loader`` known by its ``name``, with its ``Settings``; raises ValueError where the name is taken."""
+    """Make ``loader`` known by its ``name``, with its ``Settings``; raises ValueError where the name is taken or something is lacking."""
+    demand_whole(loader, "a loader", ("name",))
     register_loader_settings(loader.name, loader.Settings)
     LOADERS.add(loader.name, loader)
 

@@ -76,6 +76,19 @@ class Source:
                 found.update(b"gone;")
         return found.hexdigest()
 
+    def relabel(self, classes: Sequence[str]) -> None:
+        """Number the labels by ``classes``, which may be more; ValueError where one of this source's is not among them."""
+        unknown = sorted(set(self.classes) - set(classes))
+        if unknown:
+            raise ValueError(
+                f"{self.path} has {len(unknown)} classes that the other images do not have, for instance {unknown[0]!r}. "
+                "Training and test images must be labelled with the same names."
+            )
+        if self._labels is not None and self.classes:
+            position = {name: i for i, name in enumerate(classes)}
+            self._labels = np.array([position[name] for name in self.classes], np.int32)[self._labels]
+            self.classes = tuple(classes)
+
     def without(self, names: Collection[str]) -> "Source":
         """The same source less the images of these names. Raises ValueError when none is left."""
         unwanted = frozenset(names)

@@ -91,7 +91,9 @@ def open_source(path: str | os.PathLike, exclude: Collection[str] = (), classes:
     else:
         raise ValueError(f"There is no folder or file {path}. Name a folder of images, WebDataset tars or Parquet files.")
     source = source.without(exclude)
-    return source if classes is None else _relabel(source, classes)
+    if classes is not None:
+        source.relabel(classes)
+    return source
 
 
 def _existing(path: str, shards: list[str]) -> list[str]:
@@ -128,20 +130,6 @@ def expand_braces(pattern: str) -> list[str]:
 
 def is_image_name(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in EXTENSIONS
-
-
-def _relabel(source: Source, classes: Sequence[str]) -> Source:
-    unknown = sorted(set(source.classes) - set(classes))
-    if unknown:
-        raise ValueError(
-            f"{source.path} has {len(unknown)} classes that the other images do not have, for instance {unknown[0]!r}. "
-            "Training and test images must be labelled with the same names."
-        )
-    if source.classes:
-        position = {name: i for i, name in enumerate(classes)}
-        source._labels = np.array([position[name] for name in source.classes], np.int32)[source._labels]
-        source.classes = tuple(classes)
-    return source
 
 
 # Folders

@@ -41,6 +41,10 @@ class FlatGradients:
             piece.as_strided(parameter.shape, parameter.stride()) for piece, parameter in zip(self.gradients.split(sizes), self.parameters)
         ]
 
+    def exchange_over(self, world: World) -> None:
+        """Exchange by ``world`` from now on."""
+        self.world = world
+
     @torch.no_grad()
     def average_(self, votes: Tensor, first: Callable[[], None] = lambda: None) -> Tensor:
         """Put averages in place of the gradients; returns the sum of ``votes`` over ranks. ``first`` is called just before the exchange."""

@@ -164,7 +164,7 @@ class TrainStep:
         """Have ``exchange`` call what this step exchanges between ranks (see ``World.exchange``)."""
         self.world = replace(self.world, exchange=exchange)
         if self.flat is not None:
-            self.flat.world = self.world
+            self.flat.exchange_over(self.world)
 
     def _exchanging_gradients(self, now: bool) -> contextlib.AbstractContextManager:
         """Ranks exchange gradients once per step, with the last micro-batch; until then each keeps its own sum."""

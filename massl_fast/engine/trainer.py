@@ -10,7 +10,7 @@ import contextlib
 import gc
 import json
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from massl_fast.engine.step import StepResult
 from massl_fast.hardware import peak_flops, versions
 from massl_fast.length import Length, divided, length_of
 from massl_fast.models.precision import choose_precision
+from massl_fast.objectives.base import Metric
 from massl_fast.run.checkpoint import CheckpointFolder, read_state
 from massl_fast.run.evaluation import RunEvaluation
 from massl_fast.run.exits import Diverged, Drifted, Ended, Interrupted, RankLost
@@ -45,8 +46,6 @@ from massl_fast.run.same_run import demand_same_run
 from massl_fast.run.saving import BackgroundSaver
 
 STORE_SECONDS = 10
-COLLAPSED_SPREAD = 0.005
-"""Runs of docs/demo.md and docs/learning.md that learned stayed above 0.1, those that collapsed fell below 0.001."""
 
 
 class Trainer:
@@ -88,6 +87,7 @@ class Trainer:
             wandb_project=config.logging.wandb,
             config=config.model_dump(mode="json"),
             active=world.is_main,
+            headlines=self.evaluation.headlines(),
         )
 
     # Running
@@ -194,7 +194,7 @@ class Trainer:
                 torch.manual_seed(zlib.crc32(f"{config.run.seed}/{self.step}/{self.world.rank}".encode()))
                 result = self.take_step(micro_batches, settings, self.step, self.stop.vote())
                 self.step += 1
-                clock.steps += 1
+                clock.step_done()
                 self.telemetry.advance()
 
                 finished = self.step == end
@@ -225,7 +225,7 @@ class Trainer:
         used = {key: getattr(settings, key) for key in ("learning_rate", "weight_decay", "teacher_momentum")} | settings.own
         row = learning_row(self.step, self.length, means | self.objective.readings(self.step, self.length), used)
         if not self.told_of_collapse:
-            sentence = collapse(row.get("embedding_spread"), self.step, self.length, self.objective.REMEDY)
+            sentence = collapse(row, self.objective.metrics(), self.step, self.length, self.objective.REMEDY)
             self.told_of_collapse = sentence is not None
             self._warn(sentence, advice=True)
         if self.train_step.scaler.enabled:
@@ -490,14 +490,17 @@ def endless_warmup(warmup_epochs: float, length: Length) -> str | None:
     )
 
 
-def collapse(spread: float | None, step: int, length: Length, remedy: str) -> str | None:
-    """A sentence where all embeddings have become one, from a tenth of the run on; ``spread`` is ``embedding_spread``.
+def collapse(row: Mapping[str, float | None], metrics: Sequence[Metric], step: int, length: Length, remedy: str) -> str | None:
+    """A sentence where a row of metrics.jsonl shows by the objective's own declarations that all images get nearly the same representation.
 
-    Before, weights as they were drawn may lie this close together; of the recorded runs (docs/learning.md) none came back from there later.
+    Before a tenth of the run, weights as they were drawn may look so, too; of the recorded runs that learned (docs/learning.md) none did
+    later.
     """
-    if spread is None or spread >= COLLAPSED_SPREAD or step < length.total_steps / 10:
+    signs = [metric for metric in metrics if metric.shows_collapse(row.get(metric.key))]
+    if not signs or step < length.total_steps / 10:
         return None
+    said = " and ".join(f"{metric.key} is {row[metric.key]:.2g}" for metric in signs)
     return (
-        f"All images look alike at step {step}: embedding_spread is {spread:.2g} of 1, and runs that get there learn nothing more. End it "
-        f"and start again with {remedy}."
+        f"All images look alike at step {step}: {said}, and no recorded run that got there has learned much afterwards. End it and start "
+        f"again with {remedy}."
     )

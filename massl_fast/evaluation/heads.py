@@ -306,8 +306,7 @@ def fit_logistic(
     for place in sorted(range(len(penalties)), key=lambda place: -penalties[place]):
         penalty = penalties[place]
         inverse = _inverse_curvature(torch.stack(variances), penalty, classes, loss).to(point.dtype)
-        state = _under_next_penalty(state, penalty - problems.penalty, inverse)
-        problems.penalty = penalty
+        state = _under_next_penalty(state, problems.change_penalty(penalty), inverse)
         if len(minima) > 1 and minima[0][0] > minima[1][0]:
             (older, before), (last, _) = minima
             state = _extrapolated(problems, state, before, math.log(penalty / last) / math.log(last / older), inverse)
@@ -379,6 +378,11 @@ class _Problems:
         assert loss in ("multinomial", "one_vs_rest")
         self.features, self.labels, self.classes, self.loss = features, labels, classes, loss
         self.penalty = 0.0
+
+    def change_penalty(self, penalty: float) -> float:
+        """Take another λ; returns by how much it is larger."""
+        change, self.penalty = penalty - self.penalty, penalty
+        return change
 
     def evaluate(self, point: Tensor, problems: Tensor) -> tuple[Tensor, Tensor]:
         """Values [P] float64 and gradients [P, C·D] of the regressions ``problems`` [P] at ``point`` [P, C·D]."""

@@ -109,6 +109,10 @@ class SizedImages(Dataset):
         for rows in waiting.values():
             yield _stacked(rows)
 
+    def set_aside(self, positions: Sequence[int]) -> None:
+        """These images of this rank could not be read, by somebody else than ``batches``."""
+        self.unreadable = list(positions)
+
     def names_of_unreadable(self) -> tuple[str, ...]:
         """Names of the images of all ranks that could not be read, in the order of the source. With several ranks a collective call."""
         return tuple(self.source.name(position) for position in sorted(gathered(self.unreadable, self.shard)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-from massl_fast.registry import Registry
+from massl_fast.registry import Registry, demand_whole
 
 if TYPE_CHECKING:
     from massl_fast.evaluation.base import Protocol
@@ -37,8 +37,9 @@ PROTOCOLS: Registry[tuple[str | type[Protocol], str]] = Registry(
 def register(protocol: type[Protocol]) -> type[Protocol]:
     """Add an evaluation by its ``name``; a decorator for classes in plugins.
 
-    Raises ValueError where another evaluation has the name already.
+    Raises ValueError where another evaluation has the name already, or where something is lacking.
     """
+    demand_whole(protocol, "an evaluation", ("name", "title", "Settings"))
     PROTOCOLS.add(protocol.name, (protocol, (protocol.__doc__ or "").strip().split("\n")[0].rstrip(".")))
     return protocol
 

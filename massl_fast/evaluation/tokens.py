@@ -183,7 +183,7 @@ def _kept_tokens(subject: Subject, images: SizedImages, patch: int, grid: int, c
         amp_dtype=subject.amp_dtype,
     )
     row_of = {position: row for row, position in enumerate(next(iter(kept.values())).indices.tolist())}
-    images.unreadable = [position for position in images.mine if position not in row_of]
+    images.set_aside([position for position in images.mine if position not in row_of])
     for position in images.mine:
         if position in row_of:
             rows = {name: part.features[row_of[position] : row_of[position] + 1].to(subject.device).float() for name, part in kept.items()}

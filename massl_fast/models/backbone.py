@@ -244,7 +244,7 @@ class Encoder(nn.Module):
             heads, width = layers[0].num_heads, layers[0].head_dim
             dropout = any(layer.attn_drop.p > 0 for layer in layers)
             function, reason = varlen.choose_attention(asked, device, precision, heads=heads, width=width, dropout=dropout)
-            self.packed.varlen = function
+            self.packed.attend_by(function)
         elif asked == "varlen":
             raise ValueError(
                 f"model.attention is varlen, which needs the packed pass, and that is not taken: {self.pass_reason}. Choose auto."

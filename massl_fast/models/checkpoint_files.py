@@ -28,7 +28,7 @@ _SEAL_BYTES = len(_SEAL % bytes(8))
 
 
 class DamagedCheckpoint(ValueError):
-    """Bytes of a checkpoint are not those that were written. The message names the file and, where it is one, the tensor."""
+    """Bytes of a checkpoint are not those that were written, or not there. The message names the file and, where it is one, the tensor."""
 
 
 def write_files(folder: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
@@ -55,7 +55,7 @@ def read_state(path: Path) -> dict[str, Any]:
     path = Path(path)
     for name in FILES:
         if not (path / name).is_file():
-            raise ValueError(f"{path} is not a checkpoint of massl-fast: it has no {name}.")
+            raise DamagedCheckpoint(f"{path} is not a checkpoint of massl-fast: it has no {name}.")
     content = (path / "state.json").read_bytes()
     try:
         state = json.loads(content.decode("utf-8"))

@@ -120,6 +120,10 @@ class PackedPass(nn.Module):
         self.run_block = run
         self.norm_ahead = False
 
+    def attend_by(self, varlen: Varlen | None) -> None:
+        """Have ``varlen`` attend in all crops of a pass at once; None: attention runs per crop size."""
+        self.varlen = varlen
+
     def compile_blocks(self, **options: Any) -> None:
         """Compile the block; its weights are inputs of the graph, so that one graph serves all blocks."""
         self.run_block = torch.compile(packed_block, **options)

@@ -8,7 +8,6 @@ number of attention heads) is known from the source or stated first.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -17,12 +16,12 @@ from typing import Any
 
 import timm
 import torch
-import yaml
 from safetensors import SafetensorError, safe_open
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
 
+from massl_fast.config import parsed_yaml
 from massl_fast.models import positions
 from massl_fast.models.backbone import build_backbone, patch_size
 from massl_fast.models.checkpoint_files import DamagedCheckpoint, lacks_checksums, read_state, read_tensors
@@ -82,10 +81,7 @@ def network_options(args: argparse.Namespace) -> dict[str, Any]:
         key, equals, text = entry.partition("=")
         if not key.isidentifier() or not equals:
             raise ValueError(f"--model-args takes KEY=VALUE, such as num_heads=12, not {entry!r}.")
-        model_args[key] = yaml.safe_load(text)
-        if isinstance(model_args[key], str):
-            with contextlib.suppress(ValueError):  # YAML takes 1e-5 for a text
-                model_args[key] = float(text)
+        model_args[key] = parsed_yaml(text, f"The value of --model-args {key}, {text!r},")
     options = {"arch": args.arch, "model_args": model_args, "position_embedding": getattr(args, "position_embedding", "timm")}
     return options | ({"image_size": args.image_size} if getattr(args, "image_size", None) else {})
 
@@ -190,7 +186,7 @@ def read_network(path: Path, which: str) -> Network:
     if not path.exists():
         raise ValueError(f"There is no checkpoint {path}. Name a run's folder, a checkpoint's or a file of other software.")
     path, *earlier = _meant_by(path)
-    if (path / "state.json").is_file():
+    if (path / "state.json").is_file() or earlier:
         return _read_first_intact([path, *earlier], which)
     if (path / "config.json").is_file():
         return _read_export(path, which)

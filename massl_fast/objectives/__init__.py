@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import importlib
 
-from massl_fast.config import register_settings
+from massl_fast.config import ObjectiveSettings, register_settings
 from massl_fast.objectives.base import Objective
-from massl_fast.registry import Registry
+from massl_fast.registry import Registry, demand_whole
 
 OBJECTIVES: Registry[str | type[Objective]] = Registry(
     "objective.name",
@@ -24,8 +24,14 @@ OBJECTIVES: Registry[str | type[Objective]] = Registry(
 
 
 def register(objective: type[Objective]) -> None:
-    """Make ``objective`` known by the ``name`` of its ``Settings``; raises ValueError where the name is taken."""
-    name = objective.Settings.model_fields["name"].default
+    """Make ``objective`` known by the ``name`` of its ``Settings``; raises ValueError where the name is taken or something is lacking."""
+    demand_whole(objective, "an objective", ("Settings",))
+    field = objective.Settings.model_fields.get("name") if issubclass(objective.Settings, ObjectiveSettings) else None
+    name = field.default if field else None
+    if not isinstance(name, str):
+        raise ValueError(
+            f'{objective.__name__}.Settings must be an ObjectiveSettings with the objective\'s name as a default, name: str = "mine".'
+        )
     register_settings(name, objective.Settings)
     OBJECTIVES.add(name, objective)
 

@@ -52,9 +52,15 @@ class Metric:
     collapsed: tuple[Literal["below", "above"], float] | None = None
     """Values below, or above, this one say that all images get nearly the same representation; None: the metric does not say."""
 
+    def shows_collapse(self, value: float | None) -> bool:
+        if self.collapsed is None or value is None:
+            return False
+        side, limit = self.collapsed
+        return value < limit if side == "below" else value > limit
+
 
 COLLAPSED_SPREAD = 0.005
-"""Recorded runs that learned stayed above 0.1, those that collapsed fell below 0.001 (docs/demo.md)."""
+"""Recorded runs that learned stayed above 0.1, those that collapsed fell below 0.001 (docs/demo.md, docs/learning.md)."""
 
 
 def spread(key: str, title: str, figure: str = "") -> Metric:

@@ -6,6 +6,7 @@ import base64
 import io
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -74,9 +75,8 @@ def write_report(
 def page_of(run: RunFolder, pictures: Pictures) -> str:
     """The page as HTML."""
     found, damage = results_in(run.path / FOLDER)
-    blocks = blocks_of(found)
-    for block in blocks:  # the page lies a folder above the pictures
-        block.pictures = [{**picture, "file": f"{FOLDER}/{picture['file']}"} for picture in block.pictures]
+    # The page lies a folder above the pictures.
+    blocks = [replace(block, pictures=[{**one, "file": f"{FOLDER}/{one['file']}"} for one in block.pictures]) for block in blocks_of(found)]
     what = [str(part) for part in (run.setting("model", "architecture"), run.setting("data", "train")) if part]
     settings = [(str(name), flat(values) if isinstance(values, dict) else [("", values)]) for name, values in run.settings.items()]
     return render(

@@ -96,6 +96,14 @@ class RunEvaluation:
             for figure in protocol.figures()
         ]
 
+    def headlines(self) -> dict[str, str]:
+        """Keys in metrics.jsonl of the figures that stand for each protocol, with their units."""
+        return {
+            f"{protocol.name}_{network}_{protocol.headline.key}": protocol.headline.unit
+            for protocol in self.protocols
+            for network in ("untrained", "teacher", "student")
+        }
+
     def due(self, step: int) -> bool:
         """Whether to evaluate after ``step`` steps: every ``evaluation.every_epochs``, and at the end of the run."""
         if not self.active and not self.rank_measures:

@@ -12,10 +12,11 @@ import math
 import os
 import resource
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -41,6 +42,7 @@ CLOCK_KEYS = (
     "host_memory_peak_gib",
 )
 GIB = 2**30
+NONE: Mapping[str, str] = MappingProxyType({})
 DECLARATIONS = "metrics.schema.json"
 """What the objective says of its metrics, in the run's folder for whoever reads it later."""
 WARNINGS = "warnings.json"
@@ -82,6 +84,9 @@ class WindowClock:
         before = self.now()
         yield
         self.waited += self.now() - before
+
+    def step_done(self) -> None:
+        self.steps += 1
 
     def read(self) -> tuple[float, float]:
         """(seconds per step, share of the time spent waiting for data) since the restart."""
@@ -126,7 +131,13 @@ class Telemetry:
         wandb_project: str,
         config: dict[str, Any],
         active: bool,
+        headlines: Mapping[str, str] = NONE,
     ):
+        """``headlines``: keys of evaluations' figures that the console shows, each with its unit. Raises ValueError without wandb, where
+        that is set."""
+        self.headlines = headlines
+        if wandb_project:  # on every rank, so that none waits for another
+            needs("wandb", "logging.wandb", "wandb")
         self.folder, self.total_steps, self.declared, self.active = folder, total_steps, tuple(metrics), active
         self.console = Console(quiet=not active, highlight=False)
         self.config, self.tensorboard, self.wandb_project = config, tensorboard, wandb_project
@@ -211,7 +222,7 @@ class Telemetry:
         if self.progress and "loss" in row:
             self.progress.update(self.task, **{key: row[key] or 0.0 for key in ("loss", "images_per_second", "data_wait_percent")})
         elif not self.progress:
-            self.say(line_of(row, self.total_steps, self.declared))
+            self.say(line_of(row, self.total_steps, self.declared, self.headlines))
 
     def _write(self, line: str) -> None:
         """Append to metrics.jsonl. What a full disk refuses waits for the next line; nothing is left half written."""
@@ -240,8 +251,8 @@ class Telemetry:
             self.wandb_run.finish()
 
 
-def line_of(row: dict[str, Any], total_steps: int, metrics: Sequence[Metric] = ()) -> str:
-    """A logged row as one line, where there is no terminal for a progress bar."""
+def line_of(row: dict[str, Any], total_steps: int, metrics: Sequence[Metric] = (), headlines: Mapping[str, str] = NONE) -> str:
+    """A logged row as one line, where there is no terminal for a progress bar. ``headlines``: see ``Telemetry``."""
     line = f"step {row['step']}/{total_steps}"
     if row.get("loss") is not None:
         remaining = (total_steps - row["step"]) * row["step_seconds"]
@@ -251,8 +262,10 @@ def line_of(row: dict[str, Any], total_steps: int, metrics: Sequence[Metric] = (
             together = list(members)
             line += f"  {name} {'/'.join(f'{row[metric.key]:.3f}' for metric in together)} {together[0].unit}".rstrip()
         line += f"  {row['images_per_second']:.0f} images/s  data wait {row['data_wait_percent']:.0f}%  {remaining / 60:.1f} min left"
+    figures = {key: value for key, value in row.items() if key in headlines and value is not None}
     return line + "".join(
-        f"  {key.removesuffix('_percent')} {value:.1f}%" for key, value in row.items() if key.startswith("knn") and "k20_" in key
+        f"  {key.removesuffix('_percent')} {value:.1f}%" if headlines[key] == "%" else f"  {key} {value:.4g} {headlines[key]}".rstrip()
+        for key, value in figures.items()
     )
 
 

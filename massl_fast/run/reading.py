@@ -9,8 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeGuard
 
-import yaml
-
+from massl_fast.config import parsed_yaml
 from massl_fast.objectives.base import COLLAPSED_SPREAD
 from massl_fast.run.checkpoint import CheckpointFolder, read_state
 from massl_fast.run.outputs import DECLARATIONS, warnings_of
@@ -154,11 +153,11 @@ def _stopped(run: RunFolder) -> str:
 
 def _settings(run: RunFolder) -> dict[str, dict[str, Any]]:
     try:
-        settings = yaml.safe_load((run.path / "config.yaml").read_text(encoding="utf-8"))
+        settings = parsed_yaml((run.path / "config.yaml").read_text(encoding="utf-8"), "the file")
     except FileNotFoundError:
         run.notes.append("There is no config.yaml: the settings of the run are not known.")
         return {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except ValueError as error:
         run.notes.append(f"config.yaml cannot be read: {error}")
         return {}
     return settings if isinstance(settings, dict) else {}

@@ -13,8 +13,9 @@ import torch
 from massl_fast import records
 from massl_fast.cli import main
 from massl_fast.data.sources import open_source
-from massl_fast.engine.trainer import COLLAPSED_SPREAD, collapse, endless_warmup
+from massl_fast.engine.trainer import collapse, endless_warmup
 from massl_fast.length import Length
+from massl_fast.objectives.base import COLLAPSED_SPREAD, Metric, spread
 from small_images import write_images
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -145,13 +146,23 @@ def recorded(suite):
 
 
 @pytest.mark.parametrize("suite", ["search", "search_vit", "tuning", "side_by_side"])
-def test_runs_that_learned_are_not_told_of_collapse(suite):
+def test_runs_that_learned_are_not_told_of_collapse(learning, suite):
     for row in recorded(suite):
-        if row["figures"]["knn"]["median"] < row["figures"]["untrained knn"]["median"] + 2:
-            continue
-        curve, length = row["details"]["curve"], Length(row["details"]["steps"], 1, 1, 1, 1)
-        sentences = [collapse(spread, step, length, "") for step, spread in zip(curve["step"], curve["embedding_spread"])]
-        assert not any(sentences), row["case"]
+        if row["figures"]["knn"]["median"] >= row["figures"]["untrained knn"]["median"] + 2:
+            assert not any(sentence for _, sentence in told_of_collapse(learning, row)), row["case"]
+
+
+def metrics_of(learning, settings):
+    config = learning.config_of(settings, "", Path("unused"), 0)
+    return learning.build_objective(config, learning.precision_of(config, learning.join_world("cpu")), 0).metrics()
+
+
+def told_of_collapse(learning, row):
+    """(step, what the trainer would have said there, or None) of each logged line of a recorded run."""
+    settings, curve, length = row["details"]["settings"], row["details"]["curve"], Length(row["details"]["steps"], 1, 1, 1, 1)
+    metrics = () if settings.get("library") else metrics_of(learning, settings)
+    lines = [dict(zip(curve, values)) for values in zip(*curve.values())]
+    return [(line["step"], collapse(line, metrics, line["step"], length, "")) for line in lines]
 
 
 def test_no_objective_collapses_in_a_thousand_steps_by_its_own_meters(learning):
@@ -161,28 +172,33 @@ def test_no_objective_collapses_in_a_thousand_steps_by_its_own_meters(learning):
         settings, curve = row["details"]["settings"], row["details"]["curve"]
         if settings.get("library") or row["details"]["steps"] < 1000:
             continue
-        config = learning.config_of(settings, "", Path("unused"), 0)
-        objective = learning.build_objective(config, learning.precision_of(config, learning.join_world("cpu")), 0)
-        for metric in objective.metrics():
+        metrics = metrics_of(learning, settings)
+        for metric in metrics:
             side, limit = metric.collapsed or ("below", -math.inf)
             late = curve[metric.key][len(curve["step"]) // 2 :]
             mean = sum(late) / len(late)  # a meter of 32 images of one step is noisy
             assert mean > limit if side == "below" else mean < limit, (row["case"], metric.key)
-        assert any(metric.collapsed for metric in objective.metrics())
-        seen.add(config.objective.name)
+        assert any(metric.collapsed for metric in metrics)
+        seen.add(learning.config_of(settings, "", Path("unused"), 0).objective.name)
     assert seen == {"massl", "carp", "dino", "ibot", "moco_v3", "mmc"}
 
 
-def test_runs_that_collapsed_are_told_so_within_their_first_half():
+def test_runs_that_collapsed_are_told_so_within_their_first_half(learning):
     # The contiguous blocks of docs/demo.md: 300 of 700 steps, spread 0.0003.
-    assert "objective.partition stochastic" in collapse(0.0003, 300, Length(700, 93, 64, 1, 64), "objective.partition stochastic")
+    row, declared, length = {"embedding_spread": 0.0003}, [spread("embedding_spread", "Spread")], Length(700, 93, 64, 1, 64)
+    assert "embedding_spread is 0.0003" in collapse(row, declared, 300, length, "objective.partition stochastic")
     for row in recorded("failures"):
-        curve, length = row["details"]["curve"], Length(row["details"]["steps"], 1, 1, 1, 1)
-        if min(curve["embedding_spread"]) < COLLAPSED_SPREAD:
-            half = [(step, spread) for step, spread in zip(curve["step"], curve["embedding_spread"]) if step <= length.total_steps / 2]
-            assert any(collapse(spread, step, length, "") for step, spread in half), row["case"]
+        if min(row["details"]["curve"]["embedding_spread"]) < COLLAPSED_SPREAD:
+            half = [sentence for step, sentence in told_of_collapse(learning, row) if step <= row["details"]["steps"] / 2]
+            assert any(half), row["case"]
     # A tenth of the run is not over.
-    assert collapse(0.0003, 69, Length(700, 93, 64, 1, 64), "") is None
+    assert collapse({"embedding_spread": 0.0003}, declared, 69, length, "") is None
+
+
+def test_any_metric_that_declares_a_collapse_is_a_sign_of_it():
+    declared, length = [Metric("own", "Mine", collapsed=("above", 35.0)), Metric("other", "Not a sign")], Length(100, 10, 8, 1, 8)
+    assert "own is 40, and" in collapse({"own": 40.0, "other": 0.0}, declared, 50, length, "")
+    assert collapse({"own": 30.0, "other": 0.0}, declared, 50, length, "") is collapse({"own": None}, declared, 50, length, "") is None
 
 
 def test_every_failure_was_warned_of():

@@ -1,4 +1,5 @@
 import pytest
+import yaml
 
 from massl_fast.cli import main
 from massl_fast.config import (
@@ -7,6 +8,7 @@ from massl_fast.config import (
     describe_settings,
     load_config,
     parse_overrides,
+    parsed_yaml,
     read_config,
     recipe_names,
     write_config,
@@ -91,6 +93,49 @@ def test_unknown_recipe_and_damaged_file(tmp_path):
     damaged.write_text("- a list")
     with pytest.raises(ValueError, match="mapping"):
         load_config(str(damaged))
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("1e-5", 1e-5), ("1.0e+308", 1e308), ("1_000", 1000), ("0x10", 16), ("-3", -3), (".5", 0.5), ("on", True), ("null", None)]
+    + [(text, text) for text in ("2026-11-21", "010", "12:30", "1:30:45.5", "3.5.2", ".")],
+)
+def test_what_text_without_quotes_is(text, value):
+    assert parsed_yaml(f"[{text}]", "") == [value] and type(parsed_yaml(f"[{text}]", "")[0]) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("train: {steps: 1}\ndata: {}\ntrain: {epochs: 2}", "the key train stands twice in one mapping (line 3, column 1)."),
+        ("model: {model_args: {depth: 1, depth: 2}}", "the key depth stands twice"),
+        ("train: {steps: !!int x}", "invalid literal for int() with base 10: 'x'."),
+        ("train: {steps: !!timestamp x}", "does not fit its tag (AttributeError"),
+        ("train: {steps: !!bool x}", "does not fit its tag (KeyError"),
+        ("train: {steps: [", "(line 1, column 17)."),
+    ],
+)
+def test_text_that_is_no_yaml_is_one_sentence_with_its_place(tmp_path, text, words):
+    (tmp_path / "mine.yaml").write_text(text)
+    with pytest.raises(ValueError) as caught:
+        load_config(str(tmp_path / "mine.yaml"))
+    said = str(caught.value)
+    assert "mine.yaml is not valid YAML: " in said and words in said and said.endswith(".") and "\n" not in said
+
+
+def test_a_mapping_may_set_again_what_it_merges(tmp_path):
+    (tmp_path / "mine.yaml").write_text("base: demo\ndata: &a {num_workers: 1}\ntrain: {<<: &b {steps: 3}, steps: 4}\n")
+    assert load_config(str(tmp_path / "mine.yaml")).train.steps == 4
+
+
+@pytest.mark.parametrize("text", ["2026-11-21", "010", "1e5", "on", "1_000", "null", "12:30", ".5", "@x", "*"])
+def test_text_stays_as_it_was_typed_and_as_it_was_written(tmp_path, text):
+    config = load_config("demo", ["--run.folder", text, f"--logging.wandb={text}"])
+    assert config.run.folder == config.logging.wandb == text
+    write_config(config, tmp_path / "config.yaml")
+    assert read_config(tmp_path / "config.yaml").run.folder == text
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["run"]["folder"] == text, "for other readers of YAML, too"
+    assert load_config("demo", ["--run.folder", f"'{text}'"]).run.folder == text
 
 
 def test_every_setting_is_described():

@@ -31,7 +31,18 @@ LISTS = [
     "[[1]]",
     "[1" * 3000,
 ]
-MAPPINGS = ["{}", "{a: 1}", "{a: {b: .inf}}", "{1: 2}", "{[1]: 2}", "{depth: 1" + "0" * 20 + "}", "&a [*a]", "&a {x: *a}", "{<<: [1]}"]
+MAPPINGS = [
+    "{}",
+    "{a: 1}",
+    "{a: {b: .inf}}",
+    "{1: 2}",
+    "{[1]: 2}",
+    "{depth: 1" + "0" * 20 + "}",
+    "&a [*a]",
+    "&a {x: *a}",
+    "{<<: [1]}",
+    "{a: 1, a: 2}",
+]
 TEXTS = [
     "",
     "x" * 300,
@@ -47,6 +58,8 @@ TEXTS = [
     "*",
     "'",
     "!!python/name:os.system ''",
+    "!!timestamp x",
+    "!!bool x",
 ]
 VALUES = [*NUMBERS, *NOT_NUMBERS, *LISTS, *MAPPINGS, *TEXTS]
 

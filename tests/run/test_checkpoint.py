@@ -137,6 +137,24 @@ def test_no_damaged_checkpoint_is_taken_for_whole_and_the_one_before_is_taken(tm
     assert set(count_undetected(150, tmp_path).values()) == {0}
 
 
+@pytest.mark.parametrize("name", ["state.json", "state.safetensors"])
+@pytest.mark.parametrize("instead", ["nothing", "the file of another step", "a folder"])
+def test_a_file_that_is_gone_or_exchanged_is_damage_and_the_checkpoint_before_is_taken(tmp_path, name, instead):
+    timm_args = {"architecture": "vit_tiny_patch16_224", "model_args": {}, "image_size": 16}
+    folder = CheckpointFolder(tmp_path / "checkpoints", keep_last=2)
+    good, bad = (folder.save(step, {"teacher/backbone.weight": torch.full((2,), step)}, {"timm_args": timm_args}) for step in (1, 2))
+    (bad / name).unlink()
+    if instead == "a folder":
+        (bad / name).mkdir()
+    elif instead != "nothing":
+        (bad / name).write_bytes((good / name).read_bytes())
+    assert folder.last_intact() == good and str(bad) in folder.passed_over()[0]
+    network = read_network(tmp_path, "teacher")
+    assert network.backbone["weight"].tolist() == [1, 1] and any(str(bad) in note for note in network.notes)
+    with pytest.raises(ValueError, match=bad.name):
+        read_network(bad, "teacher")
+
+
 def test_each_byte_of_a_checkpoint_counts(tmp_path):
     path = CheckpointFolder(tmp_path).save(1, {"a": torch.ones(1)}, {})
     for name in ("state.json", "state.safetensors"):

@@ -134,7 +134,7 @@ class DaliLoader(Loader):
         culprits = {images[n][0] for n in _refused([data for _, data in images], self.decode, self._device_id)}
         if culprits <= self._feed.not_for_dali:
             raise error
-        self._feed.not_for_dali |= culprits
+        self._feed.not_for_dali.update(culprits)
 
 
 def _as_torch(crops) -> torch.Tensor:
