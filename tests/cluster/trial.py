@@ -44,6 +44,8 @@ parallel: {{timeout_seconds: 60}}
 """
 TWO_TASKS = ("--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=1", "--time=10")
 """For two_hosts and torchrun: a rank a host. For one_host both are on one."""
+QUOTED = ("--model.model_args", "{patch_size: 4, depth: 2, num_heads: 2, embed_dim: 32}", "--run.plugins", f"['{HERE / 'slow_steps.py'}']")
+"""Settings, as in SETTINGS, that a shell would take apart; the folders of these runs have spaces in their names."""
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY"}
 
 # A stand-in for python that keeps rank 1 back at its start and at its end.
@@ -166,11 +168,11 @@ def rows(folder: Path) -> list[dict]:
 
 
 def completion_one_host(trial: Trial) -> str:
-    return trial.equal(trial.start("one-host", "one_host"))
+    return trial.equal(trial.start("on one host", "one_host", settings=QUOTED))
 
 
 def completion_torchrun(trial: Trial) -> str:
-    return trial.equal(trial.start("torchrun", "torchrun"))
+    return trial.equal(trial.start("under torchrun", "torchrun", settings=QUOTED))
 
 
 def term(trial: Trial) -> str:
@@ -382,7 +384,7 @@ def run(workplace: Path, chosen: list[str]) -> int:
     try:
         trial.slurm.start()
         print(f"{trial.slurm.ask('sbatch', '--version').strip()}, {time.strftime('%d %B %Y')}", flush=True)
-        undisturbed = trial.start("undisturbed", "two_hosts")
+        undisturbed = trial.start("left alone", "two_hosts", settings=QUOTED)
         assert undisturbed.ended() == "COMPLETED", undisturbed.said()
         trial.reference = rows(undisturbed.folder)
         assert len(trial.reference) == STEPS

@@ -55,7 +55,7 @@ def test_states_complete_running_stopped_and_dead(tmp_path):
     stopped = entry_of(made(tmp_path / "stopped", logged=(10,), summary=False))
     assert stopped.state == "stopped" and stopped.since
     held = made(tmp_path / "held", logged=(10,), summary=False)
-    own = lock._identity(0)
+    own = lock._identity("", 0)
     (held / lock.NAME).write_text(json.dumps(own))
     assert entry_of(held).state == "running"
     # The process is gone, on this host.
