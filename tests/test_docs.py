@@ -14,6 +14,7 @@ from massl_fast.engine.phases import PHASES
 from massl_fast.evaluation.registry import PROTOCOLS
 from massl_fast.objectives import OBJECTIVES
 from massl_fast.run.outputs import CLOCK_KEYS, DECLARATIONS
+from test_rooms import FLOORS
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("bench/**/*.md")])
@@ -54,6 +55,21 @@ def test_architecture_names_rooms_files_keys_and_phases():
     assert not [room for room in rooms if f"      {room}/" not in page and f"· {room}/" not in page and f"{room}/*" not in page]
     assert not [path.name for path in (ROOT / "kernels").glob("*.py") if path.name not in page]
     assert not [key for key in (*CLOCK_KEYS, *PHASES, DECLARATIONS) if f"`{key}`" not in page]
+
+
+def test_architecture_names_every_module_of_the_package():
+    """Commands, layouts, metrics and protocols are a file each by rule; docs/evaluation.md lists the last."""
+    page = set(re.findall(r"\w+", text("docs/architecture.md")))
+    protocols = [where.partition(":")[0].rpartition(".")[2] for where, _ in PROTOCOLS.values() if isinstance(where, str)]
+    by_rule = {"__init__", "__main__", *protocols}
+    found = [path for path in (ROOT / "massl_fast").rglob("*.py") if path.parent.name not in ("commands", "layouts", "metrics")]
+    assert not [path for path in found if path.stem not in page | by_rule]
+
+
+def test_architecture_has_the_order_of_rooms_that_the_imports_keep():
+    order = text("docs/architecture.md").partition("    cli → ")[2].partition("\n\n")[0]
+    written = [set(re.findall(r"\w+", floor)) for floor in f"cli → {order}".split("→")]
+    assert written == FLOORS[1:]
 
 
 def test_the_path_of_one_image_takes_at_most_thirteen_files_and_all_are_there():

@@ -493,11 +493,10 @@ def endless_warmup(warmup_epochs: float, length: Length) -> str | None:
 def collapse(row: Mapping[str, float | None], metrics: Sequence[Metric], step: int, length: Length, remedy: str) -> str | None:
     """A sentence where a row of metrics.jsonl shows by the objective's own declarations that all images get nearly the same representation.
 
-    Before a tenth of the run, weights as they were drawn may look so, too; of the recorded runs that learned (docs/learning.md) none did
-    later.
+    Each metric counts from its ``collapsed_from`` on; of the recorded runs that learned (docs/learning.md) none looked so later.
     """
-    signs = [metric for metric in metrics if metric.shows_collapse(row.get(metric.key))]
-    if not signs or step < length.total_steps / 10:
+    signs = [metric for metric in metrics if metric.shows_collapse(row.get(metric.key), step / length.total_steps)]
+    if not signs:
         return None
     said = " and ".join(f"{metric.key} is {row[metric.key]:.2g}" for metric in signs)
     return (

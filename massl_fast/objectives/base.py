@@ -52,8 +52,12 @@ class Metric:
     collapsed: tuple[Literal["below", "above"], float] | None = None
     """Values below, or above, this one say that all images get nearly the same representation; None: the metric does not say."""
 
-    def shows_collapse(self, value: float | None) -> bool:
-        if self.collapsed is None or value is None:
+    collapsed_from: float = 0.5
+    """Share of a run from which on a run warns of ``collapsed``: before, a network that has not begun to learn may look the same."""
+
+    def shows_collapse(self, value: float | None, share: float) -> bool:
+        """Whether a value says so after this ``share`` of a run."""
+        if self.collapsed is None or value is None or share < self.collapsed_from:
             return False
         side, limit = self.collapsed
         return value < limit if side == "below" else value > limit
@@ -65,7 +69,8 @@ COLLAPSED_SPREAD = 0.005
 
 def spread(key: str, title: str, figure: str = "") -> Metric:
     """The declaration of a spread, 1 − ‖mean‖² of unit rows: 0 where all are equal."""
-    return Metric(key, title, note="Near 0 the representation has collapsed.", figure=figure, collapsed=("below", COLLAPSED_SPREAD))
+    note = "Near 0 the representation has collapsed."
+    return Metric(key, title, note=note, figure=figure, collapsed=("below", COLLAPSED_SPREAD), collapsed_from=0.1)
 
 
 class Inputs(NamedTuple):

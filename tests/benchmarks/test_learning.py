@@ -199,6 +199,7 @@ def test_any_metric_that_declares_a_collapse_is_a_sign_of_it():
     declared, length = [Metric("own", "Mine", collapsed=("above", 35.0)), Metric("other", "Not a sign")], Length(100, 10, 8, 1, 8)
     assert "own is 40, and" in collapse({"own": 40.0, "other": 0.0}, declared, 50, length, "")
     assert collapse({"own": 30.0, "other": 0.0}, declared, 50, length, "") is collapse({"own": None}, declared, 50, length, "") is None
+    assert collapse({"own": 40.0}, declared, 49, length, "") is None, "it may not have begun to learn"
 
 
 def test_every_failure_was_warned_of():
