@@ -95,6 +95,7 @@ def test_no_import_runs_in_a_circle():
 
 # What sets an attribute of another object, and why it may.
 SETTERS = {
+    "massl_fast.cli": {"sys.stdout", "sys.stderr"},  # of a process that is the command's alone: a run goes on where nobody hears it
     "massl_fast.distributed.sharding": {"block.packed_forward"},  # FSDP calls methods of the modules that it wraps, by their names
     "massl_fast.engine.optimizer": {"optimizer.found_inf"},  # by which PyTorch's fused optimizers learn that a step does not count
     "massl_fast.evaluation.features": {"module.training"},  # PyTorch's own flag, put back afterwards

@@ -396,4 +396,4 @@ def _kind(annotation: Any) -> str:
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return "settings"
     # What only a plugin's settings have is called as Python calls it.
-    return KINDS.get(get_origin(annotation) or annotation) or getattr(annotation, "__name__", str(annotation))
+    return KINDS.get(get_origin(annotation) or annotation) or str(getattr(annotation, "__name__", annotation))

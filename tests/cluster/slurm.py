@@ -6,6 +6,7 @@ names the nodes; everything in it ends when the program does, and nothing outsid
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -176,13 +177,23 @@ class Slurm:
         return answer
 
     def stop(self) -> None:
+        """End all jobs and daemons; their files are whole, and may be removed, when this returns."""
         self.ask("scancel", "--full", "--signal=KILL", "--user=root")
+        stopped = []
         for file in (*(f"{node}.pid" for node in NODES), "slurmctld.pid", "munge/pid"):
             if (self.base / file).is_file():
-                try:
-                    os.kill(int((self.base / file).read_text()), signal.SIGTERM)
-                except ProcessLookupError:
-                    continue
+                stopped.append(int((self.base / file).read_text()))
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(stopped[-1], signal.SIGTERM)
+        self.wait(lambda: not any(map(runs, stopped)), 60, "Slurm's daemons to end")
+
+
+def runs(process: int) -> bool:
+    """Whether it is there and is more than an entry that nobody has asked for."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def processes() -> list[int]:
