@@ -13,7 +13,7 @@ LINUX = 'platform_system == "Linux"'
 
 setup(
     name="massl-fast",
-    version="0.2.0",
+    version="0.2.1",
     description="Self-supervised pre-training of vision networks (MaSSL, CARP, DINO, iBOT, MoCo v3, MMC) at the speed of the hardware",
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",

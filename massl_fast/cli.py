@@ -13,6 +13,8 @@ from massl_fast.commands.registry import COMMANDS, is_evaluation, parser_of, tak
 from massl_fast.distributed.listening import LISTENER, WARNINGS
 
 HELP = ("-h", "--help")
+PRINTS = {*HELP, "--print-config"}
+"""With which ``train`` says something and trains nothing."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -23,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Set before PyTorch is imported: its profiler would remark on every start and stop, and on a missing GPU.
     os.environ.setdefault("KINETO_LOG_LEVEL", "10")
     try:
-        with _training(whole_process) if command == "train" else contextlib.nullcontext():
+        with _training(whole_process) if command == "train" and not PRINTS & set(arguments) else contextlib.nullcontext():
             if command in COMMANDS or is_evaluation(arguments):
                 return _run(command, arguments[words:])
             return _overview(arguments)

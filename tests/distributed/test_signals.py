@@ -44,7 +44,7 @@ def test_children_do_not_see_the_warning(number):
 
 @pytest.fixture
 def hang_up():
-    before = signal.getsignal(signal.SIGHUP)
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # also where nohup runs the tests
     yield lambda: os.kill(os.getpid(), signal.SIGHUP)
     signal.signal(signal.SIGHUP, before)
 
