@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from massl_fast.cli import main
+from massl_fast.evaluation import base
 from massl_fast.evaluation.base import Figure, Protocol, Result
 from massl_fast.evaluation.registry import PROTOCOLS, register
 from massl_fast.models.backbone import build_backbone
@@ -89,7 +90,7 @@ def test_an_evaluation_that_nobody_has_is_a_sentence_with_the_choices(capsys):
 
 def test_a_name_is_given_once():
     class Second(Protocol):
-        name = "knn"
+        name, title, Settings = "knn", "Second", base.Settings
 
         def figures(self):
             return [Figure("a", "a")]
