@@ -493,13 +493,14 @@ def endless_warmup(warmup_epochs: float, length: Length) -> str | None:
 def collapse(row: Mapping[str, float | None], metrics: Sequence[Metric], step: int, length: Length, remedy: str) -> str | None:
     """A sentence where a row of metrics.jsonl shows by the objective's own declarations that all images get nearly the same representation.
 
-    Each metric counts from its ``collapsed_from`` on; of the recorded runs that learned (docs/learning.md) none looked so later.
+    Each metric counts from its ``collapsed_from`` on: of the recorded runs (docs/learning.md) only one looked so then, which was made to
+    collapse.
     """
     signs = [metric for metric in metrics if metric.shows_collapse(row.get(metric.key), step / length.total_steps)]
     if not signs:
         return None
     said = " and ".join(f"{metric.key} is {row[metric.key]:.2g}" for metric in signs)
     return (
-        f"All images look alike at step {step}: {said}, and no recorded run that got there has learned much afterwards. End it and start "
-        f"again with {remedy}."
+        f"All images look alike at step {step}: {said}, and from there the loss has next to nothing to teach. End it and start again "
+        f"with {remedy}."
     )
