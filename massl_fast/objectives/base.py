@@ -57,10 +57,12 @@ class Metric:
 
     def shows_collapse(self, value: float | None, share: float) -> bool:
         """Whether a value says so after this ``share`` of a run."""
-        if self.collapsed is None or value is None or share < self.collapsed_from:
-            return False
-        side, limit = self.collapsed
-        return value < limit if side == "below" else value > limit
+        return self.collapsed is not None and value is not None and share >= self.collapsed_from and is_beyond(value, *self.collapsed)
+
+
+def is_beyond(value: float, side: str, limit: float) -> bool:
+    """Whether a value lies ``below``, or ``above``, a limit (``Metric.collapsed``)."""
+    return value < limit if side == "below" else value > limit
 
 
 COLLAPSED_SPREAD = 0.01

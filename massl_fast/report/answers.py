@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from statistics import median
 
+from massl_fast.objectives.base import is_beyond
 from massl_fast.run.reading import RunFolder
 
 CLEAR_POINTS = 2.0
@@ -63,7 +64,7 @@ def is_it_collapsing(run: RunFolder) -> Answer:
         value = median(values[-5:])
         told = f"{metric.title}: {value:.3g} (collapsed {side} {limit:.3g})"
         found.append(told)
-        if value < limit if side == "below" else value > limit:
+        if is_beyond(value, side, limit):
             signs.append(told)
     if not found:
         return Answer(question, "Not measured", "The run has logged no metric that its objective declares as a sign of collapse.", OPEN)

@@ -264,11 +264,10 @@ def _hidden(process: int) -> bool:
     if _started(process) is not None:
         return False
     try:
-        os.kill(process, 0)
+        with contextlib.suppress(ProcessLookupError, OverflowError):
+            os.kill(process, 0)
     except PermissionError:
         return True
-    except (ProcessLookupError, OverflowError):
-        return False
     return False
 
 
